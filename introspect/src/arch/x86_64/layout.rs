@@ -1,0 +1,18 @@
+//! Where an x86-64 kernel puts things (Documentation/arch/x86/x86_64/mm.rst), ascending.
+
+use crate::memory::Va;
+
+/// Direct map of all RAM, 5 levels, where the kernel has no variable `page_offset_base`.
+pub const DIRECT_MAP_5: Va = Va(0xff11_0000_0000_0000);
+/// `struct page` array, 5 levels, where the kernel has no variable `vmemmap_base`.
+pub const PAGE_STRUCTS_5: Va = Va(0xffd4_0000_0000_0000);
+/// Direct map of all RAM, 4 levels, where the kernel has no variable `page_offset_base`.
+pub const DIRECT_MAP_4: Va = Va(0xffff_8880_0000_0000);
+/// `struct page` array, 4 levels, where the kernel has no variable `vmemmap_base`.
+pub const PAGE_STRUCTS_4: Va = Va(0xffff_ea00_0000_0000);
+/// `__START_KERNEL_map`: the link address of physical address 0.
+pub const KERNEL_MAP: Va = Va(0xffff_ffff_8000_0000);
+
+/// The smallest and the largest kernel stack of any configuration, bytes (`THREAD_SIZE`: 16 KiB,
+/// 32 KiB with KASAN).
+pub const STACK_SIZES: std::ops::RangeInclusive<u64> = 0x2000..=0x1_0000;

@@ -1,0 +1,231 @@
+//! x86-64 page tables, 4 and 5 levels (Intel SDM volume 3, 4.5).
+
+use crate::memory::{MemoryError, PAGE_SHIFT, PAGE_SIZE, Pa, PhysicalMemory, Va};
+use std::ops::ControlFlow;
+
+/// Entry bit 0: present.
+const PRESENT: u64 = 1;
+/// Entry bit 7 in the two levels above the last: maps a large page instead of a table.
+const LARGE: u64 = 1 << 7;
+/// Entry bits 51:12: physical address of the next table or of the page.
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+/// Index bits per level.
+const LEVEL_BITS: u32 = 9;
+/// log2 of the largest page (1 GiB).
+const LARGEST_SHIFT: u32 = 30;
+
+/// A page-table root and its number of levels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AddressSpace {
+    /// Physical address of the top-level table.
+    pub root: Pa,
+    /// 4 or 5.
+    pub levels: u8,
+}
+
+/// One mapping of the page tables: 4 KiB, 2 MiB or 1 GiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Leaf {
+    /// First virtual address.
+    pub va: Va,
+    /// First physical address.
+    pub pa: Pa,
+    /// Size in bytes; 0 in the default value, which maps nothing.
+    pub size: u64,
+}
+
+impl Leaf {
+    /// Where `va` is; None outside the leaf.
+    pub fn translate(&self, va: Va) -> Option<Pa> {
+        let offset = va - self.va;
+        (offset < self.size).then(|| self.pa + offset)
+    }
+}
+
+/// What the tables say of an address.
+enum Entry {
+    Leaf(Leaf),
+    /// Nothing mapped from here to the end of an aligned block of that many bytes.
+    Hole(u64),
+}
+
+impl AddressSpace {
+    /// True when bits 63 down to the top of the address space are all equal.
+    pub fn is_canonical(&self, va: Va) -> bool {
+        let unused = 64 - self.va_bits();
+        ((va.0 << unused).cast_signed() >> unused).cast_unsigned() == va.0
+    }
+
+    /// The mapping that holds `va`.
+    ///
+    /// # Errors
+    /// Not canonical, not mapped, or a table outside RAM.
+    pub fn leaf(&self, memory: &impl PhysicalMemory, va: Va) -> Result<Leaf, MemoryError> {
+        match self.entry(memory, va)? {
+            Entry::Leaf(leaf) => Ok(leaf),
+            Entry::Hole(_) => Err(MemoryError::NotMapped { va }),
+        }
+    }
+
+    /// Walks the tables for `va`.
+    ///
+    /// # Errors
+    /// As [`Self::leaf`].
+    pub fn translate(&self, memory: &impl PhysicalMemory, va: Va) -> Result<Pa, MemoryError> {
+        let leaf = self.leaf(memory, va)?;
+        Ok(leaf.pa + (va - leaf.va))
+    }
+
+    /// Copies `buf.len()` bytes from `va`, one mapping at a time.
+    ///
+    /// # Errors
+    /// As [`Self::leaf`]; the first part of `buf` may have been written.
+    pub fn read(&self, memory: &impl PhysicalMemory, va: Va, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = va + done as u64;
+            let leaf = self.leaf(memory, at)?;
+            let offset = at - leaf.va;
+            let len = usize::try_from(leaf.size - offset).unwrap_or(usize::MAX).min(buf.len() - done);
+            memory.read(leaf.pa + offset, &mut buf[done..done + len])?;
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Reads a word at `va`.
+    ///
+    /// # Errors
+    /// As [`Self::leaf`].
+    pub fn read_u64(&self, memory: &impl PhysicalMemory, va: Va) -> Result<u64, MemoryError> {
+        let mut b = [0; 8];
+        self.read(memory, va, &mut b)?;
+        Ok(u64::from_le_bytes(b))
+    }
+
+    /// Visits every mapping that meets `[start, start + len)`, ascending, until `visit` breaks. Holes are skipped at
+    /// the level they are found, so the cost follows what is mapped, not the length.
+    ///
+    /// # Errors
+    /// A table outside RAM, or a range that leaves the canonical addresses.
+    pub fn leaves(
+        &self,
+        memory: &impl PhysicalMemory,
+        start: Va,
+        len: u64,
+        mut visit: impl FnMut(Leaf) -> ControlFlow<()>,
+    ) -> Result<(), MemoryError> {
+        let mut offset = 0;
+        while offset < len {
+            let at = start + offset;
+            let end = match self.entry(memory, at)? {
+                Entry::Leaf(leaf) => {
+                    if visit(leaf).is_break() {
+                        break;
+                    }
+                    leaf.va + leaf.size
+                }
+                Entry::Hole(size) => Va(at.0 & !(size - 1)) + size,
+            };
+            offset += end - at;
+        }
+        Ok(())
+    }
+
+    fn va_bits(&self) -> u32 {
+        PAGE_SHIFT + LEVEL_BITS * u32::from(self.levels)
+    }
+
+    fn entry(&self, memory: &impl PhysicalMemory, va: Va) -> Result<Entry, MemoryError> {
+        if !self.is_canonical(va) {
+            return Err(MemoryError::NotMapped { va });
+        }
+        let mut table = self.root;
+        let mut shift = self.va_bits();
+        loop {
+            shift -= LEVEL_BITS;
+            let index = (va.0 >> shift) & ((1 << LEVEL_BITS) - 1);
+            let entry = memory.read_u64(table + index * 8)?;
+            let size = 1 << shift;
+            if entry & PRESENT == 0 {
+                return Ok(Entry::Hole(size));
+            }
+            let large = entry & LARGE != 0 && shift <= LARGEST_SHIFT;
+            if large || size == PAGE_SIZE {
+                // A large page's entry keeps PAT in bit 12 (SDM volume 3, table 4-18): masked with the size.
+                let pa = Pa(entry & ADDRESS & !(size - 1));
+                return Ok(Entry::Leaf(Leaf { va: Va(va.0 & !(size - 1)), pa, size }));
+            }
+            table = Pa(entry & ADDRESS);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::FlatMemory;
+
+    /// Tables from 0x1000 on: maps 4 KiB at 0xffff888000000000, 2 MiB behind it, 1 GiB at the next GiB.
+    fn tables(levels: u8) -> (FlatMemory, AddressSpace) {
+        let mut ram = vec![0; 0x8000];
+        let mut put = |pa: usize, value: u64| ram[pa..pa + 8].copy_from_slice(&value.to_le_bytes());
+        put(0x1000 + 8 * 511, 0x2000 | 3);
+        put(0x2000 + 8 * 273, 0x3000 | 3);
+        put(0x3000, 0x4000 | 3);
+        put(0x3000 + 8, (0x4000_0000 | 1) | LARGE | 1 << 12);
+        put(0x4000, 0x5000 | 3);
+        put(0x4000 + 8, 0x20_0000 | 3 | LARGE);
+        put(0x5000, 0x8000_0000_0000_7000_u64 | 3 | LARGE);
+        let root = if levels == 5 { Pa(0x1000) } else { Pa(0x2000) };
+        (FlatMemory::new(ram), AddressSpace { root, levels })
+    }
+
+    #[test]
+    fn pages_of_all_sizes_are_found() {
+        for levels in [4, 5] {
+            let (memory, space) = tables(levels);
+            let base = Va(0xffff_8880_0000_0000);
+            assert_eq!(space.translate(&memory, base + 0x123), Ok(Pa(0x7123)));
+            assert_eq!(space.translate(&memory, base + 0x20_1234), Ok(Pa(0x20_1234)));
+            assert_eq!(space.translate(&memory, base + 0x4000_0000 + 0x1234_5678), Ok(Pa(0x5234_5678)));
+            let hole = base + 0x1000;
+            assert_eq!(space.translate(&memory, hole), Err(MemoryError::NotMapped { va: hole }));
+        }
+    }
+
+    #[test]
+    fn addresses_that_are_not_canonical_are_not_mapped() {
+        let (memory, space) = tables(4);
+        for va in [0x8880_0000_0000, 0x7fff_8880_0000_0000, 0xdead_0000_0000_0100] {
+            assert_eq!(space.translate(&memory, Va(va)), Err(MemoryError::NotMapped { va: Va(va) }));
+        }
+    }
+
+    #[test]
+    fn leaves_skips_holes_and_stops() {
+        let (memory, space) = tables(4);
+        let mut seen = Vec::new();
+        let start = Va(0xffff_8000_0000_0000);
+        let all = space.leaves(&memory, start, !0 - start.0, |leaf| {
+            seen.push((leaf.va.0 & 0xff_ffff_ffff, leaf.size));
+            ControlFlow::Continue(())
+        });
+        assert_eq!(all, Ok(()));
+        let base = 0x80_0000_0000;
+        assert_eq!(seen, [(base, 0x1000), (base + 0x20_0000, 0x20_0000), (base + 0x4000_0000, 0x4000_0000)]);
+        let mut count = 0;
+        let first = space.leaves(&memory, start, !0 - start.0, |_| {
+            count += 1;
+            ControlFlow::Break(())
+        });
+        assert_eq!((first, count), (Ok(()), 1));
+    }
+
+    #[test]
+    fn a_table_outside_ram_is_an_error() {
+        let memory = FlatMemory::new(vec![0xff; 0x1000]);
+        let space = AddressSpace { root: Pa(0), levels: 4 };
+        assert!(matches!(space.translate(&memory, Va(0x1000)), Err(MemoryError::Unbacked { .. })));
+    }
+}

@@ -1,0 +1,66 @@
+//! The registers of one vCPU.
+
+use crate::memory::{Pa, Va};
+
+/// General registers of x86-64, as KVM and `struct pt_regs` name them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names are the architecture's")]
+pub struct Registers {
+    pub rax: u64,
+    pub rbx: u64,
+    pub rcx: u64,
+    pub rdx: u64,
+    pub rsi: u64,
+    pub rdi: u64,
+    pub rsp: u64,
+    pub rbp: u64,
+    pub r8: u64,
+    pub r9: u64,
+    pub r10: u64,
+    pub r11: u64,
+    pub r12: u64,
+    pub r13: u64,
+    pub r14: u64,
+    pub r15: u64,
+    pub rip: u64,
+    pub rflags: u64,
+}
+
+impl Registers {
+    /// Instruction pointer.
+    pub fn ip(&self) -> Va {
+        Va(self.rip)
+    }
+
+    /// Stack pointer.
+    pub fn sp(&self) -> Va {
+        Va(self.rsp)
+    }
+
+    /// Every general register, for conservative root scanning.
+    pub fn words(&self) -> [u64; 16] {
+        [
+            self.rax, self.rbx, self.rcx, self.rdx, self.rsi, self.rdi, self.rbp, self.rsp, self.r8, self.r9,
+            self.r10, self.r11, self.r12, self.r13, self.r14, self.r15,
+        ]
+    }
+}
+
+/// Everything a scan wants to know of one paused vCPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CpuState {
+    /// vCPU index; Linux numbers its CPUs in the same order (MADT order, boot CPU first).
+    pub index: usize,
+    /// General registers.
+    pub registers: Registers,
+    /// Page-table root in use (CR3 without PCID and flags).
+    pub root: Pa,
+    /// GS base, and the value `swapgs` would bring.
+    pub gs_base: u64,
+    /// See `gs_base`.
+    pub kernel_gs_base: u64,
+    /// True while the vCPU runs user code (CPL 3).
+    pub user_mode: bool,
+    /// False for a vCPU that waits for its INIT/SIPI: its registers mean nothing.
+    pub online: bool,
+}

@@ -1,0 +1,324 @@
+//! Finding the instructions of a function that a trap may replace.
+
+use super::Displaced;
+use crate::kernel::Kernel;
+use crate::memory::Va;
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use rustc_hash::FxHashSet;
+use std::fmt;
+
+/// Longest function decoded, bytes; the longest hooked one is under 8 KiB.
+const MAX_FUNCTION: u64 = 64 * 1024;
+
+/// Symbols that a return jumps to instead of `ret`: the kernel patches such a jump to `ret`, to another thunk, or leaves
+/// it (arch/x86/lib/retpoline.S; the set grew with each mitigation).
+const RETURN_THUNKS: [&str; 5] = [
+    "__x86_return_thunk",
+    "zen_untrain_ret",
+    "srso_return_thunk",
+    "srso_alias_return_thunk",
+    "retbleed_return_thunk",
+];
+
+/// A place for a trap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Site {
+    /// Link address of the first byte replaced.
+    pub va: Va,
+    /// The bytes the image has there: the displaced instructions, whole.
+    pub original: Vec<u8>,
+    /// What the displaced instructions do, in order.
+    pub displaced: Vec<Displaced>,
+}
+
+impl Site {
+    /// Link address where the guest goes on.
+    pub fn resume(&self) -> Va {
+        self.va + self.original.len() as u64
+    }
+}
+
+/// Why a function cannot be trapped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SiteError {
+    /// The image holds no code there.
+    NoCode,
+    /// Bytes that are no instruction, at this link address.
+    Undecodable(Va),
+    /// The function never returns by itself.
+    NoReturn,
+    /// It leaves by a jump to another function, so that a return there says nothing.
+    TailCall(Va),
+    /// The instructions at this link address can be neither replaced nor carried out.
+    Unsuitable(Va, String),
+}
+
+impl fmt::Display for SiteError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoCode => write!(f, "The image holds no code for it"),
+            Self::Undecodable(va) => write!(f, "Undecodable instruction at {va}"),
+            Self::NoReturn => write!(f, "No return instruction"),
+            Self::TailCall(va) => write!(f, "Leaves by a jump at {va}"),
+            Self::Unsuitable(va, what) => write!(f, "No place for a trap at {va} ({what})"),
+        }
+    }
+}
+
+impl std::error::Error for SiteError {}
+
+/// A decoded function.
+pub(super) struct Function {
+    start: Va,
+    bytes: Vec<u8>,
+    instructions: Vec<Instruction>,
+    /// Addresses some branch inside the function goes to.
+    targets: FxHashSet<u64>,
+    /// Indexes of the instructions that return.
+    returns: Vec<usize>,
+    /// First jump that leaves for other code than a cold part.
+    leaves: Option<Va>,
+}
+
+impl Function {
+    pub(super) fn decode(kernel: &Kernel, name: &str, start: Va) -> Result<Self, SiteError> {
+        let size = kernel.symbols.size(name).unwrap_or(0);
+        if size > MAX_FUNCTION {
+            // A part of it would hide returns.
+            return Err(SiteError::Unsuitable(start, format!("{size:#x} bytes are no function")));
+        }
+        let bytes = kernel.image.bytes_at(start, size as usize).ok_or(SiteError::NoCode)?;
+        if bytes.is_empty() {
+            return Err(SiteError::NoCode);
+        }
+        let thunks: Vec<Va> = RETURN_THUNKS.iter().filter_map(|n| kernel.symbols.lookup(n)).collect();
+        let cold = |va: Va| {
+            let target = kernel.symbols.resolve(va);
+            // 6.1's kallsyms has no `.cold` symbols of some objects; what lies behind _etext's text is cold code too.
+            target.is_none_or(|t| {
+                t.name.starts_with(name) || t.name.contains(".cold") || t.name == "_einittext"
+            })
+        };
+        Self::build(start, bytes, &thunks, cold)
+    }
+
+    fn build(start: Va, bytes: &[u8], thunks: &[Va], cold: impl Fn(Va) -> bool) -> Result<Self, SiteError> {
+        let end = start + bytes.len() as u64;
+        let mut decoder = Decoder::with_ip(64, bytes, start.0, DecoderOptions::NONE);
+        let mut function = Self {
+            start,
+            bytes: bytes.to_vec(),
+            instructions: Vec::new(),
+            targets: FxHashSet::default(),
+            returns: Vec::new(),
+            leaves: None,
+        };
+        while decoder.can_decode() {
+            let i = decoder.decode();
+            if i.is_invalid() {
+                return Err(SiteError::Undecodable(Va(i.ip())));
+            }
+            function.note(&i, end, thunks, &cold);
+            function.instructions.push(i);
+        }
+        Ok(function)
+    }
+
+    fn note(&mut self, i: &Instruction, end: Va, thunks: &[Va], cold: impl Fn(Va) -> bool) {
+        let index = self.instructions.len();
+        match i.flow_control() {
+            FlowControl::Return => self.returns.push(index),
+            FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
+                let target = Va(i.near_branch_target());
+                let always = i.flow_control() == FlowControl::UnconditionalBranch;
+                if always && thunks.contains(&target) {
+                    self.returns.push(index);
+                } else if (self.start..end).contains(&target) {
+                    self.targets.insert(target.0);
+                } else if self.leaves.is_none() && !cold(target) {
+                    self.leaves = Some(Va(i.ip()));
+                }
+            }
+            // Through a register or a table: to nobody knows where.
+            FlowControl::IndirectBranch if self.leaves.is_none() => self.leaves = Some(Va(i.ip())),
+            _ => {}
+        }
+    }
+
+    /// The place behind the landing pad and the fentry slot, where all arguments are still in their registers.
+    pub(super) fn entry(&self, trap_len: usize) -> Result<Site, SiteError> {
+        let is = |k: usize, what: fn(&Instruction) -> bool| self.instructions.get(k).is_some_and(what);
+        let pad = usize::from(is(0, |i| i.mnemonic() == Mnemonic::Endbr64));
+        let first = pad + usize::from(is(pad, |i| i.flow_control() == FlowControl::Call));
+        let begin = self.instructions.get(first).ok_or(SiteError::NoCode)?;
+        if self.targets.contains(&begin.ip()) {
+            let why = "a branch goes back to the beginning".to_owned();
+            return Err(SiteError::Unsuitable(Va(begin.ip()), why));
+        }
+        let mut last = first;
+        while self.length(first, last)? < trap_len {
+            last += 1;
+        }
+        self.site(first, last)
+    }
+
+    /// The places just before each return: the result register is final there.
+    pub(super) fn returns(&self, trap_len: usize) -> Result<Vec<Site>, SiteError> {
+        if let Some(va) = self.leaves {
+            return Err(SiteError::TailCall(va));
+        }
+        if self.returns.is_empty() {
+            return Err(SiteError::NoReturn);
+        }
+        self.returns.iter().map(|&index| self.before_return(index, trap_len)).collect()
+    }
+
+    fn before_return(&self, index: usize, trap_len: usize) -> Result<Site, SiteError> {
+        let at = Va(self.instructions[index].ip());
+        if self.targets.contains(&at.0) {
+            return Err(SiteError::Unsuitable(at, "a branch goes straight to the return".to_owned()));
+        }
+        let last = index.checked_sub(1).ok_or(SiteError::NoReturn)?;
+        let mut first = last;
+        while self.length(first, last)? < trap_len {
+            first = first.checked_sub(1).ok_or(SiteError::NoReturn)?;
+        }
+        self.site(first, last)
+    }
+
+    fn length(&self, first: usize, last: usize) -> Result<usize, SiteError> {
+        let get = |k: usize| self.instructions.get(k).ok_or(SiteError::NoCode);
+        Ok((get(last)?.next_ip() - get(first)?.ip()) as usize)
+    }
+
+    fn site(&self, first: usize, last: usize) -> Result<Site, SiteError> {
+        let unsuitable = |i: &Instruction, why: &str| {
+            SiteError::Unsuitable(Va(i.ip()), format!("{:?}{why}", i.mnemonic()))
+        };
+        let mut displaced = Vec::new();
+        for (k, i) in self.instructions[first..=last].iter().enumerate() {
+            if k > 0 && self.targets.contains(&i.ip()) {
+                return Err(unsuitable(i, ", which is a branch target"));
+            }
+            displaced.push(Displaced::from_instruction(i).ok_or_else(|| unsuitable(i, ""))?);
+        }
+        let va = Va(self.instructions[first].ip());
+        let offset = (va - self.start) as usize;
+        let original = self.bytes[offset..offset + self.length(first, last)?].to_vec();
+        Ok(Site { va, original, displaced })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::Register;
+
+    const START: Va = Va(0xffff_ffff_8100_0000);
+    const THUNK: Va = Va(0xffff_ffff_8100_1000);
+
+    fn function(bytes: &[u8]) -> Function {
+        Function::build(START, bytes, &[THUNK], |_| false).unwrap()
+    }
+
+    fn jump(from: usize, to: Va) -> [u8; 5] {
+        let rel = (to - (START + from as u64 + 5)) as u32;
+        let mut b = [0xe9, 0, 0, 0, 0];
+        b[1..].copy_from_slice(&rel.to_le_bytes());
+        b
+    }
+
+    /// fentry; push rbx; mov rbx,rdi; pop rbx; pop r15; jmp thunk
+    fn usual() -> Vec<u8> {
+        let mut b = vec![0xe8, 0, 0, 0, 0, 0x53, 0x48, 0x89, 0xfb, 0x5b, 0x41, 0x5f];
+        b.extend(jump(12, THUNK));
+        b
+    }
+
+    #[test]
+    fn entry_is_behind_the_fentry_slot_and_covers_the_trap() {
+        let f = function(&usual());
+        let one = f.entry(1).unwrap();
+        assert_eq!((one.va, one.original.as_slice()), (START + 5, &[0x53][..]));
+        let two = f.entry(2).unwrap();
+        assert_eq!((two.va, two.original.len(), two.resume()), (START + 5, 4, START + 9));
+        assert_eq!(two.displaced[0], Displaced::Push(Register::RBX));
+    }
+
+    #[test]
+    fn entry_skips_a_landing_pad() {
+        let mut b = vec![0xf3, 0x0f, 0x1e, 0xfa];
+        b.extend(usual());
+        assert_eq!(function(&b).entry(1).unwrap().va, START + 9);
+    }
+
+    #[test]
+    fn return_is_the_last_instruction_before_the_thunk() {
+        let sites = function(&usual()).returns(2).unwrap();
+        assert_eq!(sites.len(), 1);
+        assert_eq!((sites[0].va, sites[0].resume()), (START + 10, START + 12));
+    }
+
+    #[test]
+    fn one_byte_pops_are_taken_together_for_a_two_byte_trap() {
+        // pop rbx; pop rbp; ret
+        let sites = function(&[0x90, 0x5b, 0x5d, 0xc3]).returns(2).unwrap();
+        assert_eq!((sites[0].va, sites[0].displaced.len()), (START + 1, 2));
+    }
+
+    #[test]
+    fn a_branch_into_the_displaced_bytes_is_refused() {
+        // je +1 (to pop rbp); pop rbx; pop rbp; ret
+        let f = function(&[0x74, 0x01, 0x5b, 0x5d, 0xc3]);
+        assert!(matches!(f.returns(2), Err(SiteError::Unsuitable(va, _)) if va == START + 3));
+        assert!(f.returns(1).is_ok(), "a branch to the first displaced byte is fine");
+    }
+
+    #[test]
+    fn a_branch_to_the_return_itself_is_refused() {
+        // je +2 (to ret); pop r15; ret
+        assert!(function(&[0x74, 0x02, 0x41, 0x5f, 0xc3]).returns(1).is_err());
+    }
+
+    #[test]
+    fn tail_calls_are_no_returns() {
+        let mut b = vec![0x41, 0x5f];
+        b.extend(jump(2, START + 0x5000));
+        assert_eq!(function(&b).returns(1), Err(SiteError::TailCall(START + 2)));
+    }
+
+    #[test]
+    fn indirect_jumps_are_no_returns() {
+        // jmp rax; pop r15; ret
+        assert_eq!(function(&[0xff, 0xe0, 0x41, 0x5f, 0xc3]).returns(1), Err(SiteError::TailCall(START)));
+    }
+
+    #[test]
+    fn a_return_that_may_not_happen_is_none() {
+        // test rax,rax; je thunk; pop r15; ret
+        let mut b = vec![0x48, 0x85, 0xc0, 0x0f, 0x84];
+        b.extend(((THUNK - (START + 9)) as u32).to_le_bytes());
+        b.extend([0x41, 0x5f, 0xc3]);
+        assert_eq!(function(&b).returns(1), Err(SiteError::TailCall(START + 3)));
+    }
+
+    #[test]
+    fn a_call_behind_the_fentry_slot_is_code() {
+        // call fentry; call something: its arguments are gone behind it, and it cannot be displaced.
+        let f = function(&[0xe8, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0x41, 0x5f, 0xc3]);
+        assert!(matches!(f.entry(1), Err(SiteError::Unsuitable(va, _)) if va == START + 5));
+    }
+
+    #[test]
+    fn a_loop_to_the_beginning_is_no_entry() {
+        // call fentry; push rbx; pop rbx; jmp to the push
+        let f = function(&[0xe8, 0, 0, 0, 0, 0x53, 0x5b, 0xeb, 0xfc]);
+        assert!(matches!(f.entry(1), Err(SiteError::Unsuitable(va, _)) if va == START + 5));
+    }
+
+    #[test]
+    fn junk_is_an_error_with_its_address() {
+        let r = Function::build(START, &[0x90, 0x06], &[], |_| false);
+        assert!(matches!(r.err(), Some(SiteError::Undecodable(va)) if va == START + 1));
+    }
+}

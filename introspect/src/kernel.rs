@@ -1,0 +1,41 @@
+//! Everything recovered from one kernel image.
+
+use crate::image::KernelImage;
+use crate::symbols::SymbolTable;
+use crate::types::Btf;
+use crate::unwind::OrcTable;
+use std::path::Path;
+
+/// The static half of what is known of a guest.
+pub struct Kernel {
+    /// Unpacked image.
+    pub image: KernelImage,
+    /// Symbols, link addresses.
+    pub symbols: SymbolTable,
+    /// Structure layouts; kernels without BTF have none.
+    pub types: Option<Btf>,
+    /// Stack tables; frame-pointer kernels have none.
+    pub orc: Option<OrcTable>,
+}
+
+impl Kernel {
+    /// Opens an image and recovers all that it holds.
+    ///
+    /// # Errors
+    /// Unreadable or unknown image, or no symbols in it.
+    pub fn open(path: &Path) -> anyhow::Result<Self> {
+        let image = KernelImage::open(path)?;
+        Self::recover(image)
+    }
+
+    /// Recovers symbols, types and stack tables.
+    ///
+    /// # Errors
+    /// No symbols found.
+    pub fn recover(image: KernelImage) -> anyhow::Result<Self> {
+        let symbols = SymbolTable::recover(&image)?;
+        let types = Btf::recover(&image).ok();
+        let orc = OrcTable::recover(&image, &symbols, types.as_ref()).ok();
+        Ok(Self { image, symbols, types, orc })
+    }
+}

@@ -1,0 +1,129 @@
+//! Every module the guest ever loaded, so that a backtrace keeps its names after `rmmod` and after another
+//! module took the same addresses.
+
+use super::modules::Module;
+use crate::memory::Va;
+use crate::symbols::Resolved;
+use crate::unwind::OrcTable;
+use std::ops::Range;
+
+struct Loaded {
+    module: Module,
+    /// Event order number at load.
+    since: u64,
+    /// Event order number at unload.
+    until: Option<u64>,
+}
+
+/// Modules by address and time. Times are the registry's event order numbers.
+#[derive(Default)]
+pub struct ModuleMap {
+    loaded: Vec<Loaded>,
+}
+
+impl ModuleMap {
+    /// A module was laid out.
+    pub fn load(&mut self, module: Module, now: u64) {
+        // The same `struct module` address again without an unload in between: the unload was not seen.
+        self.unload(module.va, now);
+        self.loaded.push(Loaded { module, since: now, until: None });
+    }
+
+    /// The module with this `struct module` goes away.
+    pub fn unload(&mut self, va: Va, now: u64) {
+        for entry in self.loaded.iter_mut().filter(|e| e.module.va == va && e.until.is_none()) {
+            entry.until = Some(now);
+        }
+    }
+
+    /// Number of loads so far.
+    pub fn seen(&self) -> usize {
+        self.loaded.len()
+    }
+
+    /// Modules loaded now.
+    pub fn live(&self) -> impl Iterator<Item = &Module> {
+        self.loaded.iter().filter(|e| e.until.is_none()).map(|e| &e.module)
+    }
+
+    /// Writable data of the modules loaded now: roots of a scan. Initialisation data is left out: it is freed.
+    pub fn data(&self) -> impl Iterator<Item = (&str, Range<u64>)> {
+        self.live().flat_map(|m| {
+            m.regions.iter().filter(|r| r.data && !r.init).map(move |r| (m.name.as_str(), r.range.clone()))
+        })
+    }
+
+    /// Names an address as of event order number `at`; module code mapped at that time wins, else the last known.
+    pub fn resolve(&self, va: Va, at: u64) -> Option<Resolved<'_>> {
+        let then = |e: &&Loaded| e.since <= at && e.until.is_none_or(|until| at <= until);
+        let entry = self.holding(va).find(then).or_else(|| self.holding(va).next())?;
+        let symbols = &entry.module.symbols;
+        let next = symbols.partition_point(|s| s.va <= va);
+        let symbol = symbols[..next].last()?;
+        // The first of several symbols at one address, as kallsyms does.
+        let first = symbols.partition_point(|s| s.va < symbol.va);
+        let region = entry.module.regions.iter().find(|r| r.range.contains(&va.0))?;
+        let end = symbols.get(next).map_or(region.range.end, |s| s.va.0.min(region.range.end));
+        (region.range.contains(&symbol.va.0)).then(|| Resolved {
+            name: &symbols[first].name,
+            offset: va - symbol.va,
+            size: end.saturating_sub(symbol.va.0),
+            module: Some(&entry.module.name),
+        })
+    }
+
+    /// Stack tables of the code at `va`.
+    pub fn orc(&self, va: Va) -> Option<&OrcTable> {
+        self.holding(va).find(|e| e.until.is_none())?.module.orc.as_ref()
+    }
+
+    /// Loads that had this address, newest first.
+    fn holding(&self, va: Va) -> impl Iterator<Item = &Loaded> {
+        self.loaded.iter().rev().filter(move |e| e.module.regions.iter().any(|r| r.range.contains(&va.0)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::modules::Region;
+    use super::*;
+    use crate::symbols::Symbol;
+
+    fn module(name: &str, va: u64, text: Range<u64>, symbol: u64) -> Module {
+        Module {
+            va: Va(va),
+            name: name.to_owned(),
+            regions: vec![Region { range: text, text: true, data: false, init: false }],
+            symbols: vec![Symbol { va: Va(symbol), kind: 't', name: format!("{name}_init") }],
+            orc: None,
+        }
+    }
+
+    #[test]
+    fn names_outlive_the_module_and_the_reuse_of_its_addresses() {
+        let mut map = ModuleMap::default();
+        map.load(module("first", 0x10, 0x1000..0x2000, 0x1100), 5);
+        map.unload(Va(0x10), 9);
+        assert_eq!(map.live().count(), 0);
+        assert_eq!(map.resolve(Va(0x1108), 7).map(|r| (r.name, r.offset)), Some(("first_init", 8)));
+        map.load(module("second", 0x20, 0x1000..0x2000, 0x1100), 12);
+        assert_eq!(map.resolve(Va(0x1108), 7).and_then(|r| r.module), Some("first"));
+        assert_eq!(map.resolve(Va(0x1108), 13).and_then(|r| r.module), Some("second"));
+    }
+
+    #[test]
+    fn addresses_outside_and_before_the_first_symbol_have_no_name() {
+        let mut map = ModuleMap::default();
+        map.load(module("m", 0x10, 0x1000..0x2000, 0x1100), 1);
+        assert_eq!(map.resolve(Va(0x1080), 1), None);
+        assert_eq!(map.resolve(Va(0x2000), 1), None);
+    }
+
+    #[test]
+    fn a_load_at_the_same_struct_ends_the_one_before() {
+        let mut map = ModuleMap::default();
+        map.load(module("old", 0x10, 0x1000..0x2000, 0x1100), 1);
+        map.load(module("new", 0x10, 0x3000..0x4000, 0x3100), 2);
+        assert_eq!(map.live().map(|m| m.name.as_str()).collect::<Vec<_>>(), ["new"]);
+    }
+}

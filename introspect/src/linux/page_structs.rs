@@ -1,0 +1,193 @@
+//! The guest's `struct page` array (include/linux/mm_types.h), and what one entry says of its frame.
+
+use super::Linux;
+use super::lookup::Lookup;
+use super::read::{le32, le64};
+use crate::arch::Leaf;
+use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, PhysicalMemory, Va};
+use std::ops::ControlFlow;
+
+/// Most orders a block of pages can have; real kernels stop at 10.
+pub(super) const MAX_ORDER: u64 = 20;
+
+/// Offsets inside `struct page` and the tests for the kinds of pages.
+pub(super) struct Layout {
+    /// Size of a `struct page`, bytes; divides the page size.
+    pub size: u64,
+    pub flags: u64,
+    pub compound_head: u64,
+    pub mapping: u64,
+    pub page_type: u64,
+    pub private: u64,
+    /// Links of pages in the free lists.
+    pub list: u64,
+    pub slab: Kind,
+    pub buddy: Kind,
+    pub table: Kind,
+    pub hugetlb: Kind,
+    pub head: u64,
+    pub reserved: u64,
+    pub user: u64,
+}
+
+/// How a `struct page` says that the page is of some kind.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Kind {
+    /// Any of these bits in `flags`.
+    Flag(u64),
+    /// Top byte of `page_type` (since 6.12).
+    TypeByte(u32),
+    /// A zero bit in `page_type` below the marker 0xf (until 6.10; `PageType` in page-flags.h).
+    TypeBit(u32),
+    /// `compound_dtor` of the first tail page (until 6.6): offset and value.
+    Destructor(u64, u8),
+    /// The kernel has no such pages.
+    Never,
+}
+
+impl Layout {
+    pub fn new(lookup: &Lookup<'_>) -> anyhow::Result<Self> {
+        let page = |member| lookup.offset("page", member);
+        let size = lookup.size_of("page")?;
+        anyhow::ensure!(
+            size != 0 && PAGE_SIZE.is_multiple_of(size),
+            "A struct page of {size} bytes does not divide a page"
+        );
+        let flag = |name| Ok::<u64, anyhow::Error>(1 << (lookup.enumerator(name)? & 63));
+        let typed = |name, bit| match lookup.types.enumerator(name) {
+            Some(value) => Kind::TypeByte(value as u32),
+            None => Kind::TypeBit(bit),
+        };
+        let slab = match lookup.types.enumerator("PGTY_slab") {
+            Some(value) => Kind::TypeByte(value as u32),
+            None => Kind::Flag(flag("PG_slab")?),
+        };
+        let hugetlb =
+            match (lookup.types.enumerator("PGTY_hugetlb"), lookup.types.enumerator("HUGETLB_PAGE_DTOR")) {
+                (Some(value), _) => Kind::TypeByte(value as u32),
+                (None, Some(value)) => Kind::Destructor(size + page("compound_dtor")?, value as u8),
+                (None, None) => Kind::Never,
+            };
+        Ok(Self {
+            size,
+            flags: page("flags")?,
+            compound_head: page("compound_head")?,
+            mapping: page("mapping")?,
+            page_type: page("page_type")?,
+            private: page("private")?,
+            list: page("lru")?,
+            slab,
+            buddy: typed("PGTY_buddy", 0x80),
+            table: typed("PGTY_table", 0x200),
+            hugetlb,
+            head: flag("PG_head")?,
+            reserved: flag("PG_reserved")?,
+            user: flag("PG_lru")? | flag("PG_swapbacked")?,
+        })
+    }
+
+    /// True when the page whose `struct page` starts `bytes` is of that kind.
+    pub fn is(&self, kind: Kind, bytes: &[u8]) -> bool {
+        let page_type = le32(bytes, self.page_type);
+        match kind {
+            Kind::Flag(mask) => le64(bytes, self.flags) & mask != 0,
+            Kind::TypeByte(value) => page_type >> 24 == value,
+            Kind::TypeBit(bit) => page_type & (0xf000_0000 | bit) == 0xf000_0000,
+            Kind::Destructor(offset, value) => {
+                le64(bytes, self.flags) & self.head != 0 && bytes.get(offset as usize) == Some(&value)
+            }
+            Kind::Never => false,
+        }
+    }
+
+    /// Address of the head's `struct page` when this is a tail of a compound page (bit 0 of `compound_head`).
+    pub fn tail_of(&self, bytes: &[u8]) -> Option<Va> {
+        let word = le64(bytes, self.compound_head);
+        (word & 1 != 0).then(|| Va(word - 1))
+    }
+}
+
+/// A part of the array that is contiguous in guest physical memory.
+#[derive(Debug, Clone, Copy)]
+pub struct PageChunk<'m> {
+    /// Frame number of the first entry.
+    pub first_frame: u64,
+    /// The entries.
+    pub bytes: &'m [u8],
+}
+
+/// The `struct page` of every frame of RAM.
+#[derive(Debug, Clone)]
+pub struct PageStructs<'m> {
+    /// Address of frame 0's entry, which need not be mapped.
+    pub base: Va,
+    /// Size of an entry, bytes.
+    pub size: u64,
+    /// Ascending and disjoint; frames that are in none have no `struct page`.
+    pub chunks: Vec<PageChunk<'m>>,
+}
+
+impl<'m> PageStructs<'m> {
+    /// A frame's entry, and all behind it in the same chunk.
+    pub fn from(&self, frame: u64) -> Option<&'m [u8]> {
+        let next = self.chunks.partition_point(|c| c.first_frame <= frame);
+        let chunk = self.chunks[..next].last()?;
+        let offset = usize::try_from((frame - chunk.first_frame).checked_mul(self.size)?).ok()?;
+        chunk.bytes.get(offset..).filter(|b| b.len() as u64 >= self.size)
+    }
+
+    /// Every frame with its entry, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &'m [u8])> {
+        let size = self.size as usize;
+        self.chunks.iter().flat_map(move |c| (c.first_frame..).zip(c.bytes.chunks_exact(size)))
+    }
+
+    /// Frame of the entry at `va`.
+    pub fn frame(&self, va: Va) -> u64 {
+        (va - self.base) / self.size
+    }
+}
+
+impl Linux {
+    /// The `struct page` array, as far as it describes RAM.
+    ///
+    /// # Errors
+    /// The page tables are not in RAM. A part that is not mapped is left out instead.
+    pub fn page_structs<'m>(&self, memory: &'m impl FrozenMemory) -> Result<PageStructs<'m>, MemoryError> {
+        let (base, size) = (self.page_structs_base(memory)?, self.pages.size);
+        let mut structs = PageStructs { base, size, chunks: Vec::new() };
+        for range in memory.ranges() {
+            let first = range.start.0 >> PAGE_SHIFT;
+            let frames = range.len >> PAGE_SHIFT;
+            let mut result = Ok(());
+            self.space.leaves(memory, base + first * size, frames * size, |leaf| {
+                result = add_chunk(&mut structs, memory, leaf, first..first + frames);
+                if result.is_err() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            })?;
+            result?;
+        }
+        Ok(structs)
+    }
+
+    /// Address of a frame's `struct page`.
+    ///
+    /// # Errors
+    /// As [`Linux::page_structs_base`].
+    pub fn page_struct_of(&self, memory: &impl PhysicalMemory, frame: u64) -> Result<Va, MemoryError> {
+        Ok(self.page_structs_base(memory)? + frame * self.pages.size)
+    }
+}
+
+/// Adds the entries of `frames` that lie in `leaf`.
+fn add_chunk<'m>(
+    structs: &mut PageStructs<'m>,
+    memory: &'m impl FrozenMemory,
+    leaf: Leaf,
+    frames: std::ops::Range<u64>,
+) -> Result<(), MemoryError> {
+    let start = leaf.va.max(structs.base + frames.start * structs.size);
+    let end = (leaf.va + leaf.size).min(structs.base + frames.end * structs.size);
+    let bytes = memory.slice(leaf.pa + (start - leaf.va), (end - start) as usize)?;
+    structs.chunks.push(PageChunk { first_frame: structs.frame(start), bytes });
+    Ok(())
+}

@@ -1,0 +1,162 @@
+//! Per-CPU memory: which parts of it are allocated (mm/percpu.c).
+//!
+//! A chunk is one address range per CPU, all handed out alike; its allocation map has a bit for every four bytes.
+//! What `free_percpu` gave back keeps its contents, so only what the map says is allocated may hold references.
+
+use super::Linux;
+use super::lookup::Lookup;
+use crate::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
+use std::ops::Range;
+
+/// Bytes per bit of the allocation map (`PCPU_MIN_ALLOC_SIZE`, include/linux/percpu.h).
+const MIN_ALLOC: u64 = 4;
+/// Bounds against damaged metadata: list heads, chunks, pages of one chunk.
+const MAX_SLOTS: u64 = 256;
+const MAX_CHUNKS: usize = 1 << 16;
+const MAX_PAGES: u64 = 1 << 14;
+
+/// Offsets and variables; run-time addresses.
+pub(super) struct Layout {
+    /// `pcpu_slot` until 5.14, which split the lists by chunk type.
+    lists: Va,
+    slots: Va,
+    unit_offsets: Va,
+    reserved: Option<Va>,
+    list: u64,
+    base: u64,
+    map: u64,
+    start: u64,
+    end: u64,
+    pages: u64,
+}
+
+impl Layout {
+    pub fn new(lookup: &Lookup<'_>) -> anyhow::Result<Self> {
+        let chunk = |member| lookup.offset("pcpu_chunk", member);
+        let lists = lookup.symbol_if_any("pcpu_chunk_lists");
+        Ok(Self {
+            lists: lists.map_or_else(|| lookup.symbol("pcpu_slot"), Ok)?,
+            slots: lookup.symbol("pcpu_nr_slots")?,
+            unit_offsets: lookup.symbol("pcpu_unit_offsets")?,
+            reserved: lookup.symbol_if_any("pcpu_reserved_chunk"),
+            list: chunk("list")?,
+            base: chunk("base_addr")?,
+            map: chunk("alloc_map")?,
+            start: chunk("start_offset")?,
+            end: chunk("end_offset")?,
+            pages: chunk("nr_pages")?,
+        })
+    }
+}
+
+/// A chunk of per-CPU memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PercpuChunk {
+    /// Where each possible CPU's copy starts, by CPU.
+    pub copies: Vec<Va>,
+    /// Size of one copy, bytes.
+    pub size: u64,
+    /// Allocated parts, as offsets into a copy; ascending and disjoint.
+    pub allocated: Vec<Range<u64>>,
+}
+
+impl Linux {
+    /// All chunks, that of the modules' static variables included; none before the allocator is set up.
+    ///
+    /// # Errors
+    /// A damaged list or chunk, with its address.
+    pub fn percpu_chunks(&self, memory: &impl PhysicalMemory) -> Result<Vec<PercpuChunk>, MemoryError> {
+        let layout = &self.percpu;
+        let lists = self.read_va(memory, layout.lists)?;
+        let offsets = self.read_va(memory, layout.unit_offsets)?;
+        if lists == Va(0) || offsets == Va(0) {
+            return Ok(Vec::new());
+        }
+        let slots = u64::from(self.read_u32(memory, layout.slots)?);
+        if slots > MAX_SLOTS {
+            return Err(MemoryError::Corrupt {
+                va: layout.slots,
+                what: "the number of per-CPU chunk lists is out of range",
+            });
+        }
+        let mut found = Vec::new();
+        for slot in 0..slots {
+            let head = lists + slot * 16;
+            let nodes = self.list(memory, head, MAX_CHUNKS)?;
+            found.extend(nodes.into_iter().map(|node| node - layout.list));
+        }
+        if let Some(variable) = layout.reserved {
+            let chunk = self.read_va(memory, variable)?;
+            if chunk != Va(0) && !found.contains(&chunk) {
+                found.push(chunk);
+            }
+        }
+        let cpus = self.cpu_count(memory)? as u64;
+        let units = (0..cpus).map(|cpu| self.read_u64(memory, offsets + cpu * 8));
+        let units: Vec<u64> = units.collect::<Result<_, _>>()?;
+        found.into_iter().map(|chunk| self.percpu_chunk(memory, chunk, &units)).collect()
+    }
+
+    fn percpu_chunk(
+        &self,
+        memory: &impl PhysicalMemory,
+        chunk: Va,
+        units: &[u64],
+    ) -> Result<PercpuChunk, MemoryError> {
+        let layout = &self.percpu;
+        let pages = u64::from(self.read_u32(memory, chunk + layout.pages)?);
+        let start = u64::from(self.read_u32(memory, chunk + layout.start)?);
+        let end = u64::from(self.read_u32(memory, chunk + layout.end)?);
+        let size = pages * PAGE_SIZE;
+        if pages > MAX_PAGES || start + end > size {
+            return Err(MemoryError::Corrupt { va: chunk, what: "a per-CPU chunk has an impossible size" });
+        }
+        let base = self.read_va(memory, chunk + layout.base)?;
+        let map_at = self.read_va(memory, chunk + layout.map)?;
+        let mut map = vec![0; (size / MIN_ALLOC / 8) as usize];
+        self.read(memory, map_at, &mut map)?;
+        // What lies before `start` and after the end's margin belongs to neighbours and is marked as taken.
+        let allocated = ones(&map).map(|bits| {
+            let offset = |bit: u64| (bit * MIN_ALLOC).clamp(start, size - end);
+            offset(bits.start)..offset(bits.end)
+        });
+        let allocated = allocated.filter(|part| part.start < part.end).collect();
+        Ok(PercpuChunk { copies: units.iter().map(|&unit| base + unit).collect(), size, allocated })
+    }
+}
+
+/// Runs of set bits, least significant bit of the first byte first.
+fn ones(map: &[u8]) -> impl Iterator<Item = Range<u64>> + '_ {
+    let bits = map.len() as u64 * 8;
+    let set = |bit: u64| map[(bit / 8) as usize] >> (bit % 8) & 1 != 0;
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let start = (at..bits).find(|&bit| set(bit))?;
+        let end = (start..bits).find(|&bit| !set(bit)).unwrap_or(bits);
+        at = end;
+        Some(start..end)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn runs_of_bits() {
+        let map = [0b0000_0110, 0, 0b1000_0000, 0b0000_0001];
+        assert_eq!(ones(&map).collect::<Vec<_>>(), [1..3, 23..25]);
+        assert_eq!(ones(&[0xff]).next(), Some(0..8));
+        assert_eq!(ones(&[]).count(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn runs_hold_exactly_the_set_bits(map: Vec<u8>) {
+            let listed: Vec<u64> = ones(&map).flatten().collect();
+            let naive: Vec<u64> = (0..map.len() as u64 * 8).filter(|b| map[(b / 8) as usize] >> (b % 8) & 1 != 0).collect();
+            prop_assert_eq!(listed, naive);
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Tasks: `current` of a CPU, the task list, kernel stacks.
+
+use super::Linux;
+use super::lookup::Lookup;
+use super::read::{Walk, le32, le64};
+use crate::arch::layout::STACK_SIZES;
+use crate::memory::{MemoryError, PhysicalMemory, Va};
+use anyhow::Context as _;
+use rustc_hash::FxHashSet;
+
+/// Most tasks of any Linux machine (`PID_MAX_LIMIT`, include/linux/threads.h).
+const MAX_TASKS: usize = 4 << 20;
+/// `TASK_COMM_LEN`.
+const COMM_LEN: usize = 16;
+
+/// Bits of `preempt_count` (include/linux/preempt.h).
+const SOFTIRQ_SERVING: u32 = 1 << 8;
+const HARDIRQ_MASK: u32 = 0xf << 16;
+
+/// A task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Task {
+    /// `struct task_struct`.
+    pub va: Va,
+    /// `comm`, as in /proc (NUL-terminated inside 16 bytes).
+    pub comm: [u8; 16],
+    /// Thread id in the initial namespace (`task->pid`).
+    pub pid: i32,
+    /// Lowest address of the kernel stack; 0 when it is already gone.
+    pub stack: Va,
+    /// Stack size, bytes.
+    pub stack_size: u64,
+    /// Saved stack pointer (`thread.sp`); meaningless while `on_cpu`.
+    pub saved_sp: Va,
+    /// True while the task runs on a CPU.
+    pub on_cpu: bool,
+}
+
+/// What a CPU is doing, in kmemleak's terms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Context {
+    /// A task's own work (also inside sections with softirqs disabled).
+    Task,
+    /// A softirq handler.
+    Softirq,
+    /// A hardware interrupt handler.
+    Hardirq,
+}
+
+/// Offsets and addresses this room needs.
+pub(super) struct Layout {
+    /// Per-CPU offset of the pointer to the running task.
+    current: u64,
+    /// Per-CPU offset of `preempt_count`.
+    preempt_count: u64,
+    /// PREEMPT_RT counts softirqs in the task.
+    softirq_disable_cnt: Option<u64>,
+    /// Per-CPU offset of the pointer to the idle task.
+    idle_threads: Option<u64>,
+    init_task: Va,
+    stack_size: u64,
+    comm: u64,
+    pid: u64,
+    stack: u64,
+    saved_sp: u64,
+    on_cpu: Option<u64>,
+    tasks: u64,
+    signal: u64,
+    thread_node: u64,
+    thread_head: u64,
+}
+
+impl Layout {
+    pub fn new(lookup: &Lookup<'_>) -> anyhow::Result<Self> {
+        // 6.2 gathered the hot per-CPU variables in `pcpu_hot`; 6.15 took it apart again.
+        let hot =
+            |member, alone| match (lookup.percpu_if_any("pcpu_hot"), lookup.types.offset("pcpu_hot", member))
+            {
+                (Some(base), Some(offset)) => Ok(base + offset),
+                _ => lookup.percpu(alone),
+            };
+        let task = |member| lookup.offset("task_struct", member);
+        let (_, stack_size) =
+            lookup.link("init_stack").context("The kernel image has no symbol init_stack")?;
+        // A label near the top of the initial stack (6.10) may split the symbol's range.
+        let stack_size = stack_size.next_power_of_two();
+        anyhow::ensure!(STACK_SIZES.contains(&stack_size), "No kernel stack has {stack_size} bytes");
+        Ok(Self {
+            current: hot("current_task", "current_task")?,
+            preempt_count: hot("preempt_count", "__preempt_count")?,
+            softirq_disable_cnt: lookup.types.offset("task_struct", "softirq_disable_cnt"),
+            idle_threads: lookup.percpu_if_any("idle_threads"),
+            init_task: lookup.symbol("init_task")?,
+            stack_size,
+            comm: task("comm")?,
+            pid: task("pid")?,
+            stack: task("stack")?,
+            saved_sp: task("thread.sp")?,
+            on_cpu: lookup.types.offset("task_struct", "on_cpu"),
+            tasks: task("tasks")?,
+            signal: task("signal")?,
+            thread_node: task("thread_node")?,
+            thread_head: lookup.offset("signal_struct", "thread_head")?,
+        })
+    }
+}
+
+impl Linux {
+    /// The task running on `cpu`.
+    ///
+    /// # Errors
+    /// The CPU's per-CPU area is not mapped (yet).
+    pub fn current(&self, memory: &impl PhysicalMemory, cpu: usize) -> Result<Va, MemoryError> {
+        self.read_va(memory, self.percpu_base(memory, cpu)? + self.tasks.current)
+    }
+
+    /// What `cpu` is doing. Softirqs count only while they are served, as kmemleak has it
+    /// (`in_serving_softirq`).
+    ///
+    /// # Errors
+    /// The CPU's per-CPU area is not mapped (yet).
+    pub fn context(&self, memory: &impl PhysicalMemory, cpu: usize) -> Result<Context, MemoryError> {
+        let count = self.read_u32(memory, self.percpu_base(memory, cpu)? + self.tasks.preempt_count)?;
+        if count & HARDIRQ_MASK != 0 {
+            return Ok(Context::Hardirq);
+        }
+        let softirqs = match self.tasks.softirq_disable_cnt {
+            Some(offset) => self.read_u32(memory, self.current(memory, cpu)? + offset)?,
+            None => count,
+        };
+        Ok(if softirqs & SOFTIRQ_SERVING != 0 { Context::Softirq } else { Context::Task })
+    }
+
+    /// `comm` and `pid` that kmemleak records for an allocation made on `cpu` now: those of the task, or
+    /// "hardirq" and "softirq" with pid 0 (mm/kmemleak.c).
+    ///
+    /// # Errors
+    /// The CPU's per-CPU area or its task is not mapped (yet).
+    pub fn allocating_comm_and_pid(
+        &self,
+        memory: &impl PhysicalMemory,
+        cpu: usize,
+    ) -> Result<([u8; 16], i32), MemoryError> {
+        match self.context(memory, cpu)? {
+            Context::Task => self.comm_and_pid(memory, self.current(memory, cpu)?),
+            Context::Softirq => Ok((*b"softirq\0\0\0\0\0\0\0\0\0", 0)),
+            Context::Hardirq => Ok((*b"hardirq\0\0\0\0\0\0\0\0\0", 0)),
+        }
+    }
+
+    /// `comm` and `pid` of a task: the two things a traced event wants. Two reads, no allocation.
+    ///
+    /// # Errors
+    /// `task` is not mapped.
+    pub fn comm_and_pid(
+        &self,
+        memory: &impl PhysicalMemory,
+        task: Va,
+    ) -> Result<([u8; 16], i32), MemoryError> {
+        let mut walk = Walk::default();
+        let (mut comm, mut pid) = ([0; COMM_LEN], [0; 4]);
+        self.read_with(memory, &mut walk, task + self.tasks.comm, &mut comm)?;
+        self.read_with(memory, &mut walk, task + self.tasks.pid, &mut pid)?;
+        Ok((comm, i32::from_le_bytes(pid)))
+    }
+
+    /// All tasks and threads, the idle tasks of every CPU included; bounded at 4 M entries.
+    ///
+    /// # Errors
+    /// A damaged list, with its address.
+    pub fn tasks(&self, memory: &impl PhysicalMemory) -> Result<Vec<Task>, MemoryError> {
+        let layout = &self.tasks;
+        let mut found = Found::default();
+        let leaders = self.list(memory, layout.init_task + layout.tasks, MAX_TASKS)?;
+        let leaders = leaders.into_iter().map(|node| node - layout.tasks);
+        for leader in std::iter::once(layout.init_task).chain(leaders) {
+            found.add(leader);
+            let signal = self.read_va(memory, leader + layout.signal)?;
+            if signal != Va(0) {
+                let threads =
+                    self.list(memory, signal + layout.thread_head, MAX_TASKS - found.order.len())?;
+                threads.into_iter().for_each(|node| found.add(node - layout.thread_node));
+            }
+        }
+        for cpu in 0..self.cpu_count(memory)? {
+            if let Some(offset) = layout.idle_threads {
+                let idle = self.read_va(memory, self.percpu_base(memory, cpu)? + offset)?;
+                // CPUs that never came up have none.
+                if idle != Va(0) {
+                    found.add(idle);
+                }
+            }
+        }
+        found.order.iter().map(|&va| self.task(memory, va)).collect()
+    }
+
+    /// The task at `va`.
+    ///
+    /// # Errors
+    /// `va` is not mapped.
+    pub fn task(&self, memory: &impl PhysicalMemory, va: Va) -> Result<Task, MemoryError> {
+        let layout = &self.tasks;
+        let mut walk = Walk::default();
+        let mut word = |offset| {
+            let mut b = [0; 8];
+            self.read_with(memory, &mut walk, va + offset, &mut b).map(|()| b)
+        };
+        let stack = Va(le64(&word(layout.stack)?, 0));
+        let saved_sp = Va(le64(&word(layout.saved_sp)?, 0));
+        let on_cpu = match layout.on_cpu {
+            Some(offset) => le32(&word(offset)?, 0) != 0,
+            None => true,
+        };
+        let (comm, pid) = self.comm_and_pid(memory, va)?;
+        Ok(Task { va, comm, pid, stack, stack_size: layout.stack_size, saved_sp, on_cpu })
+    }
+}
+
+/// Tasks in the order found, each once.
+#[derive(Default)]
+struct Found {
+    order: Vec<Va>,
+    seen: FxHashSet<Va>,
+}
+
+impl Found {
+    fn add(&mut self, task: Va) {
+        if self.seen.insert(task) {
+            self.order.push(task);
+        }
+    }
+}

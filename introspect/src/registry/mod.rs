@@ -1,0 +1,262 @@
+//! Live objects of the guest and where each was allocated.
+//!
+//! Built for events: an allocation or a free touches one place of a table of 32-byte records ([`table`],
+//! [`record`]); backtraces, task names and caches are each stored once. Scans freeze their own index over it
+//! ([`crate::scan`]).
+
+mod audit;
+mod depot;
+mod intern;
+mod record;
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub use audit::{Audit, Mismatch};
+pub use depot::{StackDepot, StackId};
+
+use crate::memory::Va;
+use intern::Interner;
+use record::{CACHE_BITS, COMM_BITS, New, OVERSIZE, Record};
+use rustc_hash::FxHashMap;
+use serde::Serialize;
+use table::Table;
+
+/// Number of frames kept of a backtrace (kmemleak's MAX_TRACE).
+pub const MAX_FRAMES: usize = 16;
+
+/// What kind of memory an object is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, reason = "the names are the report's")]
+pub enum Kind {
+    Slab,
+    Large,
+    Vmalloc,
+    Percpu,
+    Page,
+    Memblock,
+    Ioremap,
+}
+
+impl Kind {
+    /// The word used in reports and profiles.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Slab => "slab",
+            Self::Large => "large",
+            Self::Vmalloc => "vmalloc",
+            Self::Percpu => "percpu",
+            Self::Page => "page",
+            Self::Memblock => "memblock",
+            Self::Ioremap => "ioremap",
+        }
+    }
+}
+
+/// An allocation that was just made.
+#[derive(Debug, Clone, Copy)]
+pub struct AllocEvent<'a> {
+    /// Start of the object.
+    pub address: Va,
+    /// Size in bytes: the cache's object size for slab objects, as kmemleak has it.
+    pub size: u64,
+    /// Kind of memory.
+    pub kind: Kind,
+    /// `struct kmem_cache` for slab objects, else 0.
+    pub cache: Va,
+    /// `comm` of the allocating context: the task's, or kmemleak's "hardirq" / "softirq" when interrupted.
+    pub comm: [u8; 16],
+    /// Its pid; 0 in interrupts as kmemleak has it.
+    pub pid: i32,
+    /// `jiffies` at the allocation.
+    pub jiffies: u64,
+    /// Return addresses, innermost first, at most [`MAX_FRAMES`].
+    pub stack: &'a [Va],
+}
+
+/// How an object is treated by scans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Paint {
+    /// Reported when unreferenced.
+    Normal,
+    /// Never reported, always scanned (kmemleak_not_leak, `clear`).
+    Gray,
+    /// Never reported, never scanned (kmemleak_ignore, objects waiting for kfree_rcu).
+    Black,
+}
+
+/// A live object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Object {
+    /// Start.
+    pub address: Va,
+    /// Size, bytes.
+    pub size: u64,
+    /// Kind.
+    pub kind: Kind,
+    /// `struct kmem_cache`, or 0.
+    pub cache: Va,
+    /// Index into [`Registry::comm`].
+    pub comm: u32,
+    /// pid.
+    pub pid: i32,
+    /// jiffies at allocation.
+    pub jiffies: u64,
+    /// Backtrace, in [`Registry::stacks`].
+    pub stack: StackId,
+    /// Treatment.
+    pub paint: Paint,
+    /// Do not scan its contents (kmemleak_no_scan).
+    pub no_scan: bool,
+    /// Already reported by an earlier scan (kmemleak reports an object as new once).
+    pub reported: bool,
+    /// Place in the order of all events: allocation order.
+    pub sequence: u64,
+}
+
+/// Counters since boot; `dropped` stays 0 or is said loudly.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Counters {
+    /// Allocations recorded.
+    pub allocs: u64,
+    /// Frees of known objects.
+    pub frees: u64,
+    /// Frees of addresses never seen allocated.
+    pub unknown_frees: u64,
+    /// Allocations at an address already live: a free was missed.
+    pub overwrites: u64,
+    /// Events lost.
+    pub dropped: u64,
+}
+
+/// The live objects.
+#[derive(Default)]
+pub struct Registry {
+    /// Backtraces, each stored once.
+    pub stacks: StackDepot,
+    /// Counters.
+    pub counters: Counters,
+    records: Table,
+    /// Sizes of objects too large for their record, by address.
+    oversize: FxHashMap<Va, u64>,
+    comms: Interner<[u8; 16], COMM_BITS>,
+    caches: Interner<Va, CACHE_BITS>,
+    /// Events seen; every allocation and free takes the next number.
+    sequence: u64,
+}
+
+impl Registry {
+    /// Records an allocation. An object already live at the address is replaced, and counted as an overwrite.
+    pub fn alloc(&mut self, event: &AllocEvent<'_>) {
+        self.counters.allocs += 1;
+        self.sequence += 1;
+        let stack = &event.stack[..event.stack.len().min(MAX_FRAMES)];
+        let record = Record::new(&New {
+            address: event.address,
+            size: u32::try_from(event.size).unwrap_or(OVERSIZE),
+            kind: event.kind,
+            stack: self.stacks.intern(stack),
+            sequence: self.sequence,
+            pid: event.pid,
+            jiffies: event.jiffies,
+            cache: self.caches.intern(event.cache),
+            comm: self.comms.intern(event.comm),
+        });
+        if self.records.insert(record).is_some() {
+            self.counters.overwrites += 1;
+        }
+        if record.size == OVERSIZE {
+            self.oversize.insert(event.address, event.size);
+        }
+    }
+
+    /// Records a free by start address; returns what it was.
+    pub fn free(&mut self, address: Va) -> Option<Object> {
+        self.sequence += 1;
+        let Some(record) = self.records.remove(address) else {
+            self.counters.unknown_frees += 1;
+            return None;
+        };
+        self.counters.frees += 1;
+        let object = self.object(&record);
+        if record.size == OVERSIZE {
+            self.oversize.remove(&address);
+        }
+        Some(object)
+    }
+
+    /// Object starting at `address`.
+    pub fn get(&self, address: Va) -> Option<Object> {
+        self.records.get(address).map(|record| self.object(record))
+    }
+
+    /// Object whose memory contains `address`. Looks at every object: for `dump=`, not for scans.
+    pub fn containing(&self, address: Va) -> Option<Object> {
+        self.objects().find(|o| address - o.address < o.size)
+    }
+
+    /// Changes the treatment of the object starting at `address`; false when there is none.
+    pub fn paint(&mut self, address: Va, paint: Paint) -> bool {
+        self.change(address, |r| r.set_paint(paint))
+    }
+
+    /// Sets `no_scan`; false when no object starts at `address`.
+    pub fn set_no_scan(&mut self, address: Va) -> bool {
+        self.change(address, Record::set_no_scan)
+    }
+
+    /// Sets `reported`.
+    pub fn set_reported(&mut self, address: Va) {
+        self.change(address, Record::set_reported);
+    }
+
+    /// Every live object, in no order.
+    pub fn objects(&self) -> impl Iterator<Item = Object> + '_ {
+        self.records.iter().map(|r| self.object(r))
+    }
+
+    /// Number of live objects.
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    /// True when nothing is live.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The `comm` stored for [`Object::comm`].
+    pub fn comm(&self, id: u32) -> [u8; 16] {
+        self.comms.get(id)
+    }
+
+    /// Forgets every object (`off`). Backtraces stay, because reports still name them, and so do the counters.
+    pub fn clear(&mut self) {
+        self.records = Table::default();
+        self.oversize = FxHashMap::default();
+    }
+
+    /// Events seen so far: the sequence number of the newest.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Bytes of host memory held, backtraces included.
+    pub fn memory(&self) -> usize {
+        self.records.memory() + self.stacks.memory()
+    }
+
+    fn change(&mut self, address: Va, change: impl FnOnce(&mut Record)) -> bool {
+        let record = self.records.get_mut(address);
+        record.map(change).is_some()
+    }
+
+    fn object(&self, record: &Record) -> Object {
+        let size = match record.size {
+            OVERSIZE => self.oversize.get(&record.address()).copied().unwrap_or(u64::from(OVERSIZE)),
+            size => u64::from(size),
+        };
+        record.object(size, self.caches.get(record.cache_id()))
+    }
+}

@@ -1,0 +1,228 @@
+//! The registry against a naive twin.
+
+use super::*;
+use crate::linux::slab::{Cache, SlabMap, SlabPage};
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+const BASE: u64 = 0xffff_8880_0000_0000;
+
+fn event(address: u64, size: u64, stack: &[Va]) -> AllocEvent<'_> {
+    AllocEvent {
+        address: Va(address),
+        size,
+        kind: Kind::Slab,
+        cache: Va(BASE + 0x100),
+        comm: *b"insmod\0\0\0\0\0\0\0\0\0\0",
+        pid: 77,
+        jiffies: 4_294_892_296,
+        stack,
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Alloc { slot: u64, size: u64, kind: Kind, pid: i32, jiffies: u64, stack: Vec<u64>, comm: u8 },
+    Free { slot: u64 },
+    Paint { slot: u64, paint: Paint },
+    NoScan { slot: u64 },
+    Reported { slot: u64 },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let slot = 0..64u64;
+    let size = prop_oneof![1..9000u64, Just(u64::from(u32::MAX)), Just(5 << 32)];
+    let kind = prop_oneof![
+        Just(Kind::Slab),
+        Just(Kind::Large),
+        Just(Kind::Vmalloc),
+        Just(Kind::Percpu),
+        Just(Kind::Ioremap)
+    ];
+    let paint = prop_oneof![Just(Paint::Normal), Just(Paint::Gray), Just(Paint::Black)];
+    let stack = proptest::collection::vec(0..20u64, 0..20);
+    prop_oneof![
+        4 => (slot.clone(), size, kind, 0..1 << 22i32, 0..1u64 << 36, stack, 0..9u8).prop_map(
+            |(slot, size, kind, pid, jiffies, stack, comm)| Step::Alloc {
+                slot, size, kind, pid, jiffies, stack, comm
+            }
+        ),
+        3 => slot.clone().prop_map(|slot| Step::Free { slot }),
+        1 => (slot.clone(), paint).prop_map(|(slot, paint)| Step::Paint { slot, paint }),
+        1 => slot.clone().prop_map(|slot| Step::NoScan { slot }),
+        1 => slot.prop_map(|slot| Step::Reported { slot }),
+    ]
+}
+
+/// Slots are 8 bytes apart so that objects overlap each other, which a confused tracer may report; half of them are
+/// per-CPU offsets, whose top byte is zero.
+fn address(slot: u64) -> Va {
+    if slot.is_multiple_of(2) { Va(BASE + slot * 8) } else { Va(0x3b000 + slot * 8) }
+}
+
+/// What the twin keeps: everything, uncompressed.
+#[derive(Debug, Clone, PartialEq)]
+struct Naive {
+    object: Object,
+    comm: [u8; 16],
+    stack: Vec<Va>,
+}
+
+fn view(registry: &Registry, object: Object) -> Naive {
+    let comm = registry.comm(object.comm);
+    let stack = registry.stacks.get(object.stack).to_vec();
+    Naive { object: Object { comm: 0, stack: StackId(0), ..object }, comm, stack }
+}
+
+fn apply(registry: &mut Registry, twin: &mut BTreeMap<Va, Naive>, counters: &mut Counters, step: &Step) {
+    match step {
+        Step::Alloc { slot, size, kind, pid, jiffies, stack, comm } => {
+            let stack: Vec<Va> = stack.iter().map(|f| Va(0xffff_ffff_8100_0000 + f)).collect();
+            let object = Object {
+                address: address(*slot),
+                size: *size,
+                kind: *kind,
+                cache: Va(BASE + u64::from(*comm) * 256),
+                comm: 0,
+                pid: *pid,
+                jiffies: *jiffies,
+                stack: StackId(0),
+                paint: Paint::Normal,
+                no_scan: false,
+                reported: false,
+                sequence: registry.sequence() + 1,
+            };
+            registry.alloc(&AllocEvent {
+                address: object.address,
+                size: *size,
+                kind: *kind,
+                cache: object.cache,
+                comm: [*comm; 16],
+                pid: *pid,
+                jiffies: *jiffies,
+                stack: &stack,
+            });
+            counters.allocs += 1;
+            let stack = stack[..stack.len().min(MAX_FRAMES)].to_vec();
+            let old = twin.insert(object.address, Naive { object, comm: [*comm; 16], stack });
+            counters.overwrites += u64::from(old.is_some());
+        }
+        Step::Free { slot } => {
+            let freed = registry.free(address(*slot));
+            let expected = twin.remove(&address(*slot));
+            assert_eq!(freed.map(|o| view(registry, o)), expected);
+            counters.frees += u64::from(expected.is_some());
+            counters.unknown_frees += u64::from(expected.is_none());
+        }
+        Step::Paint { slot, paint } => {
+            let known = twin.get_mut(&address(*slot)).map(|n| n.object.paint = *paint).is_some();
+            assert_eq!(registry.paint(address(*slot), *paint), known);
+        }
+        Step::NoScan { slot } => {
+            let known = twin.get_mut(&address(*slot)).map(|n| n.object.no_scan = true).is_some();
+            assert_eq!(registry.set_no_scan(address(*slot)), known);
+        }
+        Step::Reported { slot } => {
+            registry.set_reported(address(*slot));
+            if let Some(n) = twin.get_mut(&address(*slot)) {
+                n.object.reported = true;
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn registry_is_a_map_from_address_to_object(steps in proptest::collection::vec(step(), 0..300)) {
+        let mut registry = Registry::default();
+        let (mut twin, mut counters) = (BTreeMap::new(), Counters::default());
+        for step in &steps {
+            apply(&mut registry, &mut twin, &mut counters, step);
+        }
+        prop_assert_eq!(registry.counters, counters);
+        prop_assert_eq!(registry.len(), twin.len());
+        let all: BTreeMap<Va, Naive> =
+            registry.objects().map(|o| (o.address, view(&registry, o))).collect();
+        prop_assert_eq!(&all, &twin);
+        for naive in twin.values() {
+            let inside = Va(naive.object.address.0 + naive.object.size - 1);
+            let found = registry.containing(inside).expect("an object contains its own last byte");
+            prop_assert!(inside - found.address < found.size);
+        }
+    }
+
+    #[test]
+    fn depot_returns_what_was_stored(stacks in proptest::collection::vec(
+        proptest::collection::vec(0..6u64, 0..5), 0..100)) {
+        let mut depot = StackDepot::default();
+        let stored: Vec<_> = stacks.iter().map(|s| {
+            let frames: Vec<Va> = s.iter().map(|&f| Va(f)).collect();
+            (depot.intern(&frames), frames)
+        }).collect();
+        for (id, frames) in &stored {
+            prop_assert_eq!(depot.get(*id), frames.as_slice());
+            prop_assert_eq!(depot.intern(frames), *id);
+        }
+        prop_assert!(depot.len() <= stored.len() + 1);
+    }
+}
+
+#[test]
+fn clear_forgets_objects_but_not_backtraces() {
+    let mut registry = Registry::default();
+    registry.alloc(&event(BASE, 6 << 32, &[Va(1), Va(2)]));
+    let object = registry.get(Va(BASE)).unwrap();
+    assert_eq!(object.size, 6 << 32);
+    registry.clear();
+    assert!(registry.is_empty() && registry.get(Va(BASE)).is_none());
+    assert_eq!(registry.stacks.get(object.stack), [Va(1), Va(2)]);
+    assert_eq!(registry.counters.allocs, 1);
+}
+
+#[test]
+fn names_beyond_the_last_id_share_the_empty_one() {
+    let mut names: Interner<u64, 2> = Interner::default();
+    let ids: Vec<u32> = (1..6).map(|n| names.intern(n * 10)).collect();
+    assert_eq!(ids, [1, 2, 3, 0, 0]);
+    assert_eq!((names.get(2), names.get(0), names.get(9)), (20, 0, 0));
+    assert_eq!(names.intern(30), 3);
+}
+
+/// One slab page of four 64-byte slots; slots 0, 1 and 3 are allocated.
+fn slabs() -> SlabMap {
+    let cache = Cache {
+        va: Va(BASE + 0x100),
+        name: "filp".into(),
+        object_size: 56,
+        size: 64,
+        flags: 0,
+        typesafe_by_rcu: false,
+        no_leak_trace: false,
+    };
+    let page = SlabPage { cache: 0, start: Va(BASE + 0x1000), objects: 4, allocated: vec![0b1011] };
+    SlabMap { caches: vec![cache], pages: vec![page], damaged: Vec::new() }
+}
+
+#[test]
+fn audit_agrees_with_an_exact_registry() {
+    let mut registry = Registry::default();
+    for slot in [0, 1] {
+        registry.alloc(&event(BASE + 0x1000 + slot * 64, 56, &[]));
+    }
+    let audit = registry.audit(&slabs(), &[Va(BASE + 0x10c0)]);
+    assert_eq!(audit, Audit { tracked: 2, ..Audit::default() });
+}
+
+#[test]
+fn audit_names_missing_and_stale_objects() {
+    let mut registry = Registry::default();
+    registry.alloc(&event(BASE + 0x1000, 56, &[]));
+    registry.alloc(&event(BASE + 0x1080, 56, &[]));
+    registry.alloc(&event(BASE + 0x9000, 56, &[]));
+    registry.alloc(&AllocEvent { kind: Kind::Large, ..event(BASE + 0xa000, 9000, &[]) });
+    let audit = registry.audit(&slabs(), &[]);
+    assert_eq!((audit.tracked, audit.missing, audit.stale), (1, 2, 2));
+    let named: Vec<_> = audit.examples.iter().map(|m| (m.address.0 - BASE, m.missing)).collect();
+    assert_eq!(named, [(0x1040, true), (0x10c0, true), (0x1080, false), (0x9000, false)]);
+    assert!(audit.examples.iter().all(|m| m.cache == "filp"));
+}

@@ -1,0 +1,358 @@
+//! The scan: which objects of a frozen guest can no longer be reached.
+//!
+//! Data flow: registry and guest -> [`roots`] and [`index`] -> [`mark`] -> [`graph`] -> [`ScanResult`].
+//!
+//! What kmemleak calls white and gray (mm/kmemleak.c) is reachability here: the machine stands still, so no object
+//! is lost between two reads, and neither its checksum heuristic nor its second scan is needed. Its rules otherwise:
+//!
+//! - An aligned word refers to the object it points into, at any offset below the object's size.
+//! - A vmalloc block's own `vm_struct.addr` and `vmap_area.va_start` do not count (kmemleak: a minimum of two
+//!   references). A reference to the `vm_struct` from elsewhere than its `vmap_area` counts for the block, too
+//!   (kmemleak: the excess reference).
+//! - Gray objects are roots. Black ones are neither reported nor read. Objects that wait for `kfree_rcu` are black:
+//!   their contents are dead, so what only they refer to was lost before them, or waits for its own free. Objects on
+//!   `call_rcu` need no rule: their `rcu_head`s are chained from a per-CPU list, which is a root, and are read.
+//! - Objects younger than the minimum age are not reported, and are read: what is reached from them only, like a
+//!   structure still being built, is not reported before they are old enough themselves. (kmemleak does not
+//!   read them, and reports such older objects.)
+//! - Kernel stacks are read from the stack pointer up, as roots; the vmalloc blocks they lie in are black. Module
+//!   memory is black, too, and its writable data are roots.
+//! - Per-CPU, memblock and ioremap objects are never reported: their memory is among the roots or is no RAM.
+
+pub mod graph;
+pub mod guest;
+pub mod index;
+pub mod mark;
+mod referrers;
+pub mod roots;
+mod switch_frame;
+#[cfg(test)]
+mod tests;
+mod treatment;
+pub mod words;
+
+pub use referrers::{Referrer, addresses, referrers};
+pub use treatment::{Function, Treatments};
+
+use crate::arch::CpuState;
+use crate::linux::{Linux, ModuleMap};
+use crate::memory::{FrozenMemory, PAGE_SIZE, Va};
+use crate::registry::{Kind, Object, Paint, Registry};
+use anyhow::Context;
+use guest::{Extent, GuestMemory};
+use guest_profiles::annotations::Action;
+use index::{Block, Index};
+use mark::{Contents, Marker, Special};
+use roots::{RootInput, Roots};
+use rustc_hash::FxHashMap;
+use std::time::{Duration, Instant};
+
+/// Bytes of an object kept for the report (kmemleak's HEX_MAX_LINES of HEX_ROW_SIZE).
+pub const HEAD_BYTES: usize = 32;
+
+/// Everything a scan looks at; the borrow of `memory` is the proof that the machine stands still.
+pub struct ScanInput<'a, M> {
+    /// The guest.
+    pub linux: &'a Linux,
+    /// Its memory.
+    pub memory: &'a M,
+    /// Its live objects.
+    pub registry: &'a Registry,
+    /// All its vCPUs.
+    pub cpus: &'a [CpuState],
+    /// Its modules.
+    pub modules: &'a ModuleMap,
+    /// Annotations, refreshed for the registry's backtraces.
+    pub treatments: &'a Treatments,
+    /// `jiffies` now.
+    pub now_jiffies: u64,
+    /// Objects younger than this are not reported.
+    pub min_age_ms: u64,
+    /// False: stacks are no roots.
+    pub stack: bool,
+}
+
+/// An object that cannot be reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leak {
+    /// The object as registered.
+    pub object: Object,
+    /// Name of its slab cache.
+    pub cache: Option<String>,
+    /// No unreachable object outside its own cycle refers to it.
+    pub direct: bool,
+    /// Objects of one cycle have the same number, all others one each.
+    pub component: u32,
+    /// Bytes that a direct leak keeps from being freed: of its cycle and all that only this cycle reaches. An
+    /// indirect leak's own size.
+    pub retained: u64,
+    /// Its first [`HEAD_BYTES`] bytes, or fewer.
+    pub head: Vec<u8>,
+    /// CRC-32 of its contents as kmemleak computes it (`crc32(0, ...)`, not inverted).
+    pub checksum: u32,
+}
+
+/// What one region of the roots contributed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RootStatistics {
+    /// Region.
+    pub name: String,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Words that refer to an object.
+    pub references: u64,
+}
+
+/// Result of [`scan`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ScanResult {
+    /// Unreachable objects, in allocation order.
+    pub leaks: Vec<Leak>,
+    /// `jiffies` at the scan.
+    pub jiffies: u64,
+    /// By region of the roots.
+    pub roots: Vec<RootStatistics>,
+    /// Objects looked at.
+    pub objects: u64,
+    /// Their sizes added up.
+    pub object_bytes: u64,
+    /// Unreachable objects that are too young to be reported.
+    pub young: u64,
+    /// Bytes read, roots and objects.
+    pub bytes_scanned: u64,
+    /// Time to collect roots and build the index.
+    pub prepare: Duration,
+    /// Time to mark.
+    pub mark: Duration,
+    /// Time to sort out the unreachable.
+    pub graph: Duration,
+}
+
+impl ScanResult {
+    /// Drops leaks that were freed, cleared or painted since the scan: what a later `report` shows.
+    pub fn keep_reportable(&mut self, registry: &Registry) {
+        let same =
+            |leak: &Leak, now: Object| now.sequence == leak.object.sequence && now.paint == Paint::Normal;
+        self.leaks.retain(|leak| registry.get(leak.object.address).is_some_and(|now| same(leak, now)));
+    }
+}
+
+/// Finds the unreachable objects of a frozen guest.
+///
+/// # Errors
+/// A structure of the guest that is damaged, or a kernel without the types that scans need.
+pub fn scan<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<ScanResult> {
+    let start = Instant::now();
+    let ScanInput { linux, memory, registry, .. } = *input;
+    let guest = GuestMemory::new(linux, memory).context("Cannot find the guest's direct map")?;
+    let root_input = RootInput {
+        linux,
+        cpus: input.cpus,
+        modules: input.modules,
+        stack: input.stack,
+        objects: &page_objects(registry, &guest),
+    };
+    let roots =
+        Roots::collect(&root_input, &guest, memory).context("Cannot collect the roots of the scan")?;
+    let mut blocks: Vec<Block> = heap(registry).map(|o| block(&o)).collect();
+    blocks.sort_unstable();
+    let (index, slots) = Index::new(&blocks, guest.direct());
+    let mut marker = Marker::new(&index, &guest, &slots);
+    set_vmalloc_specials(input, &mut marker)?;
+    let caches = linux.caches(memory).context("Cannot read the guest's list of slab caches")?;
+    let caches: FxHashMap<Va, String> = caches.into_iter().map(|c| (c.va, c.name)).collect();
+    let young = set_treatments(input, &caches, &mut marker);
+    let mut result = ScanResult {
+        jiffies: input.now_jiffies,
+        objects: blocks.len() as u64,
+        object_bytes: blocks.iter().map(|b| b.size).sum(),
+        prepare: start.elapsed(),
+        ..ScanResult::default()
+    };
+    drop((blocks, slots));
+
+    let start = Instant::now();
+    roots.stacks.iter().for_each(|stack| marker.set_black(stack.0));
+    result.roots = read_roots(input, &roots, &guest, &mut marker);
+    marker.run();
+    for va in young {
+        result.young += u64::from(!marker.is_reached(va));
+        marker.set_gray(va);
+    }
+    marker.run();
+    result.bytes_scanned = marker.bytes;
+    result.mark = start.elapsed();
+
+    let start = Instant::now();
+    result.leaks = leaks(registry, &caches, &guest, &marker);
+    result.graph = start.elapsed();
+    Ok(result)
+}
+
+/// Objects that scans know how to treat.
+fn heap(registry: &Registry) -> impl Iterator<Item = Object> + '_ {
+    let known = |o: &Object| matches!(o.kind, Kind::Slab | Kind::Large | Kind::Vmalloc | Kind::Page);
+    registry.objects().filter(known)
+}
+
+fn block(object: &Object) -> Block {
+    Block { start: object.address.0, size: object.size }
+}
+
+/// Pages that belong to tracked objects as a whole, those of a large kmalloc up to the power of two that the page
+/// allocator gave.
+fn page_objects<M: FrozenMemory>(registry: &Registry, guest: &GuestMemory<'_, M>) -> Vec<Extent> {
+    let mut extents = Vec::new();
+    for object in heap(registry).filter(|o| o.kind != Kind::Slab) {
+        let size = match object.kind {
+            Kind::Vmalloc => object.size.next_multiple_of(PAGE_SIZE),
+            _ => object.size.max(PAGE_SIZE).checked_next_power_of_two().unwrap_or(object.size),
+        };
+        extents.extend(guest.extents(object.address..Va(object.address.0.saturating_add(size))));
+    }
+    extents
+}
+
+/// Tells the marker of every `vm_struct` and `vmap_area` (mm/vmalloc.c): see the module description.
+fn set_vmalloc_specials<M: FrozenMemory, C: Contents>(
+    input: &ScanInput<'_, M>,
+    marker: &mut Marker<'_, C>,
+) -> anyhow::Result<()> {
+    let types = input.linux.kernel.types.as_ref().context("The kernel has no BTF")?;
+    let offset = |structure, member| {
+        types.offset(structure, member).with_context(|| format!("The kernel has no {structure}.{member}"))
+    };
+    let size = |structure| types.size_of(structure).with_context(|| format!("The kernel has no {structure}"));
+    let address = offset("vm_struct", "addr")?;
+    let (node, vm) = (offset("vmap_area", "rb_node")?, offset("vmap_area", "vm")?);
+    let (vm_size, area_size) = (size("vm_struct")?, size("vmap_area")?);
+    let areas = input.linux.vmalloc_areas(input.memory).context("Cannot read the guest's vmalloc areas")?;
+    // Neither the addresses in a vmap_area nor, in an idle one, what shares its place with the pointer to a vm_struct.
+    let parts = || {
+        let parts = [node..vm, vm + 8..area_size].into_iter().filter(|r| r.start < r.end);
+        Some(parts.collect())
+    };
+    for idle in
+        input.linux.idle_vmap_areas(input.memory).context("Cannot read the guest's free vmalloc areas")?
+    {
+        marker.set_special(idle.0, Special { areas: parts(), ..Special::default() });
+    }
+    for area in areas {
+        marker.set_special(area.vmap_area.0, Special { areas: parts(), weak: Some(vm), stands_for: None });
+        if let Some(vm) = area.vm {
+            let parts = vec![0..address, address + 8..vm_size];
+            marker.set_special(
+                vm.0,
+                Special { areas: Some(parts), weak: None, stands_for: Some(area.start.0) },
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Tells the marker how every object is to be treated; returns the young ones that may still turn out unreachable.
+fn set_treatments<M: FrozenMemory, C: Contents>(
+    input: &ScanInput<'_, M>,
+    caches: &FxHashMap<Va, String>,
+    marker: &mut Marker<'_, C>,
+) -> Vec<u64> {
+    // As msecs_to_jiffies, which rounds up.
+    let min_age = (input.min_age_ms * input.linux.hz()).div_ceil(1000);
+    let mut young = Vec::new();
+    for object in heap(input.registry) {
+        let va = object.address.0;
+        if object.no_scan {
+            marker.set_no_scan(va);
+        }
+        let cache = caches.get(&object.cache).map_or("", String::as_str);
+        let rule = input.treatments.of(&object, cache);
+        match (object.paint, rule.map(|r| r.action)) {
+            (Paint::Black, _) | (Paint::Normal, Some(Action::Black)) => marker.set_black(va),
+            (Paint::Gray, _) | (_, Some(Action::Gray)) => marker.set_gray(va),
+            (_, Some(Action::NoScan)) => marker.set_no_scan(va),
+            (_, Some(Action::Area)) => {
+                let area =
+                    rule.and_then(|r| r.start).unwrap_or(0)..rule.and_then(|r| r.end).unwrap_or(object.size);
+                marker.set_special(
+                    va,
+                    Special { areas: Some(std::iter::once(area).collect()), ..Special::default() },
+                );
+            }
+            (Paint::Normal, None) => {}
+        }
+        if input.now_jiffies.saturating_sub(object.jiffies) < min_age {
+            young.push(va);
+        }
+    }
+    for region in input.modules.live().flat_map(|m| &m.regions) {
+        marker.set_black(region.range.start);
+    }
+    young
+}
+
+/// Reads all roots.
+fn read_roots<M: FrozenMemory, C: Contents>(
+    input: &ScanInput<'_, M>,
+    roots: &Roots,
+    guest: &GuestMemory<'_, M>,
+    marker: &mut Marker<'_, C>,
+) -> Vec<RootStatistics> {
+    let mut statistics = Vec::new();
+    for region in &roots.regions {
+        let (mut bytes, mut references) = (0, 0);
+        for part in region.extents.iter().filter_map(|&extent| guest.bytes(extent)) {
+            bytes += part.len() as u64;
+            references += marker.root(part);
+        }
+        statistics.push(RootStatistics { name: region.name.clone(), bytes, references });
+    }
+    let words: Vec<u64> = input.cpus.iter().filter(|c| c.online).flat_map(|c| c.registers.words()).collect();
+    let references = words.iter().filter(|&&word| marker.root_word(word)).count() as u64;
+    statistics.push(RootStatistics { name: "registers".into(), bytes: words.len() as u64 * 8, references });
+    statistics
+}
+
+/// Sorts out what was not reached.
+fn leaks<M: FrozenMemory, C: Contents>(
+    registry: &Registry,
+    caches: &FxHashMap<Va, String>,
+    guest: &GuestMemory<'_, M>,
+    marker: &Marker<'_, C>,
+) -> Vec<Leak> {
+    let mut white: Vec<Object> = heap(registry).filter(|o| !marker.is_reached(o.address.0)).collect();
+    white.sort_unstable_by_key(|o| o.sequence);
+    let numbers: FxHashMap<u64, u32> = (0..).zip(&white).map(|(n, o)| (o.address.0, n)).collect();
+    let mut edges = Vec::new();
+    for (from, object) in (0..).zip(&white) {
+        marker.references(object.address.0, |target| {
+            if let Some(&to) = numbers.get(&target.start) {
+                edges.push((from, to));
+            }
+        });
+    }
+    let sizes: Vec<u64> = white.iter().map(|o| o.size).collect();
+    let standings = graph::classify(&sizes, &edges);
+    let leak = |(object, standing): (Object, graph::Standing)| {
+        let (head, checksum) = fingerprint(guest, block(&object));
+        let graph::Standing { direct, component, retained } = standing;
+        let cache = caches.get(&object.cache).cloned();
+        Leak { object, cache, direct, component, retained, head, checksum }
+    };
+    white.into_iter().zip(standings).map(leak).collect()
+}
+
+/// First bytes and checksum of an object's contents, as far as they can be read.
+fn fingerprint(contents: &impl Contents, block: Block) -> (Vec<u8>, u32) {
+    let start = block.start / 8 * 8;
+    let mut skip = (block.start - start) as usize;
+    let mut head = Vec::new();
+    // crc32fast inverts before and after; the kernel's crc32(0, ...) does neither.
+    let mut checksum = crc32fast::Hasher::new_with_initial(!0);
+    contents.pieces(start, block.size + skip as u64, &mut |bytes| {
+        let bytes = &bytes[skip.min(bytes.len())..];
+        skip = 0;
+        head.extend(&bytes[..bytes.len().min(HEAD_BYTES - head.len())]);
+        checksum.update(bytes);
+    });
+    (head, !checksum.finalize())
+}

@@ -1,0 +1,414 @@
+//! Where a Linux guest can keep references to heap objects, outside the objects themselves.
+//!
+//! Roots are regions of RAM: static data, every page that the kernel has in use and that belongs to no tracked
+//! object, `struct page`s in use, and the live part of each stack. Never: free pages, user pages, page cache, page
+//! tables, text; slab pages, which are read object by object; the dead part of stacks, where yesterday's pointers
+//! hide today's leaks.
+
+use super::guest::{Extent, GuestMemory};
+use super::switch_frame::SwitchFrame;
+use crate::arch::CpuState;
+use crate::linux::pages::{PageMap, Use};
+use crate::linux::tasks::Task;
+use crate::linux::{Linux, ModuleMap};
+use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, Pa, Va};
+use std::ops::Range;
+
+/// Stacks of dead tasks kept by each CPU for reuse (`NR_CACHED_STACKS`, kernel/fork.c).
+const CACHED_STACKS: u64 = 2;
+
+/// A part of the roots, named for statistics.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Region {
+    /// What it is.
+    pub name: String,
+    /// Where it is; every extent starts at a multiple of 8.
+    pub extents: Vec<Extent>,
+}
+
+/// All roots in memory, and the stacks found on the way.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Roots {
+    /// Regions in the order in which they are read.
+    pub regions: Vec<Region>,
+    /// Starts of kernel stacks, of live tasks and kept for reuse: objects that are read as stacks or not at all.
+    pub stacks: Vec<Va>,
+}
+
+/// What [`Roots::collect`] needs to know.
+pub struct RootInput<'a> {
+    /// The guest.
+    pub linux: &'a Linux,
+    /// Its CPUs.
+    pub cpus: &'a [CpuState],
+    /// Its modules.
+    pub modules: &'a ModuleMap,
+    /// False: no stack is a root.
+    pub stack: bool,
+    /// Memory of tracked objects that have whole pages: they are read as objects.
+    pub objects: &'a [Extent],
+}
+
+impl Roots {
+    /// Collects the roots of a frozen guest.
+    ///
+    /// # Errors
+    /// A structure of the guest that is damaged, with its address.
+    pub fn collect<M: FrozenMemory>(
+        input: &RootInput<'_>,
+        guest: &GuestMemory<'_, M>,
+        memory: &M,
+    ) -> Result<Self, MemoryError> {
+        let linux = input.linux;
+        let uses = linux.page_map(memory)?;
+        let mut claims = Claims { taken: vec![false; uses.uses.len()] };
+        let mut roots = Self::default();
+        claims.take(input.objects);
+        roots.add_page_structs(linux, guest, memory, &uses, &mut claims)?;
+        roots.add_stacks(input, guest, memory, &mut claims)?;
+        for root in linux.static_roots(memory)? {
+            let extents = claims.without(&guest.extents(aligned(root.range)));
+            claims.take(&extents);
+            roots.add(root.name, extents);
+        }
+        roots.add_percpu(linux, guest, memory, &mut claims)?;
+        for (name, range) in input.modules.data() {
+            let range = Va(range.start)..Va(range.end);
+            roots.add(format!("module {name}"), guest.extents(aligned(range)));
+        }
+        roots.add("reserved pages".into(), claims.pages(&uses, Use::Reserved));
+        roots.add("kernel pages".into(), claims.pages(&uses, Use::Kernel));
+        Ok(roots)
+    }
+
+    fn add(&mut self, name: String, extents: Vec<Extent>) {
+        self.regions.push(Region { name, extents });
+    }
+
+    /// `struct page`s of frames in use. Those of slab pages are left out: what they refer to (the free list, the
+    /// cache) is no object or is found elsewhere, and their vectors of cgroups are annotated.
+    fn add_page_structs<M: FrozenMemory>(
+        &mut self,
+        linux: &Linux,
+        guest: &GuestMemory<'_, M>,
+        memory: &M,
+        uses: &PageMap,
+        claims: &mut Claims,
+    ) -> Result<(), MemoryError> {
+        let structs = linux.page_structs(memory)?;
+        let mut used = Vec::new();
+        for range in memory.ranges() {
+            let first = range.start.0 >> PAGE_SHIFT;
+            let frames = range.len >> PAGE_SHIFT;
+            let entries = structs.base + first * structs.size..structs.base + (first + frames) * structs.size;
+            for extent in guest.extents(entries.clone()) {
+                claims.take(&[extent]);
+            }
+            let in_use = |frame: &u64| {
+                matches!(
+                    uses.get(*frame),
+                    Use::User | Use::PageTable | Use::Reserved | Use::Text | Use::Kernel
+                )
+            };
+            for run in runs((first..first + frames).filter(in_use)) {
+                let entries = structs.base + run.start * structs.size..structs.base + run.end * structs.size;
+                used.extend(guest.extents(entries));
+            }
+        }
+        self.add("page structs".into(), used);
+        Ok(())
+    }
+
+    /// Per-CPU memory that is allocated; what was given back keeps stale references.
+    fn add_percpu<M: FrozenMemory>(
+        &mut self,
+        linux: &Linux,
+        guest: &GuestMemory<'_, M>,
+        memory: &M,
+        claims: &mut Claims,
+    ) -> Result<(), MemoryError> {
+        let mut allocated = Vec::new();
+        for chunk in linux.percpu_chunks(memory)? {
+            for copy in chunk.copies {
+                claims.take(&guest.extents(copy..copy + chunk.size));
+                let parts = chunk.allocated.iter().map(|part| copy + part.start..copy + part.end);
+                allocated.extend(parts.flat_map(|part| guest.extents(aligned(part))));
+            }
+        }
+        self.add("percpu chunks".into(), allocated);
+        Ok(())
+    }
+
+    fn add_stacks<M: FrozenMemory>(
+        &mut self,
+        input: &RootInput<'_>,
+        guest: &GuestMemory<'_, M>,
+        memory: &M,
+        claims: &mut Claims,
+    ) -> Result<(), MemoryError> {
+        let tasks = input.linux.tasks(memory)?;
+        let cpus: Vec<Cpu> = input.cpus.iter().map(|c| Cpu::new(input.linux, memory, c)).collect();
+        let switch = SwitchFrame::of(input.linux);
+        let mut live = Vec::new();
+        for task in tasks.iter().filter(|t| t.stack != Va(0)) {
+            claims.take(&guest.extents(task.stack..task.stack + task.stack_size));
+            self.stacks.push(task.stack);
+            let Some(part) = live_part(task, &cpus) else { continue };
+            let dead = switch.as_ref().filter(|_| !task.on_cpu);
+            let dead = dead.and_then(|switch| switch.dead(input.linux, memory, task.saved_sp));
+            let dead = dead.unwrap_or(part.start..part.start);
+            live.extend(
+                [part.start..dead.start, dead.end..part.end].into_iter().flat_map(|p| guest.extents(p)),
+            );
+        }
+        let mut interrupt = Vec::new();
+        for cpu in &cpus {
+            claims.take(&guest.extents(cpu.interrupt_stack.clone()));
+            interrupt.extend(guest.extents(cpu.live_interrupt_stack(&tasks)));
+        }
+        let size = tasks.first().map_or(0, |t| t.stack_size);
+        for stack in cached_stacks(input.linux, memory)? {
+            claims.take(&guest.extents(stack..stack + size));
+            self.stacks.push(stack);
+        }
+        if input.stack {
+            self.add("task stacks".into(), live);
+            self.add("interrupt stacks".into(), interrupt);
+        }
+        Ok(())
+    }
+}
+
+/// One CPU and its interrupt stack (arch/x86/include/asm/irq_stack.h).
+struct Cpu {
+    state: CpuState,
+    /// The task it runs; 0 when that cannot be read.
+    current: Va,
+    /// Empty when the kernel has none or it is not set up yet.
+    interrupt_stack: Range<Va>,
+    /// Stack pointer of whatever was interrupted: the topmost word of the interrupt stack.
+    interrupted: Va,
+}
+
+impl Cpu {
+    fn new(linux: &Linux, memory: &impl FrozenMemory, state: &CpuState) -> Self {
+        let current = linux.current(memory, state.index).unwrap_or_default();
+        let found = interrupt_stack(linux, memory, state.index);
+        let (interrupt_stack, interrupted) = found.unwrap_or((Va(0)..Va(0), Va(0)));
+        Self { state: *state, current, interrupt_stack, interrupted }
+    }
+
+    /// Runs kernel code, so that its stack pointer is a kernel stack's.
+    fn in_kernel(&self) -> bool {
+        self.state.online && !self.state.user_mode
+    }
+
+    /// From the stack pointer up when the CPU is on its interrupt stack; all of it when the CPU is on a stack that is
+    /// not known (an exception's), which may have interrupted an interrupt; else nothing.
+    fn live_interrupt_stack(&self, tasks: &[Task]) -> Range<Va> {
+        let sp = self.state.registers.sp();
+        let Range { start, end } = self.interrupt_stack.clone();
+        if !self.in_kernel() || tasks.iter().any(|t| stack_of(t).contains(&sp)) {
+            return end..end;
+        }
+        if (start..end).contains(&sp) { aligned(sp..end) } else { start..end }
+    }
+}
+
+/// The part of a task's stack that is in use; None when there is none.
+///
+/// A sleeping task's starts at its saved stack pointer. A running one's starts at its CPU's stack pointer, or where
+/// that CPU switched to its interrupt stack. A CPU in user mode has left its task's kernel stack empty. In doubt (an
+/// exception's stack, half a context switch) it is the whole stack.
+fn live_part(task: &Task, cpus: &[Cpu]) -> Option<Range<Va>> {
+    let stack = stack_of(task);
+    let from = |sp: Va| Some(aligned(sp..stack.end));
+    if !task.on_cpu {
+        return from(if stack.contains(&task.saved_sp) { task.saved_sp } else { stack.start });
+    }
+    for cpu in cpus.iter().filter(|c| c.in_kernel()) {
+        let sp = cpu.state.registers.sp();
+        if stack.contains(&sp) {
+            return from(sp);
+        }
+        if cpu.interrupt_stack.contains(&sp) && stack.contains(&cpu.interrupted) {
+            return from(cpu.interrupted);
+        }
+    }
+    let in_user_mode = |c: &Cpu| c.state.online && c.state.user_mode && c.current == task.va;
+    if cpus.iter().any(in_user_mode) { None } else { Some(stack) }
+}
+
+fn stack_of(task: &Task) -> Range<Va> {
+    task.stack..task.stack + task.stack_size
+}
+
+/// The interrupt stack of a CPU as it is mapped, and the word at its top.
+fn interrupt_stack(linux: &Linux, memory: &impl FrozenMemory, cpu: usize) -> Option<(Range<Va>, Va)> {
+    let types = linux.kernel.types.as_ref()?;
+    let size = types.size_of("irq_stack")?;
+    // 6.2 gathered the hot per-CPU variables in `pcpu_hot`.
+    let symbol =
+        |name| linux.kernel.symbols.lookup(name).map(|va| va.0).or_else(|| types.percpu_offset(name));
+    let offset = match (symbol("pcpu_hot"), types.offset("pcpu_hot", "hardirq_stack_ptr")) {
+        (Some(base), Some(member)) => base + member,
+        _ => symbol("hardirq_stack_ptr")?,
+    };
+    let top_word = Va(linux.read_u64(memory, linux.percpu_base(memory, cpu).ok()? + offset).ok()?);
+    let end = top_word + 8;
+    let interrupted = Va(linux.read_u64(memory, top_word).ok()?);
+    (top_word.0 >= size && end.0.is_multiple_of(PAGE_SIZE)).then_some((end - size..end, interrupted))
+}
+
+/// Stacks of dead tasks that CPUs keep for new ones: what is on them is stale.
+fn cached_stacks(linux: &Linux, memory: &impl FrozenMemory) -> Result<Vec<Va>, MemoryError> {
+    let types = linux.kernel.types.as_ref();
+    let Some(address) = types.and_then(|t| t.offset("vm_struct", "addr")) else { return Ok(Vec::new()) };
+    let symbol = linux.kernel.symbols.lookup("cached_stacks").map(|va| va.0);
+    let Some(offset) = symbol.or_else(|| types?.percpu_offset("cached_stacks")) else {
+        return Ok(Vec::new());
+    };
+    let mut stacks = Vec::new();
+    for cpu in 0..linux.cpu_count(memory)? {
+        let slots = linux.percpu_base(memory, cpu)? + offset;
+        for slot in 0..CACHED_STACKS {
+            let area = linux.read_u64(memory, slots + slot * 8)?;
+            if area != 0 {
+                stacks.push(Va(linux.read_u64(memory, Va(area) + address)?));
+            }
+        }
+    }
+    Ok(stacks)
+}
+
+/// Frames whose contents are spoken for.
+struct Claims {
+    taken: Vec<bool>,
+}
+
+impl Claims {
+    /// Takes the frames that lie in `extents` as a whole.
+    fn take(&mut self, extents: &[Extent]) {
+        for extent in extents {
+            let first = extent.start.0.div_ceil(PAGE_SIZE) as usize;
+            let end = ((extent.start.0 + extent.len) >> PAGE_SHIFT) as usize;
+            let end = end.min(self.taken.len());
+            if first < end {
+                self.taken[first..end].fill(true);
+            }
+        }
+    }
+
+    /// The parts of `extents` in frames that are not taken.
+    fn without(&self, extents: &[Extent]) -> Vec<Extent> {
+        let mut left: Vec<Extent> = Vec::new();
+        for extent in extents {
+            let (mut at, end) = (extent.start.0, extent.start.0 + extent.len);
+            while at < end {
+                let next = ((at | (PAGE_SIZE - 1)) + 1).min(end);
+                let frame = (at >> PAGE_SHIFT) as usize;
+                if !self.taken.get(frame).copied().unwrap_or(false) {
+                    match left.last_mut() {
+                        Some(last) if last.start.0 + last.len == at => last.len += next - at,
+                        _ => left.push(Extent { start: Pa(at), len: next - at }),
+                    }
+                }
+                at = next;
+            }
+        }
+        left
+    }
+
+    /// Frames of one use that are not taken.
+    fn pages(&self, uses: &PageMap, wanted: Use) -> Vec<Extent> {
+        let frames = uses.uses.iter().zip(&self.taken).enumerate();
+        let free = frames.filter(|(_, (u, taken))| **u == wanted && !**taken).map(|(frame, _)| frame as u64);
+        runs(free)
+            .map(|run| Extent {
+                start: Pa(run.start << PAGE_SHIFT),
+                len: (run.end - run.start) << PAGE_SHIFT,
+            })
+            .collect()
+    }
+}
+
+/// Joins ascending numbers to ranges.
+fn runs(numbers: impl Iterator<Item = u64>) -> impl Iterator<Item = Range<u64>> {
+    let mut numbers = numbers.peekable();
+    std::iter::from_fn(move || {
+        let start = numbers.next()?;
+        let mut end = start + 1;
+        while numbers.next_if_eq(&end).is_some() {
+            end += 1;
+        }
+        Some(start..end)
+    })
+}
+
+/// Aligned words lie at multiples of 8.
+fn aligned(range: Range<Va>) -> Range<Va> {
+    Va(range.start.0.next_multiple_of(8)).min(range.end)..range.end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::Registers;
+
+    const STACK: Va = Va(0xffff_c900_0001_0000);
+
+    fn task(on_cpu: bool, saved_sp: u64) -> Task {
+        Task {
+            va: Va(0x1000),
+            comm: [0; 16],
+            pid: 1,
+            stack: STACK,
+            stack_size: 0x4000,
+            saved_sp: Va(saved_sp),
+            on_cpu,
+        }
+    }
+
+    fn cpu(sp: u64, user_mode: bool, interrupted: u64) -> Cpu {
+        let registers = Registers { rsp: sp, ..Registers::default() };
+        let state = CpuState { registers, user_mode, online: true, ..CpuState::default() };
+        let interrupt_stack = Va(0x8000)..Va(0xc000);
+        Cpu { state, current: Va(0x1000), interrupt_stack, interrupted: Va(interrupted) }
+    }
+
+    #[test]
+    fn stacks_are_read_from_the_stack_pointer_up() {
+        let (sp, top) = (STACK.0 + 0x3e04, STACK + 0x4000);
+        let live = Some(Va(sp + 4)..top);
+        assert_eq!(live_part(&task(false, sp), &[]), live);
+        assert_eq!(live_part(&task(false, 0x77), &[]), Some(STACK..top));
+        assert_eq!(live_part(&task(true, 0), &[cpu(0x20, false, 0), cpu(sp, false, 0)]), live);
+        assert_eq!(live_part(&task(true, 0), &[cpu(0x9000, false, sp)]), live);
+        assert_eq!(live_part(&task(true, 0), &[cpu(0x20, false, sp)]), Some(STACK..top));
+        assert_eq!(live_part(&task(true, 0), &[cpu(0x20, true, sp)]), None);
+    }
+
+    #[test]
+    fn interrupt_stack_is_read_only_while_in_use() {
+        let tasks = [task(true, 0)];
+        assert!(cpu(STACK.0 + 8, false, 0).live_interrupt_stack(&tasks).is_empty());
+        assert!(cpu(0x9000, true, 0).live_interrupt_stack(&tasks).is_empty());
+        assert_eq!(cpu(0x9004, false, 0).live_interrupt_stack(&tasks), Va(0x9008)..Va(0xc000));
+        assert_eq!(cpu(0x20, false, 0).live_interrupt_stack(&tasks), Va(0x8000)..Va(0xc000));
+    }
+
+    #[test]
+    fn claims_take_whole_frames_and_leave_the_rest() {
+        let mut claims = Claims { taken: vec![false; 6] };
+        claims.take(&[Extent { start: Pa(0xff8), len: 0x2010 }, Extent { start: Pa(0x5000), len: 0x9000 }]);
+        assert_eq!(claims.taken, [false, true, true, false, false, true]);
+        let left = claims.without(&[Extent { start: Pa(0x800), len: 0x6000 }]);
+        let expected = [(0x800, 0x800), (0x3000, 0x2000), (0x6000, 0x800)];
+        assert_eq!(left, expected.map(|(start, len)| Extent { start: Pa(start), len }));
+        let uses = PageMap {
+            uses: vec![Use::Kernel, Use::Kernel, Use::Free, Use::Kernel, Use::Kernel, Use::Kernel],
+        };
+        let pages = claims.pages(&uses, Use::Kernel);
+        assert_eq!(pages, [(0, 0x1000), (0x3000, 0x2000)].map(|(s, len)| Extent { start: Pa(s), len }));
+    }
+}

@@ -1,0 +1,297 @@
+//! The marker's fast paths against naive twins, on synthetic heaps.
+
+use super::graph::{Standing, classify};
+use super::index::{Block, Index};
+use super::mark::{Contents, Marker, Special};
+use super::words::{Windows, candidates};
+use super::{HEAD_BYTES, fingerprint};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Where the synthetic direct map and vmalloc space lie.
+const DIRECT: u64 = 0xffff_8880_0000_0000;
+const VMALLOC: u64 = 0xffff_c900_0000_0000;
+const PAGES: u64 = 12;
+const SPACE: u64 = PAGES * 4096;
+
+/// Two pieces of memory, each lent in pieces of a page as scattered frames would be.
+#[derive(Default)]
+struct Flat {
+    direct: Vec<u8>,
+    vmalloc: Vec<u8>,
+}
+
+impl Flat {
+    fn new() -> Self {
+        Self { direct: vec![0; SPACE as usize], vmalloc: vec![0; SPACE as usize] }
+    }
+
+    fn place(&self, va: u64) -> (bool, usize) {
+        let direct = (DIRECT..DIRECT + SPACE).contains(&va);
+        (direct, (va - if direct { DIRECT } else { VMALLOC }) as usize)
+    }
+
+    fn put(&mut self, va: u64, word: u64) {
+        let (direct, at) = self.place(va);
+        let memory = if direct { &mut self.direct } else { &mut self.vmalloc };
+        memory[at..at + 8].copy_from_slice(&word.to_le_bytes());
+    }
+
+    fn word(&self, va: u64) -> u64 {
+        let (direct, at) = self.place(va);
+        let memory = if direct { &self.direct } else { &self.vmalloc };
+        u64::from_le_bytes(memory[at..at + 8].try_into().unwrap())
+    }
+}
+
+impl Contents for Flat {
+    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(&'a [u8])) {
+        let (mut va, end) = (va, va + len);
+        while va < end {
+            let next = (va / 4096 * 4096 + 4096).min(end);
+            let (direct, at) = self.place(va);
+            let memory = if direct { &self.direct } else { &self.vmalloc };
+            visit(&memory[at..at + (next - va) as usize]);
+            va = next;
+        }
+    }
+}
+
+/// Any set of blocks, overlapping or not.
+fn any_blocks() -> impl Strategy<Value = Vec<Block>> {
+    let base = prop_oneof![3 => Just(DIRECT), 1 => Just(VMALLOC)];
+    let start = (base, prop_oneof![(0..SPACE / 8).prop_map(|o| o * 8), 0..SPACE]);
+    let size = prop_oneof![0..200u64, Just(64), Just(4096), 0..3 * 4096u64];
+    proptest::collection::vec((start, size), 0..60).prop_map(|blocks| {
+        let unique: BTreeMap<u64, u64> =
+            blocks.into_iter().map(|((b, o), s)| (b + o, s.min(SPACE - o))).collect();
+        unique.into_iter().map(|(start, size)| Block { start, size }).collect()
+    })
+}
+
+/// A heap as a kernel has it: pages cut into slots of one size of which some are taken, objects of several pages,
+/// a page of mixed sizes, vmalloc blocks.
+fn heap() -> impl Strategy<Value = Vec<Block>> {
+    let stride = prop_oneof![Just(8u64), Just(64), Just(96), Just(192), Just(1024), Just(2112)];
+    let slab = (stride, 0..8u64, proptest::collection::vec(any::<bool>(), 1024));
+    let large = (1..4 * 4096u64).prop_map(|size| (4096, size));
+    let slabs = slab.prop_map(|(stride, slack, taken)| {
+        let slots = (0..2 * 4096 / stride).filter(|&i| taken[i as usize]);
+        let size = stride - slack.min(stride - 1);
+        (2 * 4096, slots.map(|i| (i * stride, size)).collect::<Vec<_>>())
+    });
+    let run = prop_oneof![3 => slabs, 1 => large.prop_map(|(_, size)| (4 * 4096, vec![(0, size)]))];
+    (proptest::collection::vec(run, 1..4), proptest::collection::vec(1..2 * 4096u64, 0..4)).prop_map(
+        |(runs, areas)| {
+            let (mut blocks, mut at) = (Vec::new(), DIRECT);
+            for (len, objects) in runs {
+                blocks.extend(objects.iter().map(|(o, size)| Block { start: at + o, size: *size }));
+                at += len;
+            }
+            let areas = areas.iter().enumerate();
+            blocks.extend(areas.map(|(i, &size)| Block { start: VMALLOC + i as u64 * 3 * 4096, size }));
+            blocks
+        },
+    )
+}
+
+fn naive_find(blocks: &[Block], word: u64) -> Option<Block> {
+    let last = blocks.iter().filter(|b| b.start <= word).max_by_key(|b| b.start)?;
+    (word - last.start < last.size).then_some(*last)
+}
+
+fn index(blocks: &[Block]) -> (Index, Vec<u32>) {
+    Index::new(blocks, &(DIRECT..DIRECT + SPACE))
+}
+
+proptest! {
+    #[test]
+    fn index_finds_what_a_search_finds(blocks in any_blocks(), words in proptest::collection::vec(0..SPACE, 60)) {
+        let (index, slots) = index(&blocks);
+        prop_assert_eq!(slots.iter().collect::<BTreeSet<_>>().len(), blocks.len());
+        let near = blocks.iter().flat_map(|b| [b.start, b.start + b.size, b.start + b.size / 2])
+            .flat_map(|w| [w.wrapping_sub(1), w, w + 1]);
+        let words = words.iter().flat_map(|o| [DIRECT + o, VMALLOC + o, *o]);
+        for word in words.chain(near) {
+            let found = index.find(word).filter(|h| slots.contains(&h.slot));
+            prop_assert_eq!(found.map(|h| h.block), naive_find(&blocks, word), "word {:#x}", word);
+            if let Some(hit) = found {
+                let position = slots.iter().position(|&s| s == hit.slot).unwrap();
+                prop_assert_eq!(blocks[position], hit.block);
+                prop_assert!(index.windows().contain(word));
+            }
+        }
+    }
+
+    #[test]
+    fn candidates_are_the_words_inside_the_windows(
+        words in proptest::collection::vec(0..64u64, 0..50), tail in 0..8usize, a in 0..64u64, b in 0..64u64
+    ) {
+        let windows = [a..(a + 3).min(64), 0..0, b..b + 9];
+        let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        bytes.extend(vec![0; tail]);
+        let mut found = Vec::new();
+        candidates(&bytes, &Windows::new(windows.clone()), |offset, word| found.push((offset, word)));
+        let expected: Vec<_> = words.iter().enumerate().map(|(i, &w)| (i * 8, w))
+            .filter(|(_, w)| windows.iter().any(|r| r.contains(w))).collect();
+        prop_assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn marking_reaches_exactly_what_can_be_reached(
+        blocks in heap(),
+        edges in proptest::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0..600u64, 0..70u64), 0..80),
+        roots in proptest::collection::vec((any::<prop::sample::Index>(), 0..70u64), 0..4),
+        no_scan in proptest::collection::vec(any::<prop::sample::Index>(), 0..3),
+        area in (any::<prop::sample::Index>(), 0..8u64, 0..8u64),
+    ) {
+        prop_assume!(!blocks.is_empty());
+        let mut memory = Flat::new();
+        for (from, to, word, inside) in &edges {
+            let (from, to) = (from.get(&blocks), to.get(&blocks));
+            let first = from.start.next_multiple_of(8);
+            let words = (from.start + from.size).saturating_sub(first) / 8;
+            if words > 0 {
+                memory.put(first + word % words * 8, to.start + inside);
+            }
+        }
+        let roots: Vec<u64> = roots.iter().map(|(to, inside)| to.get(&blocks).start + inside).collect();
+        let no_scan: BTreeSet<u64> = no_scan.iter().map(|i| i.get(&blocks).start).collect();
+        let area = (area.0.get(&blocks).start, area.1 * 8..(area.1 + area.2) * 8);
+        let (index, slots) = index(&blocks);
+        let mut marker = Marker::new(&index, &memory, &slots);
+        no_scan.iter().for_each(|&va| marker.set_no_scan(va));
+        marker.set_special(area.0, Special { areas: Some(vec![area.1.clone()]), ..Special::default() });
+        let bytes: Vec<u8> = roots.iter().flat_map(|w| w.to_le_bytes()).collect();
+        marker.root(&bytes);
+        marker.run();
+
+        let mut reached = BTreeSet::new();
+        let mut work: Vec<Block> = roots.iter().filter_map(|&w| naive_find(&blocks, w)).collect();
+        let contents = |block: &Block| -> Vec<Block> {
+            let scanned = |va: &u64| {
+                block.start != area.0 || area.1.contains(&(va - block.start))
+            };
+            if no_scan.contains(&block.start) {
+                return Vec::new();
+            }
+            (block.start.next_multiple_of(8)..).step_by(8).take_while(|va| va + 8 <= block.start + block.size)
+                .filter(scanned).filter_map(|va| naive_find(&blocks, memory.word(va))).collect()
+        };
+        while let Some(block) = work.pop() {
+            if reached.insert(block) {
+                work.extend(contents(&block));
+            }
+        }
+        for block in &blocks {
+            prop_assert_eq!(marker.is_reached(block.start), reached.contains(block), "{:x?}", block);
+            let mut found = BTreeSet::new();
+            marker.references(block.start, |b| { found.insert(b); });
+            let expected: BTreeSet<_> = contents(block).into_iter().filter(|b| b != block).collect();
+            prop_assert_eq!(found, expected);
+        }
+    }
+
+    #[test]
+    fn graph_agrees_with_transitive_closure(
+        sizes in proptest::collection::vec(1..100u64, 1..14),
+        edges in proptest::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..30),
+    ) {
+        let n = sizes.len();
+        let edges: Vec<_> = edges.iter().map(|(a, b)| (a.index(n) as u32, b.index(n) as u32)).collect();
+        let standings = classify(&sizes, &edges);
+        let mut reach = vec![vec![false; n]; n];
+        (0..n).for_each(|i| reach[i][i] = true);
+        for _ in 0..n {
+            for &(a, b) in &edges {
+                for row in &mut reach {
+                    row[b as usize] |= row[a as usize];
+                }
+            }
+        }
+        let same = |i: usize, j: usize| reach[i][j] && reach[j][i];
+        let direct = |i: usize| !edges.iter().any(|&(a, b)| b as usize == i && !same(i, a as usize))
+            && !(0..n).any(|j| reach[j][i] && !reach[i][j]);
+        for i in 0..n {
+            let only_mine = |j: usize| reach[i][j] && !(0..n).any(|k| direct(k) && reach[k][j] && !same(k, i));
+            let retained = if direct(i) { (0..n).filter(|&j| only_mine(j)).map(|j| sizes[j]).sum() } else { sizes[i] };
+            let Standing { direct: d, component, retained: r } = standings[i];
+            prop_assert_eq!((d, r), (direct(i), retained));
+            for (j, other) in standings.iter().enumerate() {
+                prop_assert_eq!(component == other.component, same(i, j));
+            }
+        }
+    }
+}
+
+/// A `vm_struct`-like object standing for a block, and the `vmap_area` that always refers to it.
+fn vmalloc_heap() -> (Vec<Block>, Flat) {
+    let blocks = [(DIRECT, 64), (DIRECT + 64, 64), (DIRECT + 128, 64), (VMALLOC, 8192)];
+    let blocks: Vec<Block> = blocks.into_iter().map(|(start, size)| Block { start, size }).collect();
+    let mut memory = Flat::new();
+    memory.put(DIRECT, VMALLOC); // va_start: outside the scan area
+    memory.put(DIRECT + 56, DIRECT + 64); // vmap_area.vm
+    memory.put(DIRECT + 64 + 8, VMALLOC); // vm_struct.addr
+    memory.put(DIRECT + 64 + 16, DIRECT + 64); // the vm_struct refers to itself
+    (blocks, memory)
+}
+
+fn mark_vmalloc(memory: &Flat, blocks: &[Block], root: u64) -> (bool, bool) {
+    let (index, slots) = index(blocks);
+    let mut marker = Marker::new(&index, memory, &slots);
+    marker.set_special(
+        DIRECT,
+        Special { areas: Some(vec![16..24, 24..56]), weak: Some(56), ..Special::default() },
+    );
+    marker.set_special(
+        DIRECT + 64,
+        Special { areas: Some(vec![0..8, 16..64]), stands_for: Some(VMALLOC), ..Special::default() },
+    );
+    marker.root_word(DIRECT + 20);
+    marker.root_word(root);
+    marker.run();
+    assert!(marker.is_reached(DIRECT));
+    (marker.is_reached(DIRECT + 64), marker.is_reached(VMALLOC))
+}
+
+#[test]
+fn vmalloc_block_needs_more_than_its_own_descriptors() {
+    let (blocks, memory) = vmalloc_heap();
+    assert_eq!(mark_vmalloc(&memory, &blocks, 0), (true, false));
+    assert_eq!(mark_vmalloc(&memory, &blocks, VMALLOC + 8191), (true, true));
+    assert_eq!(mark_vmalloc(&memory, &blocks, VMALLOC + 8192), (true, false));
+}
+
+#[test]
+fn second_reference_to_a_vm_struct_keeps_its_block() {
+    let (blocks, mut memory) = vmalloc_heap();
+    assert_eq!(mark_vmalloc(&memory, &blocks, DIRECT + 64), (true, true));
+    memory.put(DIRECT + 128 + 24, DIRECT + 64);
+    assert_eq!(mark_vmalloc(&memory, &blocks, DIRECT + 128), (true, true));
+}
+
+/// Lends a buffer that starts at address 0, in pieces of 16 bytes.
+struct Buffer(Vec<u8>);
+
+impl Contents for Buffer {
+    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(&'a [u8])) {
+        self.0[va as usize..(va + len) as usize].chunks(16).for_each(visit);
+    }
+}
+
+/// lib/crc32.c, `crc32_le` with a start value of 0, bit by bit (polynomial 0xedb88320, reflected).
+fn kernel_crc32(bytes: &[u8]) -> u32 {
+    let bit = |crc: u32| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
+    bytes.iter().fold(0, |crc, &byte| (0..8).fold(crc ^ u32::from(byte), |crc, _| bit(crc)))
+}
+
+#[test]
+fn checksum_is_the_kernels_and_the_head_is_short() {
+    let buffer = Buffer((0..100).map(|i: u8| i.wrapping_mul(37)).collect());
+    for (start, size) in [(0, 100), (8, 40), (3, 77), (96, 4), (40, 0)] {
+        let (head, checksum) = fingerprint(&buffer, Block { start, size });
+        let bytes = &buffer.0[start as usize..(start + size) as usize];
+        assert_eq!(head, &bytes[..bytes.len().min(HEAD_BYTES)]);
+        assert_eq!(checksum, kernel_crc32(bytes), "{start} {size}");
+    }
+}

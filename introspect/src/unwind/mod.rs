@@ -1,0 +1,226 @@
+//! Stack unwinding with the kernel's own ORC tables (arch/x86/include/asm/orc_types.h,
+//! arch/x86/kernel/unwind_orc.c), or along frame pointers for a kernel without them.
+//!
+//! A pure unwinder: the caller says where to start ([`Start`]), how to read a word of the stack, and which modules
+//! there are ([`ModuleTables`]); it gets return addresses as the kernel's stack_trace_save would. It runs at every
+//! traced event, so nothing is allocated and every step emits one frame: the length of the output bounds the work
+//! whatever the tables and the stack hold.
+//!
+//! What it does not know: code copied by ftrace and kprobes (trampolines) and the real return addresses behind
+//! `return_to_handler` (function graph tracer, kretprobes), which are in no table. Generated code is assumed to
+//! keep a frame pointer, as the kernel's unwinder assumes.
+
+mod format;
+mod frame_pointer;
+mod orc;
+mod sleeping;
+#[cfg(test)]
+mod tests;
+mod walk;
+
+use crate::arch::Registers;
+use crate::image::KernelImage;
+use crate::linux::ModuleMap;
+use crate::memory::Va;
+use crate::symbols::SymbolTable;
+pub use orc::OrcTable;
+pub use sleeping::SleepingFrame;
+use std::ops::Range;
+
+/// Where modules and generated code (BPF) live, and nothing else does: Documentation/arch/x86/x86_64/mm.rst,
+/// "module mapping space". Kernel text, which KASLR may slide into its lower part, is looked for first.
+const MODULE_SPACE: Range<u64> = 0xffff_ffff_a000_0000..0xffff_ffff_ff00_0000;
+/// Stacks that can be nested in one another on a CPU: task, entry, interrupt, and one per exception type with
+/// its own (arch/x86/include/asm/page_64_types.h). Going down in memory more often is no stack.
+const MAX_STACKS: u32 = 8;
+
+/// Registers that are only known while they are live: realigned stacks and entry code find their frame by them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[allow(missing_docs, reason = "the names are the architecture's")]
+pub struct Scratch {
+    pub r10: u64,
+    pub r13: u64,
+    pub di: u64,
+    pub dx: u64,
+}
+
+/// Where an unwind starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Start {
+    /// First address of the trace.
+    pub ip: Va,
+    /// Stack pointer.
+    pub sp: Va,
+    /// Frame pointer register, whatever it holds.
+    pub bp: Va,
+    /// The other registers, when the code at `ip` is being executed.
+    pub scratch: Option<Scratch>,
+    /// `ip` is the next instruction to execute; false when it is a return address, whose call is looked up.
+    pub exact: bool,
+}
+
+impl Start {
+    /// A CPU about to execute the instruction at its instruction pointer.
+    pub fn running(registers: &Registers) -> Self {
+        Self {
+            ip: registers.ip(),
+            sp: registers.sp(),
+            bp: Va(registers.rbp),
+            scratch: Some(Scratch {
+                r10: registers.r10,
+                r13: registers.r13,
+                di: registers.rdi,
+                dx: registers.rdx,
+            }),
+            exact: true,
+        }
+    }
+}
+
+/// Why a trace ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Nobody called the last frame: the bottom of a kernel thread's or an idle task's stack.
+    Complete,
+    /// User code entered the kernel there.
+    User,
+    /// The output is full.
+    Full,
+    /// The tables do not describe the code at this address.
+    Undefined(Va),
+    /// No code can be at this address, which the stack holds as a return address.
+    NotCode(Va),
+    /// The stack cannot be read at this address.
+    Unreadable(Va),
+    /// The frame of the code at this address hangs on a register whose value is lost.
+    MissingRegister(Va),
+    /// The tables' entry for the code at this address makes no sense.
+    BadEntry(Va),
+    /// The caller of the code at this address would lie below it on the stack.
+    Backwards(Va),
+}
+
+impl End {
+    /// True when no frame is missing, but those that did not fit.
+    pub fn is_proper(self) -> bool {
+        matches!(self, Self::Complete | Self::User | Self::Full)
+    }
+}
+
+/// What an unwind came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Trace {
+    /// Frames written.
+    pub len: usize,
+    /// Why there are no more.
+    pub end: End,
+}
+
+/// Stack tables of modules by run-time address.
+pub trait ModuleTables {
+    /// The tables (run-time addresses) of the module whose code is at `ip`.
+    fn table(&self, ip: Va) -> Option<&OrcTable>;
+}
+
+/// No modules.
+impl ModuleTables for () {
+    fn table(&self, _ip: Va) -> Option<&OrcTable> {
+        None
+    }
+}
+
+impl ModuleTables for ModuleMap {
+    fn table(&self, ip: Va) -> Option<&OrcTable> {
+        self.orc(ip)
+    }
+}
+
+/// Where the kernel image's code lies, link addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Text {
+    /// Start and end of code and of code used at boot only.
+    ranges: [(u64, u64); 2],
+}
+
+impl Text {
+    /// From the symbols around it, else from the sections.
+    ///
+    /// # Errors
+    /// When there is neither.
+    pub fn recover(image: &KernelImage, symbols: &SymbolTable) -> anyhow::Result<Self> {
+        let range = |start: &str, end: &str, section: &str| {
+            let by_symbols = symbols.lookup(start).zip(symbols.lookup(end));
+            by_symbols.map(|(start, end)| (start.0, end.0)).or_else(|| {
+                let section = image.section(section)?;
+                Some((section.va.0, section.va.0.checked_add(section.size)?))
+            })
+        };
+        let Some(text) = range("_stext", "_etext", ".text") else {
+            anyhow::bail!("The kernel image says nowhere where its code is: no _stext, no section .text");
+        };
+        let init = range("_sinittext", "_einittext", ".init.text").unwrap_or_default();
+        Ok(Self { ranges: [text, init] })
+    }
+
+    #[inline]
+    fn contains(&self, link: Va) -> bool {
+        self.ranges.iter().any(|&(start, end)| start <= link.0 && link.0 < end)
+    }
+}
+
+/// Unwinds kernel stacks of one booted guest. Cheap to make and to copy.
+#[derive(Clone, Copy)]
+pub struct Unwinder<'a> {
+    orc: Option<&'a OrcTable>,
+    text: Text,
+    slide: u64,
+}
+
+impl<'a> Unwinder<'a> {
+    /// With the image's stack tables, or along frame pointers when it has none. `slide` is run-time minus link
+    /// address.
+    pub fn new(orc: Option<&'a OrcTable>, text: Text, slide: u64) -> Self {
+        Self { orc, text, slide }
+    }
+
+    /// Writes the start address and then return addresses, innermost first, to `out`.
+    ///
+    /// `read_word` reads the guest's memory; None from it ends the trace.
+    pub fn unwind(
+        &self,
+        modules: &impl ModuleTables,
+        start: &Start,
+        read_word: impl FnMut(Va) -> Option<u64>,
+        out: &mut [Va],
+    ) -> Trace {
+        let mut frames = Frames { out, len: 0 };
+        let end = match self.orc {
+            Some(orc) => self.walk(orc, modules, start, read_word, &mut frames),
+            None => self.walk_frame_pointers(start, read_word, &mut frames),
+        };
+        Trace { len: frames.len, end }
+    }
+
+    #[inline]
+    fn is_kernel_text(&self, ip: Va) -> bool {
+        self.text.contains(ip - self.slide)
+    }
+}
+
+/// The output and how much of it is used.
+struct Frames<'o> {
+    out: &'o mut [Va],
+    len: usize,
+}
+
+impl Frames<'_> {
+    /// Adds a frame. True while there is room for another.
+    #[inline]
+    fn push(&mut self, ip: Va) -> bool {
+        if let Some(slot) = self.out.get_mut(self.len) {
+            *slot = ip;
+            self.len += 1;
+        }
+        self.len < self.out.len()
+    }
+}
