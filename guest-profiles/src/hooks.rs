@@ -1,0 +1,113 @@
+//! Allocator hooks: which functions see every allocation and every free exactly once.
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+/// What a hook means to the tracer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Returns one slab object, or NULL.
+    SlabAlloc,
+    /// As [`Role::SlabAlloc`], but also hands through large allocations that [`Role::LargeAlloc`] has seen.
+    Kmalloc,
+    /// Fills `p[]` (argument 3) and returns how many.
+    BulkAlloc,
+    /// Returns whole pages; size in argument 0.
+    LargeAlloc,
+    /// Frees the object in `argument`.
+    Free,
+    /// Frees `p[]` (argument 2), count in argument 1.
+    BulkFree,
+    /// The object waits for an RCU grace period.
+    RcuFree,
+    /// Returns a vmalloc block; size in argument 0.
+    Vmalloc,
+    /// Gives back the vmalloc-space area at `argument`.
+    Vfree,
+    /// A module is about to start; `struct module` in `argument`.
+    ModuleLoad,
+    /// A module's memory goes away.
+    ModuleUnload,
+}
+
+/// Where in the function to look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Point {
+    /// Before its body runs.
+    Entry,
+    /// When its result is known.
+    Return,
+    /// Both, paired by stack pointer.
+    Both,
+}
+
+/// One row of `data/hooks.toml`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hook {
+    /// Meaning.
+    pub role: Role,
+    /// Place.
+    pub point: Point,
+    /// Alternative symbols, best first.
+    pub functions: Vec<String>,
+    /// Symbols whose presence makes this hook unnecessary.
+    #[serde(default)]
+    pub unless: Vec<String>,
+    /// Position of the argument that matters, for one-argument roles.
+    #[serde(default)]
+    pub argument: u8,
+    /// What is lost without it; shown by `inspect`.
+    pub cover: String,
+    /// Kernels without it lose nothing: it is no gap.
+    #[serde(default)]
+    pub optional: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    hook: Vec<Hook>,
+}
+
+/// The built-in hooks.
+///
+/// # Panics
+/// Never: the data is part of the crate and a unit test loads it.
+pub fn builtin() -> Vec<Hook> {
+    parse(include_str!("../data/hooks.toml")).expect("built-in hooks are valid")
+}
+
+/// Reads a hook file.
+///
+/// # Errors
+/// Not TOML, an unknown key, or a hook without functions.
+pub fn parse(text: &str) -> Result<Vec<Hook>> {
+    let file: File = toml::from_str(text).context("Cannot read the hook profile")?;
+    if let Some(empty) = file.hook.iter().find(|h| h.functions.is_empty()) {
+        bail!("Hook for {:?} names no function", empty.cover);
+    }
+    Ok(file.hook)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn builtin_hooks_load_and_pair_every_allocation_with_a_free() {
+        let hooks = builtin();
+        for role in [Role::SlabAlloc, Role::Free, Role::BulkAlloc, Role::BulkFree, Role::Vmalloc, Role::Vfree]
+        {
+            assert!(hooks.iter().any(|h| h.role == role), "{role:?} is missing");
+        }
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        let bad = "[[hook]]\nrole='free'\npoint='entry'\nfunctions=['kfree']\ncover='x'\nversion='6.1'\n";
+        assert!(parse(bad).is_err());
+    }
+}

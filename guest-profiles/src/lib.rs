@@ -1,0 +1,4 @@
+//! What is known of Linux kernels that no image says.
+
+pub mod annotations;
+pub mod hooks;
