@@ -1,0 +1,6 @@
+//! What differs between architectures. Twin modules export the same names; `cfg` stays here.
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::*;

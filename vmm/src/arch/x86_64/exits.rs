@@ -1,0 +1,84 @@
+//! Exits of a vCPU: what they ask for, and a short note of each.
+
+use crate::machine::{Outcome, TrapInstruction};
+use kvm_ioctls::VcpuExit;
+use std::fmt;
+
+/// What an exit asks of the vCPU thread.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Next {
+    /// Go on.
+    Enter,
+    /// Look whether a pause or stop is wanted, then go on.
+    Checkpoint,
+    /// An instruction that may be a trap of ours.
+    Trap(TrapInstruction),
+    /// The machine has ended.
+    End(Outcome),
+    /// It cannot go on: why.
+    Fail(String),
+}
+
+/// One exit, small enough to note every one of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExitRecord {
+    kind: Kind,
+    /// Port or physical address.
+    place: u64,
+    /// Bytes accessed.
+    size: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    PortIn,
+    PortOut,
+    MmioRead,
+    MmioWrite,
+    Breakpoint,
+    Shutdown,
+    SystemEvent,
+    FailedEntry,
+    InternalError,
+    Other,
+}
+
+impl ExitRecord {
+    /// Exception number of a breakpoint.
+    pub const BREAKPOINT: u32 = 3;
+
+    /// Notes an exit.
+    pub fn new(exit: &VcpuExit<'_>) -> Self {
+        let (kind, place, size) = match exit {
+            VcpuExit::IoIn(port, data) => (Kind::PortIn, u64::from(*port), data.len()),
+            VcpuExit::IoOut(port, data) => (Kind::PortOut, u64::from(*port), data.len()),
+            VcpuExit::MmioRead(address, data) => (Kind::MmioRead, *address, data.len()),
+            VcpuExit::MmioWrite(address, data) => (Kind::MmioWrite, *address, data.len()),
+            VcpuExit::Debug(debug) => (Kind::Breakpoint, debug.pc, 0),
+            VcpuExit::Shutdown => (Kind::Shutdown, 0, 0),
+            VcpuExit::SystemEvent(event, _) => (Kind::SystemEvent, u64::from(*event), 0),
+            VcpuExit::FailEntry(reason, _) => (Kind::FailedEntry, *reason, 0),
+            VcpuExit::InternalError => (Kind::InternalError, 0, 0),
+            _ => (Kind::Other, 0, 0),
+        };
+        Self { kind, place, size }
+    }
+}
+
+impl fmt::Display for ExitRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (place, size) = (self.place, self.size);
+        match self.kind {
+            Kind::PortIn => write!(f, "in {place:#x}/{size}"),
+            Kind::PortOut => write!(f, "out {place:#x}/{size}"),
+            Kind::MmioRead => write!(f, "read {place:#x}/{size}"),
+            Kind::MmioWrite => write!(f, "write {place:#x}/{size}"),
+            Kind::Breakpoint => write!(f, "debug at {place:#x}"),
+            Kind::Shutdown => write!(f, "shutdown"),
+            Kind::SystemEvent => write!(f, "system event {place}"),
+            Kind::FailedEntry => write!(f, "failed entry {place:#x}"),
+            Kind::InternalError => write!(f, "internal error"),
+            Kind::Other => write!(f, "other"),
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! ACPI tables (ACPI specification 6.5): processors, interrupt controllers, serial ports, power off and reset.
+//!
+//! The platform is hardware-reduced: no fixed hardware but the sleep and reset registers, so no SCI, no PM timer, no
+//! keyboard controller and no CMOS clock that a kernel would wait for.
+
+use crate::arch::layout::{
+    ACPI, IO_APIC, LOCAL_APIC, RESET, RESET_VALUE, SERIAL_IRQS, SERIAL_PORTS, SLEEP_CONTROL, SLEEP_STATUS,
+};
+use acpi_tables::aml::{self, Device, EISAName, Interrupt, Name, Package, Path, ResourceTemplate};
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
+
+const OEM: [u8; 6] = *b"KLEAK ";
+const TABLE: [u8; 8] = *b"KLEAKVMM";
+const OEM_REVISION: u32 = 1;
+/// Where each table may start.
+const ALIGNMENT: usize = 64;
+
+/// All tables for a machine of `cpus` vCPUs, for [`ACPI`]; the RSDP is the first.
+pub(super) fn tables(cpus: u8) -> Vec<u8> {
+    // The RSDP's place is known, its content only at the end.
+    let mut tables = Tables(vec![0; Rsdp::len().next_multiple_of(ALIGNMENT)]);
+    let dsdt = tables.add(&dsdt());
+    let fadt = tables.add(&bytes(&fadt(dsdt)));
+    let madt = tables.add(&bytes(&madt(cpus)));
+    let mut xsdt = XSDT::new(OEM, TABLE, OEM_REVISION);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    let xsdt = tables.add(&bytes(&xsdt));
+    let rsdp = bytes(&Rsdp::new(OEM, xsdt));
+    tables.0[..rsdp.len()].copy_from_slice(&rsdp);
+    tables.0
+}
+
+struct Tables(Vec<u8>);
+
+impl Tables {
+    /// Appends a table; its guest physical address.
+    fn add(&mut self, table: &[u8]) -> u64 {
+        let at = self.0.len().next_multiple_of(ALIGNMENT);
+        self.0.resize(at, 0);
+        self.0.extend(table);
+        ACPI.0 + at as u64
+    }
+}
+
+fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
+    // iapc_boot_arch: neither VGA nor CMOS clock; the bit for a keyboard controller stays clear.
+    const NO_VGA: u16 = 1 << 2;
+    const NO_CMOS_RTC: u16 = 1 << 5;
+    let port =
+        |address: u16| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(address));
+    let mut fadt = FADTBuilder::new(OEM, TABLE, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup);
+    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
+    fadt.reset_reg = port(RESET);
+    fadt.reset_value = RESET_VALUE;
+    fadt.sleep_control_reg = port(SLEEP_CONTROL);
+    fadt.sleep_status_reg = port(SLEEP_STATUS);
+    fadt.finalize()
+}
+
+fn madt(cpus: u8) -> MADT {
+    const IO_APIC_ID: u8 = 0;
+    let mut madt = MADT::new(OEM, TABLE, OEM_REVISION, LocalInterruptController::Address(LOCAL_APIC));
+    for id in 0..cpus {
+        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(IO_APIC_ID, IO_APIC, 0));
+    madt
+}
+
+/// Power off, and the serial ports: without a legacy interrupt controller a kernel takes ISA interrupts from here.
+fn dsdt() -> Vec<u8> {
+    const REVISION: u8 = 6;
+    const EMPTY_LEN: u32 = 36;
+    let mut dsdt = Sdt::new(*b"DSDT", EMPTY_LEN, REVISION, OEM, TABLE, OEM_REVISION);
+    let s5 = Package::new(vec![&5u8, &5u8, &0u8, &0u8]);
+    dsdt.append_slice(&bytes(&Name::new(Path::new("_S5_"), &s5)));
+    for k in 0..SERIAL_PORTS.len() {
+        dsdt.append_slice(&serial_port(k));
+    }
+    dsdt.as_slice().to_vec()
+}
+
+fn serial_port(k: usize) -> Vec<u8> {
+    let port = SERIAL_PORTS[k];
+    let io = aml::IO::new(port, port, 0, 8);
+    let (consumer, edge, active_low, shared) = (true, true, false, false);
+    let interrupt = Interrupt::new(consumer, edge, active_low, shared, SERIAL_IRQS[k]);
+    let id = Name::new(Path::new("_HID"), &EISAName::new("PNP0501"));
+    let number = Name::new(Path::new("_UID"), &(k as u8));
+    let resources = ResourceTemplate::new(vec![&io, &interrupt]);
+    let resources = Name::new(Path::new("_CRS"), &resources);
+    let path = Path::new(&format!("_SB_.COM{}", k + 1));
+    bytes(&Device::new(path, vec![&id, &number, &resources]))
+}
+
+fn bytes(table: &dyn Aml) -> Vec<u8> {
+    struct Sink(Vec<u8>);
+    impl AmlSink for Sink {
+        fn byte(&mut self, byte: u8) {
+            self.0.push(byte);
+        }
+    }
+    let mut sink = Sink(Vec::new());
+    table.to_aml_bytes(&mut sink);
+    sink.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn u32_at(bytes: &[u8], at: usize) -> usize {
+        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
+    }
+
+    fn u64_at(bytes: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    /// The table at a guest address, its checksum checked.
+    fn table(tables: &[u8], address: u64) -> &[u8] {
+        let at = (address - ACPI.0) as usize;
+        let table = &tables[at..at + u32_at(tables, at + 4)];
+        assert_eq!(table.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)), 0, "checksum");
+        table
+    }
+
+    #[test]
+    fn every_table_is_found_from_the_rsdp() {
+        let tables = tables(8);
+        assert_eq!(&tables[..8], b"RSD PTR ");
+        let xsdt = table(&tables, u64_at(&tables, 24));
+        let names: Vec<&[u8]> =
+            xsdt[36..].chunks(8).map(|entry| &table(&tables, u64_at(entry, 0))[..4]).collect();
+        assert_eq!(names, [b"FACP", b"APIC"]);
+        let fadt = table(&tables, u64_at(xsdt, 36));
+        let dsdt = table(&tables, u64_at(fadt, 140));
+        assert_eq!(&dsdt[..4], b"DSDT");
+        assert!(dsdt.windows(4).any(|w| w == b"_S5_"));
+    }
+
+    #[test]
+    fn every_processor_is_listed() {
+        for cpus in [1, 8] {
+            let tables = tables(cpus);
+            let xsdt = table(&tables, u64_at(&tables, 24));
+            let madt = table(&tables, u64_at(xsdt, 44));
+            assert_eq!(madt.len(), 44 + usize::from(cpus) * 8 + 12);
+            assert_eq!(madt[44 + 3], 0, "the boot processor comes first");
+        }
+    }
+}

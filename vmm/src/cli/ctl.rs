@@ -1,0 +1,104 @@
+//! `kleak-vmm ctl`: one console command to a running virtual machine.
+//!
+//! Exit codes: 0 with the reply on standard output; 2 when the command is unknown, refused or failed, or when it is
+//! not clear which machine is meant; 4 when no machine answers.
+
+use super::{CtlOptions, ExitCode, Failure, print};
+use crate::console::client::Client;
+use crate::console::command::Request;
+use crate::console::socket::{live_sockets, runtime_dir};
+use anyhow::Context;
+use std::path::{Path, PathBuf};
+
+/// Sends the command and prints the reply.
+///
+/// # Errors
+/// See the module; the codes travel as [`Failure`]s.
+pub fn ctl(options: &CtlOptions) -> anyhow::Result<ExitCode> {
+    let line = options.command.join(" ");
+    let hint = "kleak-vmm ctl help lists the commands";
+    if let Err(what) = Request::parse(&line).command {
+        return Err(Failure::usage(what).hint(hint).into());
+    }
+    let path = match &options.control {
+        Some(path) => path.clone(),
+        None => only_socket(&runtime_dir())?,
+    };
+    let failure = || {
+        Failure::host(format!("No virtual machine answers on {}", path.display()))
+            .hint("start one with kleak-vmm run, or check --control")
+    };
+    let mut client = Client::connect(&path).with_context(failure)?;
+    let reply = client.request(&line).with_context(failure)?;
+    if reply.failed && !reply.body.starts_with('{') {
+        let what = reply.body.trim_end().trim_start_matches("error: ").to_owned();
+        return Err(Failure::usage(what).into());
+    }
+    print(&reply.body)?;
+    Ok(if reply.failed { ExitCode::Usage } else { ExitCode::Success })
+}
+
+/// The only live socket in `dir`.
+fn only_socket(dir: &Path) -> anyhow::Result<PathBuf> {
+    let mut sockets = live_sockets(dir);
+    match sockets.len() {
+        1 => Ok(sockets.remove(0)),
+        0 => {
+            let what =
+                format!("No virtual machine is running that has its control socket in {}", dir.display());
+            Err(Failure::host(what)
+                .hint("start one with kleak-vmm run, or name its socket with --control")
+                .into())
+        }
+        n => {
+            let names: Vec<String> = sockets.iter().map(|path| path.display().to_string()).collect();
+            let what = format!("{n} virtual machines are running: {}", names.join(", "));
+            Err(Failure::usage(what).hint("choose one with --control").into())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::failure::{exit_code, render};
+    use super::*;
+    use crate::console::execute::Executor;
+    use crate::console::fake::FakeTarget;
+    use crate::console::socket::ControlServer;
+    use std::sync::Arc;
+
+    fn options(control: &Path, command: &str) -> CtlOptions {
+        let command = command.split(' ').map(str::to_owned).collect();
+        CtlOptions { control: Some(control.to_owned()), command }
+    }
+
+    #[test]
+    fn the_only_machine_is_found_and_several_are_listed() {
+        let dir = std::env::temp_dir().join(format!("kleak-ctl-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        assert_eq!(exit_code(&only_socket(&dir).unwrap_err()), ExitCode::Host);
+
+        let (one, two) = (dir.join("1.sock"), dir.join("2.sock"));
+        let target = Arc::new(FakeTarget::leaky());
+        let mut first = ControlServer::bind(&one).unwrap();
+        first.serve(Arc::new(Executor::new(target.clone()))).unwrap();
+        assert_eq!(only_socket(&dir).unwrap(), one);
+
+        let second = ControlServer::bind(&two).unwrap();
+        let error = only_socket(&dir).unwrap_err();
+        assert_eq!(exit_code(&error), ExitCode::Usage);
+        assert!(render(&error).contains("1.sock") && render(&error).contains("2.sock"));
+        drop(second);
+        assert_eq!(only_socket(&dir).unwrap(), one);
+
+        assert_eq!(ctl(&options(&one, "scan=on")).unwrap(), ExitCode::Success);
+        assert_eq!(exit_code(&ctl(&options(&one, "scam")).unwrap_err()), ExitCode::Usage);
+        target.broken.store(true, std::sync::atomic::Ordering::SeqCst);
+        let error = ctl(&options(&one, "scan")).unwrap_err();
+        assert_eq!(render(&error), "kleak-vmm: error: The guest is gone\n");
+        assert_eq!(ctl(&options(&one, "json scan")).unwrap(), ExitCode::Usage);
+        drop(first);
+        assert_eq!(exit_code(&ctl(&options(&one, "scan")).unwrap_err()), ExitCode::Host);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -1,0 +1,143 @@
+//! The command line: parsing, dispatch, exit codes.
+
+pub mod check;
+mod ctl;
+mod doctor;
+pub mod failure;
+mod inspect;
+pub mod options;
+pub mod relay;
+mod run;
+#[cfg(test)]
+mod tests;
+pub mod values;
+
+pub use failure::{ExitCode, Failure};
+pub use options::RunOptions;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+
+/// Finds memory leaks in an unmodified Linux kernel, from outside it.
+#[derive(Debug, Parser)]
+#[command(name = "kleak-vmm", version, subcommand_required = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Boot a kernel, track its heap, scan for leaks; the guest's console is on standard input and output
+    #[command(
+        after_help = "On the console, Ctrl-a h lists the keys, Ctrl-a c opens the monitor and Ctrl-a x quits."
+    )]
+    Run(Box<RunOptions>),
+    /// Send one console command to a running virtual machine
+    Ctl(CtlOptions),
+    /// Show what can be recovered from a kernel image, and which hooks apply
+    Inspect(InspectOptions),
+    /// Tell whether this host can run it, and how fast; what to do if not
+    Doctor(DoctorOptions),
+}
+
+/// Options of `kleak-vmm ctl`.
+#[derive(Debug, clap::Args)]
+pub struct CtlOptions {
+    /// Control socket [default: that of the only virtual machine running]
+    #[arg(long, value_name = "SOCK")]
+    pub control: Option<PathBuf>,
+    /// Console command, such as scan, report or help
+    #[arg(required = true, trailing_var_arg = true)]
+    pub command: Vec<String>,
+}
+
+/// Options of `kleak-vmm inspect`.
+#[derive(Debug, clap::Args)]
+pub struct InspectOptions {
+    /// Kernel image: bzImage or vmlinux ELF
+    pub kernel: PathBuf,
+    /// One line of JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `kleak-vmm doctor`.
+#[derive(Debug, clap::Args)]
+pub struct DoctorOptions {
+    /// One line of JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The whole program: parses `args` (with the program's name first), runs the subcommand, prints an error once.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    if crate::lab::agent::is_wanted() {
+        crate::lab::agent::main();
+    }
+    failure::install_panic_hook();
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    dispatch(cli.command).unwrap_or_else(|error| failure::report(&error))
+}
+
+/// Prints to standard output; that nobody reads it any more is no error.
+///
+/// # Errors
+/// Any other failure to write, such as a full disk.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(anyhow::Error::from(error).context(Failure::host("Cannot write to standard output")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// `--help` and `--version` go to standard output; a usage error is said in the house's style.
+fn usage(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            print(&error.render().to_string()).map_or(ExitCode::Host, |()| ExitCode::Success)
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            // The help itself is the hint here.
+            let _ = std::io::stderr().write_all(error.render().to_string().as_bytes());
+            ExitCode::Usage
+        }
+        _ => failure::report(&usage_failure(error).into()),
+    }
+}
+
+/// clap's message is a paragraph, then tips and usage: the paragraph is the error, a tip the hint.
+fn usage_failure(error: &clap::Error) -> Failure {
+    let rendered = error.render().to_string();
+    let paragraph = rendered.split("\n\n").next().unwrap_or_default();
+    let what =
+        paragraph.strip_prefix("error: ").unwrap_or(paragraph).lines().map(str::trim).collect::<Vec<_>>();
+    let tip = match (error.get(ContextKind::SuggestedArg), error.get(ContextKind::SuggestedSubcommand)) {
+        (Some(ContextValue::String(name)), _) | (_, Some(ContextValue::String(name))) => Some(name.clone()),
+        (_, Some(ContextValue::Strings(names))) => names.first().cloned(),
+        _ => None,
+    };
+    let hint = match tip {
+        Some(name) => format!("did you mean {name}?"),
+        None => "kleak-vmm help lists the subcommands, kleak-vmm SUBCOMMAND --help their options".to_owned(),
+    };
+    Failure::usage(what.join(" ")).hint(hint)
+}
+
+fn dispatch(action: Action) -> anyhow::Result<ExitCode> {
+    match action {
+        Action::Run(options) => run::run(&options),
+        Action::Ctl(options) => ctl::ctl(&options),
+        Action::Inspect(options) => inspect::inspect(&options),
+        Action::Doctor(options) => doctor::doctor(&options),
+    }
+}

@@ -1,0 +1,292 @@
+//! Options of `kleak-vmm run`.
+
+use super::values::{self, FileSpec, ModuleSpec};
+use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, ValueEnum};
+use std::path::{Path, PathBuf};
+
+/// How allocations are seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TracerChoice {
+    /// The best that works on this kernel and host.
+    Auto,
+    /// Trap instructions in the guest's allocator.
+    Breakpoint,
+    /// None: a plain virtual machine.
+    Off,
+}
+
+/// Which trap instruction the breakpoint tracer plants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TrapChoice {
+    /// `int3` where the probe says it works, else `pio`.
+    Auto,
+    /// One byte, a debug exit.
+    Int3,
+    /// Two bytes, a port-write exit.
+    Pio,
+}
+
+/// Whether to run inside a helper Linux under emulation, which has a KVM that works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LabChoice {
+    /// Where this host's KVM does not work.
+    Auto,
+    /// Never: without usable KVM, exit 4.
+    Never,
+    /// Always, with AMD's virtualisation emulated by QEMU.
+    Svm,
+}
+
+/// What else sets off a scan and a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ScanTrigger {
+    /// The guest's OOM killer runs.
+    Oom,
+    /// The guest panics.
+    Panic,
+    /// The guest powers off, or the run ends in another way.
+    Exit,
+}
+
+/// Form of a report file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ReportFormat {
+    /// kmemleak's text.
+    Text,
+    /// `kleak-report/1`.
+    Json,
+}
+
+/// A file that gets the report.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReportSpec {
+    /// The file; `-` is standard output.
+    pub path: PathBuf,
+    /// Its form.
+    pub format: ReportFormat,
+}
+
+/// Everything `run` was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+pub struct RunOptions {
+    /// Guest kernel: bzImage or vmlinux ELF [default: the host's own /boot/vmlinuz]
+    #[arg(long, value_name = "PATH", help_heading = "Guest")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initramfs [default: a small one of our own, which serves --module, --exec and --file]
+    #[arg(long, value_name = "PATH", help_heading = "Guest")]
+    pub initrd: Option<PathBuf>,
+
+    /// Load a kernel module, with parameters; repeatable
+    #[arg(long = "module", value_name = "FILE.ko[,PARAM=VALUE...]", value_parser = values::module, help_heading = "Guest")]
+    pub modules: Vec<ModuleSpec>,
+
+    /// Where modules that the --module ones depend on are looked for
+    #[arg(long, value_name = "DIR", help_heading = "Guest")]
+    pub module_dir: Option<PathBuf>,
+
+    /// Run a command in the guest once the modules are loaded; a relative path (./test.sh) is copied from the host
+    #[arg(long, value_name = "CMD", help_heading = "Guest")]
+    pub exec: Option<String>,
+
+    /// Copy a host file into the guest; repeatable
+    #[arg(long = "file", value_name = "HOST:GUEST", value_parser = values::file, help_heading = "Guest")]
+    pub files: Vec<FileSpec>,
+
+    /// Added to the kernel command line; kleak.console=off keeps the second serial port for the guest's own use
+    #[arg(
+        long,
+        value_name = "STRING",
+        default_value = "",
+        hide_default_value = true,
+        help_heading = "Guest"
+    )]
+    pub cmdline: String,
+
+    /// Guest memory
+    #[arg(long = "mem", value_name = "SIZE", default_value = "512M", value_parser = values::size, help_heading = "Guest")]
+    pub mem_bytes: u64,
+
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8), help_heading = "Guest")]
+    pub cpus: u8,
+
+    /// Randomise the kernel's address [default: as the command line says]
+    #[arg(long, value_name = "on|off", value_parser = values::on_off, help_heading = "Guest")]
+    pub kaslr: Option<bool>,
+
+    /// Guest profile to use instead of the built-in ones
+    #[arg(long, value_name = "FILE", help_heading = "Detector")]
+    pub profile: Option<PathBuf>,
+
+    /// How allocations are seen
+    #[arg(long, value_enum, default_value_t = TracerChoice::Auto, help_heading = "Detector")]
+    pub tracer: TracerChoice,
+
+    /// Trap instruction of the breakpoint tracer
+    #[arg(long, value_enum, default_value_t = TrapChoice::Auto, help_heading = "Detector")]
+    pub trap: TrapChoice,
+
+    /// Seconds between automatic scans; 0: only on command
+    #[arg(long = "scan-period", value_name = "SECS", default_value_t = 600, help_heading = "Detector")]
+    pub scan_period_s: u64,
+
+    /// Objects younger than this many milliseconds are not reported
+    #[arg(long = "min-age", value_name = "MS", default_value_t = 1000, help_heading = "Detector")]
+    pub min_age_ms: u64,
+
+    /// Scan the stacks of tasks
+    #[arg(long, value_name = "on|off", default_value = "on", action = ArgAction::Set, value_parser = values::on_off, help_heading = "Detector")]
+    pub stack: bool,
+
+    /// Scan before the run ends
+    #[arg(long, value_name = "yes|no", default_value = "yes", action = ArgAction::Set, value_parser = values::yes_no, help_heading = "Detector")]
+    pub scan_at_exit: bool,
+
+    /// What else sets off a scan and a report
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHEN,...",
+        value_delimiter = ',',
+        default_value = "exit,panic",
+        help_heading = "Detector"
+    )]
+    pub scan_on: Vec<ScanTrigger>,
+
+    /// Clear after each scan on --scan-period or oom, so that each report holds only new leaks
+    #[arg(long, help_heading = "Detector")]
+    pub clear_after_scan: bool,
+
+    #[allow(missing_docs, reason = "a doc comment would become the help text of the group")]
+    #[command(flatten)]
+    pub reports: Reports,
+
+    /// Keep the report of each scan on --scan-period or oom in a numbered file of its own
+    #[arg(long, value_name = "DIR", help_heading = "Results")]
+    pub report_dir: Option<PathBuf>,
+
+    /// Exit 1 when leaks were found
+    #[arg(long, help_heading = "Results")]
+    pub fail_on_leak: bool,
+
+    /// End the run after this many seconds, with exit 3
+    #[arg(long = "timeout", value_name = "SECS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Results")]
+    pub timeout_s: Option<u64>,
+
+    /// Control socket [default: $XDG_RUNTIME_DIR/kleak-vmm/PID.sock, or below /run/user/UID or /tmp/kleak-vmm-UID]
+    #[arg(long, value_name = "SOCK", help_heading = "Host")]
+    pub control: Option<PathBuf>,
+
+    /// Run inside a helper Linux under emulation
+    #[arg(long, value_enum, default_value_t = LabChoice::Auto, help_heading = "Host")]
+    pub lab: LabChoice,
+
+    /// Say more; twice: say everything
+    #[arg(short, long, action = ArgAction::Count, help_heading = "Host")]
+    pub verbose: u8,
+
+    /// Say nothing but errors and results
+    #[arg(short, long, conflicts_with = "verbose", help_heading = "Host")]
+    pub quiet: bool,
+}
+
+impl RunOptions {
+    /// The kernel to boot: the one given, or the host's own.
+    pub fn kernel_path(&self) -> PathBuf {
+        self.kernel.clone().unwrap_or_else(host_kernel)
+    }
+
+    /// Whether the commands of the guest's second serial port are served (`kleak.console=off` turns them off).
+    pub fn guest_port_enabled(&self) -> bool {
+        self.cmdline.split_whitespace().rfind(|word| word.starts_with("kleak.console="))
+            != Some("kleak.console=off")
+    }
+
+    /// Whether the kernel's address is randomised: `--kaslr`, else what the command line says.
+    pub fn kaslr_enabled(&self) -> bool {
+        self.kaslr.unwrap_or_else(|| !self.cmdline.split_whitespace().any(|word| word == "nokaslr"))
+    }
+
+    /// Whether the end of the run is scanned.
+    pub fn scans_at_exit(&self) -> bool {
+        self.scan_at_exit && self.scan_on.contains(&ScanTrigger::Exit)
+    }
+}
+
+/// Where distributions keep the running kernel's image.
+fn host_kernel() -> PathBuf {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    format!("/boot/vmlinuz-{}", release.trim()).into()
+}
+
+/// The `--report FILE` and `--format FORMAT` pairs: a format belongs to the report before it. Without one, a file
+/// named `*.json` gets JSON and any other text.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reports(pub Vec<ReportSpec>);
+
+impl Args for Reports {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        command.next_help_heading("Results").args([
+            Arg::new("report")
+                .long("report")
+                .value_name("FILE")
+                .value_parser(clap::value_parser!(PathBuf))
+                .action(ArgAction::Append)
+                .help("Write the final report to a file, - for standard output; repeatable [default: text on standard output]"),
+            Arg::new("format")
+                .long("format")
+                .value_name("text|json")
+                .value_parser(clap::value_parser!(ReportFormat))
+                .hide_possible_values(true)
+                .action(ArgAction::Append)
+                .requires("report")
+                .help("Form of the --report before it [default: json for *.json, else text]"),
+        ])
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for Reports {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let paths = indexed::<PathBuf>(matches, "report");
+        let formats = indexed::<ReportFormat>(matches, "format");
+        let mut reports = Vec::with_capacity(paths.len());
+        let mut used = 0;
+        for (i, (at, path)) in paths.iter().enumerate() {
+            let end = paths.get(i + 1).map_or(usize::MAX, |(next, _)| *next);
+            let mut own = formats.iter().filter(|(index, _)| (*at..end).contains(index));
+            let format = own.next().map_or_else(|| format_of(path), |(_, format)| *format);
+            used += usize::from(formats.iter().any(|(index, _)| (*at..end).contains(index)));
+            reports.push(ReportSpec { path: path.clone(), format });
+        }
+        if used < formats.len() {
+            return Err(clap::Error::raw(
+                clap::error::ErrorKind::ArgumentConflict,
+                "each --format belongs behind a --report of its own",
+            ));
+        }
+        Ok(Self(reports))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+fn indexed<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, id: &str) -> Vec<(usize, T)> {
+    let indices = matches.indices_of(id).into_iter().flatten();
+    indices.zip(matches.get_many::<T>(id).into_iter().flatten().cloned()).collect()
+}
+
+fn format_of(path: &Path) -> ReportFormat {
+    if path.extension().is_some_and(|extension| extension == "json") {
+        ReportFormat::Json
+    } else {
+        ReportFormat::Text
+    }
+}

@@ -1,0 +1,3 @@
+//! `kleak-vmm run`.
+
+pub use crate::run::run;

@@ -1,0 +1,161 @@
+//! Usage: what parses to what, and what is said of the rest.
+
+use super::options::{LabChoice, ReportFormat, ScanTrigger, TracerChoice, TrapChoice};
+use super::*;
+use clap::CommandFactory;
+
+fn parse(args: &[&str]) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(std::iter::once(&"kleak-vmm").chain(args))
+}
+
+fn run_options(args: &[&str]) -> RunOptions {
+    match parse(&[&["run"], args].concat()).unwrap().command {
+        Action::Run(options) => *options,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refusal(args: &[&str]) -> String {
+    let failure = usage_failure(&parse(args).unwrap_err());
+    let text = failure::render(&failure.into());
+    assert_eq!(text.lines().count(), 2, "{text}");
+    text
+}
+
+#[test]
+fn the_definition_is_sound() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn defaults_are_the_contracts() {
+    let options = run_options(&[]);
+    assert_eq!(options.mem_bytes, 512 << 20);
+    assert_eq!((options.cpus, options.scan_period_s, options.min_age_ms), (1, 600, 1000));
+    assert_eq!(
+        (options.tracer, options.trap, options.lab),
+        (TracerChoice::Auto, TrapChoice::Auto, LabChoice::Auto)
+    );
+    assert!(options.stack && options.scan_at_exit && !options.fail_on_leak && !options.clear_after_scan);
+    assert_eq!(options.scan_on, [ScanTrigger::Exit, ScanTrigger::Panic]);
+    assert_eq!((options.kaslr, options.timeout_s, options.control.clone()), (None, None, None));
+    assert!(options.kernel_path().starts_with("/boot"));
+    assert!(options.guest_port_enabled() && options.kaslr_enabled() && options.scans_at_exit());
+}
+
+const FULL: &str = "--kernel k --initrd i --module a.ko,x=1 --module b.ko --module-dir d --exec ./t.sh --file h:/g \
+                --mem 1G --cpus 4 --profile p --tracer breakpoint --trap pio --kaslr off --scan-period 0 --min-age 5 \
+                --stack off --control s --report r --scan-at-exit no --fail-on-leak --timeout 9 --scan-on oom,exit \
+                --report-dir rd --clear-after-scan --lab never -vv";
+
+#[test]
+fn every_option_is_taken() {
+    let options = run_options(&FULL.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(options.modules.len(), 2);
+    assert_eq!((options.mem_bytes, options.cpus, options.verbose), (1 << 30, 4, 2));
+    assert_eq!((options.kaslr, options.stack, options.scan_at_exit), (Some(false), false, false));
+    assert_eq!(options.scan_on, [ScanTrigger::Oom, ScanTrigger::Exit]);
+    assert_eq!(options.timeout_s, Some(9));
+    assert!(!options.scans_at_exit() && !options.kaslr_enabled());
+}
+
+#[test]
+fn options_survive_being_written_out() {
+    use super::relay::PathUse;
+    let words = |line: &str| run_options(&line.split_whitespace().collect::<Vec<_>>());
+    let mut odd = words("--report - --format json --report=-x.json -q --module=-m.ko,a=1,2,b --scan-on exit");
+    odd.cmdline = "-a \"b c\"".into();
+    odd.exec = Some("--help; echo 'x y'".into());
+    for options in [words(""), words(FULL), odd] {
+        let args = options.to_args(|path, _| path.to_owned());
+        let args: Vec<&str> = args.iter().map(|arg| arg.to_str().unwrap()).collect();
+        assert_eq!(run_options(&args), options, "{args:?}");
+    }
+    let mapped = words(FULL).to_args(|path, usage| match usage {
+        PathUse::Input => PathBuf::from("/in").join(path),
+        PathUse::Output => PathBuf::from("/out").join(path),
+    });
+    let line = mapped.iter().map(|arg| arg.to_string_lossy()).collect::<Vec<_>>().join(" ");
+    for expected in [
+        "--kernel=/in/k ",
+        "--module=/in/a.ko,x=1 ",
+        "--file=/in/h:/g ",
+        "--report=/out/r ",
+        "--control=/out/s ",
+    ] {
+        assert!(line.contains(expected), "{expected} in {line}");
+    }
+}
+
+#[test]
+fn words_of_the_command_line_count_too() {
+    assert!(!run_options(&["--cmdline", "quiet kleak.console=off"]).guest_port_enabled());
+    assert!(run_options(&["--cmdline", "kleak.console=off kleak.console=on"]).guest_port_enabled());
+    assert!(!run_options(&["--cmdline", "nokaslr"]).kaslr_enabled());
+    assert!(run_options(&["--cmdline", "nokaslr", "--kaslr", "on"]).kaslr_enabled());
+}
+
+#[test]
+fn a_format_belongs_to_the_report_before_it() {
+    use ReportFormat::{Json, Text};
+    let formats = |line: &str| {
+        let options = run_options(&line.split_whitespace().collect::<Vec<_>>());
+        options
+            .reports
+            .0
+            .iter()
+            .map(|report| (report.path.display().to_string(), report.format))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(formats("--report a --format json"), [("a".into(), Json)]);
+    assert_eq!(formats("--report a --report b --format json"), [("a".into(), Text), ("b".into(), Json)]);
+    assert_eq!(formats("--report a.json --report b.txt"), [("a.json".into(), Json), ("b.txt".into(), Text)]);
+    assert_eq!(
+        formats("--report a.json --format text --cpus 2 --report -"),
+        [("a.json".into(), Text), ("-".into(), Text)]
+    );
+    for line in
+        ["run --format json", "run --format json --report a", "run --report a --format json --format text"]
+    {
+        assert!(refusal(&line.split_whitespace().collect::<Vec<_>>()).contains("--report"), "{line}");
+    }
+}
+
+#[test]
+fn a_usage_error_is_one_line_and_a_hint() {
+    let table = [
+        (&["run", "--kernal", "x"][..], "'--kernal'", "did you mean --kernel?"),
+        (&["rum"], "'rum'", "did you mean run?"),
+        (&["run", "--mem", "big"], "512M", "--help"),
+        (&["run", "--cpus", "9"], "9 is not in 1..=8", "--help"),
+        (&["run", "--timeout", "0"], "0 is not in 1..", "--help"),
+        (&["run", "--kaslr", "maybe"], "expected on or off", "--help"),
+        (&["run", "--trap", "int4"], "'int4'", "hint:"),
+        (&["run", "stray"], "'stray'", "--help"),
+        (&["run", "-v", "-q"], "--quiet", "--help"),
+        (&["ctl"], "<COMMAND>", "--help"),
+        (&["inspect"], "<KERNEL>", "--help"),
+    ];
+    for (args, what, hint) in table {
+        let text = refusal(args);
+        assert!(text.starts_with("kleak-vmm: error: ") && text.contains(what), "{args:?}: {text}");
+        assert!(text.contains(hint), "{args:?}: {text}");
+        assert_eq!(usage(&parse(args).unwrap_err()), ExitCode::Usage);
+    }
+}
+
+#[test]
+fn ctl_takes_the_rest_of_the_line() {
+    match parse(&["ctl", "--control", "s", "json", "scan=on"]).unwrap().command {
+        Action::Ctl(options) => assert_eq!(options.command.join(" "), "json scan=on"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn help_is_no_error() {
+    for args in [&["--help"][..], &["help", "run"], &["run", "--help"], &["--version"]] {
+        assert_eq!(usage(&parse(args).unwrap_err()), ExitCode::Success);
+    }
+    assert_eq!(usage(&parse(&[]).unwrap_err()), ExitCode::Usage);
+}

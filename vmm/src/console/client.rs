@@ -1,0 +1,71 @@
+//! The other end of the control socket: what `kleak-vmm ctl` uses, and the lab to reach the machine inside.
+
+use super::command::Request;
+use super::execute::Reply;
+use super::socket::END_OF_REPLY;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+/// A connection to a control socket, or to anything that speaks its protocol.
+#[derive(Debug)]
+pub struct Client<R, W> {
+    input: BufReader<R>,
+    output: W,
+}
+
+impl Client<UnixStream, UnixStream> {
+    /// Connects to a socket.
+    ///
+    /// # Errors
+    /// Nobody listens there, or no permission.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        let stream = UnixStream::connect(path)?;
+        Ok(Self::new(stream.try_clone()?, stream))
+    }
+}
+
+impl<R: Read, W: Write> Client<R, W> {
+    /// A client on two halves of a stream.
+    pub fn new(input: R, output: W) -> Self {
+        Self { input: BufReader::new(input), output }
+    }
+
+    /// Sends one command and waits for its reply.
+    ///
+    /// # Errors
+    /// The connection ends or fails before the reply does.
+    pub fn request(&mut self, line: &str) -> io::Result<Reply> {
+        let line = line.replace('\n', " ");
+        let request = Request::parse(&line);
+        self.output.write_all(format!("{line}\n").as_bytes())?;
+        self.output.flush()?;
+        let body = if request.json { self.line()? } else { self.text()? };
+        let failed = body.starts_with(if request.json { "{\"error\":" } else { "error: " });
+        let quit = !failed && request.command == Ok(super::Command::Quit);
+        Ok(Reply { body, failed, quit })
+    }
+
+    fn text(&mut self) -> io::Result<String> {
+        let mut body = String::new();
+        loop {
+            let line = self.line()?;
+            if line == END_OF_REPLY {
+                return Ok(body);
+            }
+            body.push_str(&line);
+        }
+    }
+
+    fn line(&mut self) -> io::Result<String> {
+        let mut line = Vec::new();
+        self.input.read_until(b'\n', &mut line)?;
+        if !line.ends_with(b"\n") {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the virtual machine ended before its reply",
+            ));
+        }
+        String::from_utf8(line).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "reply is not UTF-8"))
+    }
+}

@@ -1,0 +1,280 @@
+//! The words a user types: parsing, help and completion.
+
+use introspect::memory::Va;
+
+/// A console command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// Scan now.
+    Scan,
+    /// All unreferenced objects.
+    Report,
+    /// Paint the reported objects gray.
+    Clear,
+    /// Stop tracking.
+    Off,
+    /// Resume tracking.
+    On,
+    /// Scan task stacks or not.
+    Stack(bool),
+    /// Start or stop the automatic scans, at the period set before.
+    PeriodicScan(bool),
+    /// Period of the automatic scans in seconds; 0 stops them.
+    ScanPeriod(u64),
+    /// What is known of the object at, or around, an address.
+    Dump(Va),
+    /// Tracer, hooks, objects, events.
+    Status,
+    /// Registry against the guest's slab metadata.
+    Audit,
+    /// The list of commands, or what one of them does.
+    Help(Option<&'static Entry>),
+    /// End the virtual machine.
+    Quit,
+}
+
+/// A command and the form its reply takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// What to do; the error of a line that is none says what was expected.
+    pub command: Result<Command, String>,
+    /// Reply with one line of JSON (`json COMMAND`).
+    pub json: bool,
+}
+
+/// One line of `help`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The word before any `=` or argument.
+    pub name: &'static str,
+    /// How it is written.
+    pub usage: &'static str,
+    /// What it does.
+    pub summary: &'static str,
+    /// What `help COMMAND` adds to the summary.
+    pub detail: &'static str,
+    /// Spellings that completion offers.
+    completions: &'static [&'static str],
+}
+
+/// Every command, in the order of `help`.
+pub const COMMANDS: &[Entry] = &[
+    Entry {
+        name: "scan",
+        usage: "scan",
+        summary: "scan guest memory now",
+        detail: "The machine is paused meanwhile. The reply counts the leaks not reported before.",
+        completions: &["scan"],
+    },
+    Entry {
+        name: "scan=",
+        usage: "scan=on|off|SECS",
+        summary: "automatic scans: resume, stop, or set the period",
+        detail: "scan=on takes the period set before (600 s at first); scan=0 is scan=off.",
+        completions: &["scan=on", "scan=off", "scan="],
+    },
+    Entry {
+        name: "report",
+        usage: "report",
+        summary: "print all unreferenced objects",
+        detail: "In the format of /sys/kernel/debug/kmemleak, in allocation order; empty without leaks.",
+        completions: &["report"],
+    },
+    Entry {
+        name: "clear",
+        usage: "clear",
+        summary: "stop reporting the objects reported so far",
+        detail: "They are painted gray: still tracked and scanned, never reported again.",
+        completions: &["clear"],
+    },
+    Entry {
+        name: "off",
+        usage: "off",
+        summary: "stop tracking allocations",
+        detail: "Forgets what was tracked and what was found. Unlike kmemleak's this can be undone, with on.",
+        completions: &["off"],
+    },
+    Entry {
+        name: "on",
+        usage: "on",
+        summary: "resume tracking allocations",
+        detail: "What exists by then is taken from the guest's slab metadata, without a backtrace and as in use: only\n\
+                 what is allocated from now on can be reported.",
+        completions: &["on"],
+    },
+    Entry {
+        name: "stack",
+        usage: "stack=on|off",
+        summary: "scan the stacks of tasks, or not",
+        detail: "Off finds leaks whose only trace is a stale stack slot, at the price of false alarms.",
+        completions: &["stack=on", "stack=off"],
+    },
+    Entry {
+        name: "dump",
+        usage: "dump=ADDR",
+        summary: "everything known of the object at ADDR",
+        detail: "ADDR is hexadecimal, with or without 0x, and may point into the object.",
+        completions: &["dump="],
+    },
+    Entry {
+        name: "status",
+        usage: "status",
+        summary: "tracer, hooks, objects, events, last scan",
+        detail: "Dropped events are always 0, or the registry can no longer be trusted.",
+        completions: &["status"],
+    },
+    Entry {
+        name: "audit",
+        usage: "audit",
+        summary: "compare the registry with the guest's slab metadata",
+        detail: "Missing: allocated in the guest, not tracked. Stale: tracked, free in the guest.",
+        completions: &["audit"],
+    },
+    Entry {
+        name: "json",
+        usage: "json COMMAND",
+        summary: "the reply of COMMAND as one line of JSON",
+        detail: "An error is an object with the single member error.",
+        completions: &["json "],
+    },
+    Entry {
+        name: "help",
+        usage: "help [COMMAND]",
+        summary: "this list, or what COMMAND does",
+        detail: "A command that takes a value is named with or without its =.",
+        completions: &["help "],
+    },
+    Entry {
+        name: "quit",
+        usage: "quit",
+        summary: "end the virtual machine",
+        detail: "At once, as if the power were cut; the scan at exit still happens.",
+        completions: &["quit"],
+    },
+];
+
+impl Request {
+    /// Parses one line; surrounding white space does not matter.
+    pub fn parse(line: &str) -> Self {
+        let line = line.trim();
+        match line.split_once(char::is_whitespace) {
+            Some(("json", rest)) => Self { command: Command::parse(rest), json: true },
+            _ if line == "json" => Self { command: Err("json takes a command: try help".into()), json: true },
+            _ => Self { command: Command::parse(line), json: false },
+        }
+    }
+}
+
+impl Command {
+    /// Parses a command without the `json` prefix.
+    ///
+    /// # Errors
+    /// One line that says what was expected.
+    pub fn parse(line: &str) -> Result<Self, String> {
+        let line = line.trim();
+        let (name, argument) = match line.split_once(char::is_whitespace) {
+            Some((name, rest)) => (name, Some(rest.trim())),
+            None => (line, None),
+        };
+        if name == "help" {
+            return argument.map(find_entry).transpose().map(Self::Help);
+        }
+        if let Some((name, value)) = line.split_once('=') {
+            return Self::parse_assignment(name.trim_end(), value.trim());
+        }
+        let command = match name {
+            "scan" => Self::Scan,
+            "report" => Self::Report,
+            "clear" => Self::Clear,
+            "off" => Self::Off,
+            "on" => Self::On,
+            "status" => Self::Status,
+            "audit" => Self::Audit,
+            "quit" => Self::Quit,
+            "stack" => return Err("stack takes a value: stack=on or stack=off".into()),
+            "dump" => return Err("dump takes an address: dump=ADDR".into()),
+            "" => return Err("empty command: try help".into()),
+            _ => return Err(unknown(name)),
+        };
+        match argument {
+            Some(argument) => Err(format!("{name} takes no argument, but was given {}", quote(argument))),
+            None => Ok(command),
+        }
+    }
+
+    fn parse_assignment(name: &str, value: &str) -> Result<Self, String> {
+        match (name, value) {
+            ("stack", "on") => Ok(Self::Stack(true)),
+            ("stack", "off") => Ok(Self::Stack(false)),
+            ("stack", _) => Err(format!("stack= takes on or off, not {}", quote(value))),
+            ("scan", "on") => Ok(Self::PeriodicScan(true)),
+            ("scan", "off") => Ok(Self::PeriodicScan(false)),
+            ("scan", _) => decimal(value)
+                .map(Self::ScanPeriod)
+                .ok_or_else(|| format!("scan= takes on, off or a number of seconds, not {}", quote(value))),
+            ("dump", _) => parse_address(value)
+                .map(Self::Dump)
+                .ok_or_else(|| format!("dump= takes a hexadecimal address, not {}", quote(value))),
+            _ if COMMANDS.iter().any(|entry| entry.name == name) => Err(format!("{name} takes no value")),
+            _ => Err(unknown(name)),
+        }
+    }
+}
+
+/// Hexadecimal address, with or without `0x`.
+fn parse_address(text: &str) -> Option<Va> {
+    let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")).unwrap_or(text);
+    let all_hex = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    all_hex.then(|| u64::from_str_radix(digits, 16).ok().map(Va)).flatten()
+}
+
+/// Unsigned decimal; `u64::from_str` would take a leading plus sign.
+fn decimal(text: &str) -> Option<u64> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+}
+
+fn find_entry(name: &str) -> Result<&'static Entry, String> {
+    COMMANDS
+        .iter()
+        .find(|entry| entry.name == name)
+        .or_else(|| COMMANDS.iter().find(|entry| entry.name == name.trim_end_matches('=')))
+        .ok_or_else(|| unknown(name))
+}
+
+fn unknown(name: &str) -> String {
+    format!("unknown command {}: try help", quote(name))
+}
+
+/// `text` between quotes, shortened and without control characters: it may come from the guest.
+fn quote(text: &str) -> String {
+    const SHOWN: usize = 40;
+    let short: String = text.chars().take(SHOWN).collect();
+    let dots = if short.len() < text.len() { "..." } else { "" };
+    format!("\"{}{dots}\"", short.escape_debug())
+}
+
+/// Spellings that begin with `prefix`, sorted: what Tab offers.
+///
+/// Behind `json ` and `help ` commands are completed too.
+pub fn complete(prefix: &str) -> Vec<String> {
+    let start = prefix.trim_start();
+    for outer in ["json ", "help "] {
+        if let Some(rest) = start.strip_prefix(outer) {
+            let inner =
+                complete(rest).into_iter().filter(|c| !c.starts_with("json ") && !c.starts_with("help "));
+            return inner.map(|c| format!("{outer}{c}")).collect();
+        }
+    }
+    let spellings = COMMANDS.iter().flat_map(|entry| entry.completions);
+    let mut found: Vec<String> = spellings.filter(|c| c.starts_with(start)).map(|&c| c.to_owned()).collect();
+    found.sort();
+    found
+}
+
+/// The reply of `help` and `help COMMAND`.
+pub fn help(entry: Option<&Entry>) -> String {
+    match entry {
+        Some(entry) => format!("{}: {}\n{}\n", entry.usage, entry.summary, entry.detail),
+        None => COMMANDS.iter().map(|entry| format!("{:<18}{}\n", entry.usage, entry.summary)).collect(),
+    }
+}

@@ -1,0 +1,92 @@
+//! A target for tests: counts what is asked of it, and fails where told to.
+
+use super::{Audit, Target};
+use introspect::memory::Va;
+use serde_json::{Value, json};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
+/// Two leaks, as the report room would print them.
+pub const REPORT: &str = "\
+unreferenced object 0xffff888003a8e000 (size 32):
+  comm \"insmod\", pid 74, jiffies 4294893012 (age 3.180s)
+  hex dump (first 32 bytes):
+    6b 6b 6b 6b 6b 6b 6b 6b 6b 6b 6b 6b 6b 6b 6b 6b  kkkkkkkkkkkkkkkk
+  backtrace:
+    [<ffffffff81301f2a>] kmalloc_trace+0x2a/0xa0
+";
+
+/// See the module.
+#[derive(Default)]
+pub struct FakeTarget {
+    /// Names of the calls made, in order.
+    pub calls: Mutex<Vec<String>>,
+    /// What `report` prints; empty for no leaks.
+    pub report: Mutex<String>,
+    /// Every command fails.
+    pub broken: AtomicBool,
+}
+
+impl FakeTarget {
+    /// A target whose report is [`REPORT`].
+    pub fn leaky() -> Self {
+        Self { report: Mutex::new(REPORT.to_owned()), ..Self::default() }
+    }
+
+    fn called<T>(&self, name: &str, value: T) -> anyhow::Result<T> {
+        self.calls.lock().unwrap().push(name.to_owned());
+        anyhow::ensure!(!self.broken.load(SeqCst), "The guest is gone");
+        Ok(value)
+    }
+
+    /// Calls so far, joined by spaces.
+    pub fn log(&self) -> String {
+        self.calls.lock().unwrap().join(" ")
+    }
+}
+
+impl Target for FakeTarget {
+    fn scan(&self) -> anyhow::Result<usize> {
+        self.called("scan", 3)
+    }
+    fn report_text(&self) -> anyhow::Result<String> {
+        let report = self.report.lock().unwrap().clone();
+        self.called("report", report)
+    }
+    fn report_json(&self) -> anyhow::Result<Value> {
+        self.called("report_json", json!({ "schema": "kleak-report/1", "leaks": [] }))
+    }
+    fn clear(&self) -> anyhow::Result<usize> {
+        self.called("clear", 2)
+    }
+    fn off(&self) -> anyhow::Result<()> {
+        self.called("off", ())
+    }
+    fn on(&self) -> anyhow::Result<usize> {
+        self.called("on", 7)
+    }
+    fn set_stack(&self, on: bool) -> anyhow::Result<()> {
+        self.called(if on { "stack=on" } else { "stack=off" }, ())
+    }
+    fn set_scan_period(&self, seconds: u64) -> anyhow::Result<()> {
+        self.called(&format!("period={seconds}"), ())
+    }
+    fn set_periodic_scan(&self, on: bool) -> anyhow::Result<u64> {
+        self.called(if on { "scan=on" } else { "scan=off" }, if on { 600 } else { 0 })
+    }
+    fn dump(&self, address: Va) -> anyhow::Result<String> {
+        self.called("dump", format!("object {address} (size 64)\n  comm \"evil\x1b[2J\x04\"\n"))
+    }
+    fn status(&self) -> anyhow::Result<Vec<(String, Value)>> {
+        self.called("status", vec![("tracer".into(), json!("breakpoint")), ("objects".into(), json!(12))])
+    }
+    fn audit(&self) -> anyhow::Result<Audit> {
+        self.called(
+            "audit",
+            Audit { tracked: 10, missing: 1, stale: 0, examples: vec!["missing 0xffff888000001000".into()] },
+        )
+    }
+    fn quit(&self) {
+        self.calls.lock().unwrap().push("quit".to_owned());
+    }
+}

@@ -1,0 +1,79 @@
+//! Console commands: one parser, one executor, four surfaces (monitor, control socket, `ctl`,
+//! the guest's second serial port).
+//!
+//! ```text
+//! line -> Request::parse -> execute(&dyn Target) -> Reply
+//!   monitor: mux + editor        control socket: socket + client (ctl)        guest: guest_port
+//! ```
+//!
+//! Replies are the same on every surface; what ends them differs (see the surface's module).
+
+pub mod client;
+pub mod command;
+mod editor;
+pub mod execute;
+pub mod guest_port;
+pub mod mux;
+pub mod signals;
+pub mod socket;
+pub mod terminal;
+
+#[cfg(test)]
+pub(crate) mod fake;
+#[cfg(test)]
+mod socket_tests;
+#[cfg(test)]
+mod tests;
+
+pub use command::{Command, Request};
+pub use execute::{Commands, Executor, Reply, execute};
+pub use guest_port::GuestPort;
+pub use mux::ConsoleMux;
+pub use socket::ControlServer;
+
+use introspect::memory::Va;
+
+/// What the commands act on; the detector is it. Implementations serialise commands themselves: any surface may
+/// call at any time, never on a vCPU thread.
+pub trait Target: Send + Sync {
+    /// Runs a scan; number of new suspected leaks.
+    fn scan(&self) -> anyhow::Result<usize>;
+    /// All unreferenced objects, kmemleak's text.
+    fn report_text(&self) -> anyhow::Result<String>;
+    /// The `kleak-report/1` document.
+    fn report_json(&self) -> anyhow::Result<serde_json::Value>;
+    /// Paints all currently reported objects gray; how many.
+    fn clear(&self) -> anyhow::Result<usize>;
+    /// Stops tracking.
+    fn off(&self) -> anyhow::Result<()>;
+    /// Resumes tracking, re-seeding the registry from the guest's slab metadata; objects seeded.
+    fn on(&self) -> anyhow::Result<usize>;
+    /// Task stack scanning.
+    fn set_stack(&self, on: bool) -> anyhow::Result<()>;
+    /// Period of automatic scans in seconds, 0 for none.
+    fn set_scan_period(&self, seconds: u64) -> anyhow::Result<()>;
+    /// Stops the automatic scans, or resumes them at the last period that was not 0 (600 s if there was none);
+    /// the period now in force in seconds, 0 for none.
+    fn set_periodic_scan(&self, on: bool) -> anyhow::Result<u64>;
+    /// Everything known of the object at or around `address`.
+    fn dump(&self, address: Va) -> anyhow::Result<String>;
+    /// Tracer, hooks, objects, bytes, events, last scan, dropped events, as key and value in print order.
+    fn status(&self) -> anyhow::Result<Vec<(String, serde_json::Value)>>;
+    /// Registry against the guest's slab metadata.
+    fn audit(&self) -> anyhow::Result<Audit>;
+    /// Has the machine powered off (`quit`); returns at once.
+    fn quit(&self);
+}
+
+/// Result of `audit`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Audit {
+    /// Slab objects the guest says are allocated and the registry has.
+    pub tracked: usize,
+    /// Allocated in the guest, unknown to the registry.
+    pub missing: usize,
+    /// In the registry, free in the guest.
+    pub stale: usize,
+    /// The first few of the last two, for the reader.
+    pub examples: Vec<String>,
+}

@@ -1,0 +1,190 @@
+//! Parser and executor: every command in text and JSON, every refusal.
+
+use super::command::{COMMANDS, complete, help};
+use super::fake::{FakeTarget, REPORT};
+use super::*;
+use introspect::memory::Va;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+
+fn answer(line: &str) -> Reply {
+    Executor::new(Arc::new(FakeTarget::leaky())).answer(line)
+}
+
+#[test]
+fn every_form_of_a_command_parses() {
+    let table = [
+        ("scan", Command::Scan),
+        ("  report\t", Command::Report),
+        ("clear\r", Command::Clear),
+        ("off", Command::Off),
+        ("on", Command::On),
+        ("stack=on", Command::Stack(true)),
+        ("stack = off", Command::Stack(false)),
+        ("scan=on", Command::PeriodicScan(true)),
+        ("scan=off", Command::PeriodicScan(false)),
+        ("scan=0", Command::ScanPeriod(0)),
+        ("scan=90", Command::ScanPeriod(90)),
+        ("dump=0xffff888003a8e000", Command::Dump(Va(0xffff_8880_03a8_e000))),
+        ("dump=FFFF888003A8E010", Command::Dump(Va(0xffff_8880_03a8_e010))),
+        ("status", Command::Status),
+        ("audit", Command::Audit),
+        ("help", Command::Help(None)),
+        ("quit", Command::Quit),
+    ];
+    for (line, command) in table {
+        assert_eq!(Request::parse(line), Request { command: Ok(command.clone()), json: false }, "{line:?}");
+        let json = Request::parse(&format!(" json  {line}"));
+        assert_eq!(json, Request { command: Ok(command), json: true }, "{line:?}");
+    }
+}
+
+#[test]
+fn a_refusal_is_one_line_that_names_what_was_expected() {
+    let table = [
+        ("foo", "error: unknown command \"foo\": try help\n"),
+        ("SCAN", "error: unknown command \"SCAN\": try help\n"),
+        ("", "error: empty command: try help\n"),
+        ("json", "{\"error\":\"json takes a command: try help\"}\n"),
+        ("json foo", "{\"error\":\"unknown command \\\"foo\\\": try help\"}\n"),
+        ("scan now", "error: scan takes no argument, but was given \"now\"\n"),
+        ("clear=1", "error: clear takes no value\n"),
+        ("foo=1", "error: unknown command \"foo\": try help\n"),
+        ("stack", "error: stack takes a value: stack=on or stack=off\n"),
+        ("stack=maybe", "error: stack= takes on or off, not \"maybe\"\n"),
+        ("scan=", "error: scan= takes on, off or a number of seconds, not \"\"\n"),
+        ("scan=-1", "error: scan= takes on, off or a number of seconds, not \"-1\"\n"),
+        ("scan=+1", "error: scan= takes on, off or a number of seconds, not \"+1\"\n"),
+        (
+            "scan=99999999999999999999",
+            "error: scan= takes on, off or a number of seconds, not \"99999999999999999999\"\n",
+        ),
+        ("dump", "error: dump takes an address: dump=ADDR\n"),
+        ("dump=", "error: dump= takes a hexadecimal address, not \"\"\n"),
+        ("dump=0x", "error: dump= takes a hexadecimal address, not \"0x\"\n"),
+        ("dump=+12", "error: dump= takes a hexadecimal address, not \"+12\"\n"),
+        ("dump=11112222333344445", "error: dump= takes a hexadecimal address, not \"11112222333344445\"\n"),
+        ("help foo", "error: unknown command \"foo\": try help\n"),
+        ("f\x1bo", "error: unknown command \"f\\u{1b}o\": try help\n"),
+    ];
+    for (line, expected) in table {
+        let reply = answer(line);
+        assert_eq!(reply.body, expected, "{line:?}");
+        assert!(reply.failed && !reply.quit, "{line:?}");
+    }
+}
+
+#[test]
+fn replies_in_text() {
+    let table = [
+        ("scan", "kmemleak: 3 new suspected memory leaks\n"),
+        ("report", REPORT),
+        ("clear", "cleared: 2 objects painted gray\n"),
+        ("off", "tracking off\n"),
+        ("on", "tracking on: 7 objects seeded\n"),
+        ("stack=off", "stack scanning off\n"),
+        ("scan=on", "automatic scans every 600 s\n"),
+        ("scan=off", "automatic scans off\n"),
+        ("scan=5", "automatic scans every 5 s\n"),
+        ("scan=0", "automatic scans off\n"),
+        ("dump=10", "object 0x10 (size 64)\n  comm \"evil.[2J.\"\n"),
+        ("status", "tracer: breakpoint\nobjects: 12\n"),
+        ("audit", "audit: tracked 10, missing 1, stale 0\n  missing 0xffff888000001000\n"),
+        (
+            "help off",
+            "off: stop tracking allocations\nForgets what was tracked and what was found. Unlike kmemleak's this can be undone, with on.\n",
+        ),
+        ("quit", "powering off\n"),
+    ];
+    for (line, expected) in table {
+        let reply = answer(line);
+        assert_eq!(reply.body, expected, "{line:?}");
+        assert!(!reply.failed, "{line:?}");
+        assert_eq!(reply.quit, line == "quit");
+    }
+}
+
+#[test]
+fn replies_in_json_are_one_line() {
+    let table = [
+        ("json scan", r#"{"new_leaks":3}"#),
+        ("json report", r#"{"leaks":[],"schema":"kleak-report/1"}"#),
+        ("json clear", r#"{"cleared":2}"#),
+        ("json off", r#"{"tracking":false}"#),
+        ("json on", r#"{"seeded":7,"tracking":true}"#),
+        ("json stack=on", r#"{"stack":true}"#),
+        ("json scan=off", r#"{"scan_period":0}"#),
+        ("json scan=7", r#"{"scan_period":7}"#),
+        ("json status", r#"{"objects":12,"tracer":"breakpoint"}"#),
+        ("json quit", r#"{"quit":true}"#),
+    ];
+    for (line, expected) in table {
+        assert_eq!(answer(line).body, format!("{expected}\n"), "{line:?}");
+    }
+    for entry in COMMANDS.iter().filter(|entry| entry.name != "json") {
+        let line = format!("json {}", entry.usage.split(' ').next().unwrap().replace("ADDR", "10"));
+        assert_eq!(answer(&line).body.lines().count(), 1, "{line}");
+    }
+}
+
+#[test]
+fn a_report_without_leaks_is_empty_as_kmemleaks_file_is() {
+    assert_eq!(Executor::new(Arc::new(FakeTarget::default())).answer("report").body, "");
+}
+
+#[test]
+fn a_failing_target_is_an_error_reply_in_the_form_asked_for() {
+    let target = Arc::new(FakeTarget::default());
+    target.broken.store(true, SeqCst);
+    let executor = Executor::new(target);
+    let text = executor.answer("scan");
+    assert_eq!((text.body.as_str(), text.failed), ("error: The guest is gone\n", true));
+    assert_eq!(executor.answer("json audit").body, "{\"error\":\"The guest is gone\"}\n");
+}
+
+#[test]
+fn quit_waits_for_the_surface() {
+    let target = Arc::new(FakeTarget::default());
+    let executor = Executor::new(target.clone());
+    assert!(executor.answer("quit").quit);
+    assert_eq!(target.log(), "");
+    executor.quit();
+    assert_eq!(target.log(), "quit");
+}
+
+#[test]
+fn completion_offers_each_spelling() {
+    assert_eq!(complete("st"), ["stack=off", "stack=on", "status"]);
+    assert_eq!(complete("scan"), ["scan", "scan=", "scan=off", "scan=on"]);
+    assert_eq!(complete("json cl"), ["json clear"]);
+    assert_eq!(complete("help r"), ["help report"]);
+    assert_eq!(complete("json j"), Vec::<String>::new());
+    assert!(complete("x").is_empty());
+    assert!(complete("").len() > COMMANDS.len());
+}
+
+#[test]
+fn help_names_every_command_and_each_has_its_own_help() {
+    let list = help(None);
+    for entry in COMMANDS {
+        assert!(list.contains(entry.usage), "{}", entry.usage);
+        assert!(!answer(&format!("help {}", entry.name)).failed, "{}", entry.name);
+    }
+}
+
+/// The guest's terminal echoes replies back to us; none of their lines may be taken for a command.
+#[test]
+fn no_line_of_a_reply_is_a_command() {
+    let lines: Vec<String> = COMMANDS
+        .iter()
+        .flat_map(|entry| {
+            [entry.name.to_owned(), format!("help {}", entry.name), format!("json {}", entry.name)]
+        })
+        .chain(["stack=on", "scan=off", "scan=9", "dump=1", "foo", ""].map(str::to_owned))
+        .collect();
+    for line in lines {
+        for reply_line in answer(&line).body.lines() {
+            assert!(Request::parse(reply_line).command.is_err(), "{line:?} is answered with {reply_line:?}");
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! The console's commands on the detector.
+
+use super::Detector;
+use crate::console::{Audit, Target};
+use anyhow::{Result, bail};
+use introspect::memory::Va;
+use introspect::registry::{Kind, Paint};
+use serde_json::{Value, json};
+use std::fmt::Write;
+use std::sync::PoisonError;
+
+impl Target for Detector {
+    fn scan(&self) -> Result<usize> {
+        self.scan_now()
+    }
+
+    fn report_text(&self) -> Result<String> {
+        self.text_report()
+    }
+
+    fn report_json(&self) -> Result<Value> {
+        self.json_report()
+    }
+
+    fn clear(&self) -> Result<usize> {
+        let work = self.work();
+        let reported = self.current_addresses(&work);
+        let mut state = self.parts.recorder.state();
+        for &address in &reported {
+            state.registry.paint(address, Paint::Gray);
+        }
+        Ok(reported.len())
+    }
+
+    fn off(&self) -> Result<()> {
+        let mut work = self.work();
+        // While a vCPU is between the question whether to record and the record, the registry would not stay empty.
+        let _paused = self.parts.machine.pause()?;
+        self.parts.recorder.enable(false);
+        self.parts.recorder.state().reset();
+        work.scanned = None;
+        Ok(())
+    }
+
+    fn on(&self) -> Result<usize> {
+        let mut work = self.work();
+        if self.parts.recorder.enabled() {
+            return Ok(self.parts.recorder.state().registry.len());
+        }
+        if self.parts.traps.count() == 0 {
+            bail!("Nothing can be tracked: this machine was started without traps");
+        }
+        work.scanned = None;
+        self.reseed()
+    }
+
+    fn set_stack(&self, on: bool) -> Result<()> {
+        self.work().options.stack = on;
+        Ok(())
+    }
+
+    fn set_scan_period(&self, seconds: u64) -> Result<()> {
+        let mut work = self.work();
+        work.period = seconds;
+        if seconds > 0 {
+            work.last_period = seconds;
+        }
+        Ok(())
+    }
+
+    fn set_periodic_scan(&self, on: bool) -> Result<u64> {
+        let mut work = self.work();
+        work.period = if on { work.last_period } else { 0 };
+        Ok(work.period)
+    }
+
+    fn dump(&self, address: Va) -> Result<String> {
+        let work = self.work();
+        let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
+        let state = self.parts.recorder.state();
+        let Some(object) = state.registry.containing(address) else {
+            bail!("No tracked object at {address}");
+        };
+        let comm =
+            String::from_utf8_lossy(&state.registry.comm(object.comm)).trim_end_matches('\0').to_owned();
+        let cache = match object.kind {
+            Kind::Slab => {
+                self.parts.linux.cache(self.ram(), object.cache).map_or_else(|e| e.to_string(), |c| c.name)
+            }
+            _ => "-".to_owned(),
+        };
+        let mut text = format!(
+            "object {:#018x} (size {}): {}, cache {cache}\n",
+            object.address.0,
+            object.size,
+            object.kind.name()
+        );
+        if address != object.address {
+            let _ = writeln!(text, "  address is at offset {:#x}", address - object.address);
+        }
+        let _ = writeln!(text, "  comm \"{comm}\", pid {}, jiffies {}", object.pid, object.jiffies);
+        let _ = writeln!(
+            text,
+            "  paint {:?}, no_scan {}, reported {}",
+            object.paint, object.no_scan, object.reported
+        );
+        if let Some(rule) = work.treatments.of(&object, &cache) {
+            let _ = writeln!(text, "  annotation {:?}: {}", rule.action, rule.reason);
+        }
+        text.push_str("  backtrace:\n");
+        for frame in state.registry.stacks.get(object.stack) {
+            let _ = writeln!(text, "    {}", self.symbolise(*frame, object.sequence, &modules));
+        }
+        text.push_str("  referenced by:\n");
+        drop((modules, state));
+        let referrers = self.referrers(&work, &object)?;
+        for referrer in &referrers {
+            let _ = writeln!(text, "    {referrer}");
+        }
+        if referrers.is_empty() {
+            text.push_str("    nothing\n");
+        }
+        Ok(text)
+    }
+
+    fn status(&self) -> Result<Vec<(String, Value)>> {
+        let work = self.work();
+        let parts = &self.parts;
+        let (counters, objects, bytes) = {
+            let state = parts.recorder.state();
+            let bytes: u64 = state.registry.objects().map(|o| o.size).sum();
+            (state.registry.counters, state.registry.len(), bytes)
+        };
+        let mut status: Vec<(String, Value)> = Vec::new();
+        let mut say = |key: &str, value: Value| status.push((key.to_owned(), value));
+        say("guest", json!(parts.linux.kernel.image.release()));
+        say("state", json!(parts.machine.outcome().map_or("running".to_owned(), |o| o.to_string())));
+        say("uptime_s", json!(self.started.elapsed().as_secs()));
+        say("tracking", json!(parts.recorder.enabled()));
+        say("tracer", json!(parts.host.tracer));
+        say("trap", json!(parts.host.trap));
+        say("hooks", json!(parts.traps.count()));
+        say("uncovered", json!(parts.plan.gaps.iter().map(|g| g.cover.as_str()).collect::<Vec<_>>()));
+        say("traps_taken", json!(parts.traps.hits()));
+        say("traps_rearmed", json!(parts.traps.rearmed()));
+        say("objects", json!(objects));
+        say("object_bytes", json!(bytes));
+        say("events_alloc", json!(counters.allocs));
+        say("events_free", json!(counters.frees));
+        say("events_dropped", json!(counters.dropped));
+        say("unknown_frees", json!(counters.unknown_frees));
+        say("overwritten", json!(counters.overwrites));
+        say("stack", json!(work.options.stack));
+        say("scan_period_s", json!(work.period));
+        say("min_age_ms", json!(work.options.min_age_ms));
+        say("scans", json!(work.scans));
+        if let Some(scanned) = &work.scanned {
+            say("last_scan_pause_ms", json!(scanned.pause.as_millis() as u64));
+            say("last_scan_bytes", json!(scanned.result.bytes_scanned));
+            say("unreferenced", json!(self.current_leaks(&work)));
+            for root in &scanned.result.roots {
+                say(
+                    &format!("root {}", root.name),
+                    json!({ "bytes": root.bytes, "references": root.references }),
+                );
+            }
+        }
+        Ok(status)
+    }
+
+    fn audit(&self) -> Result<Audit> {
+        let audit = self.audit_now()?;
+        let describe = |m: &introspect::registry::Mismatch| {
+            format!("{} {} {}", if m.missing { "missing" } else { "stale" }, m.address, m.cache)
+        };
+        Ok(Audit {
+            tracked: audit.tracked as usize,
+            missing: audit.missing as usize,
+            stale: audit.stale as usize,
+            examples: audit.examples.iter().map(describe).collect(),
+        })
+    }
+
+    fn quit(&self) {
+        self.parts.machine.stop();
+    }
+}

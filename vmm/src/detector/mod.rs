@@ -1,0 +1,277 @@
+//! The detector: tracer -> registry -> scan -> report, behind the console's commands.
+
+mod commands;
+mod quiet;
+mod reporting;
+
+use crate::machine::{Machine, Paused};
+use crate::tracer::{Recorder, breakpoint::Breakpoints};
+use anyhow::{Context, Result, bail};
+use guest_profiles::annotations::Rules;
+use introspect::hooks::Plan;
+use introspect::linux::Linux;
+use introspect::memory::Va;
+use introspect::registry::{AllocEvent, Audit, Kind, Object, Paint};
+use introspect::scan::{Referrer, ScanInput, ScanResult, Treatments, addresses, referrers, scan};
+use quiet::Allocator;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How often a quiet moment of the allocator is looked for, and how long the guest runs in between.
+const QUIET_TRIES: u32 = 400;
+const QUIET_STEP: Duration = Duration::from_millis(3);
+
+/// `vm_struct.flags`: pages belong to the area (include/linux/vmalloc.h).
+const VM_ALLOC: u64 = 2;
+
+/// What the report says of the host.
+#[derive(Debug, Clone)]
+pub struct HostFacts {
+    /// "kvm-intel", "kvm-amd" or what /dev/kvm says.
+    pub kvm: String,
+    /// "breakpoint" or "off".
+    pub tracer: &'static str,
+    /// "int3" or "pio".
+    pub trap: &'static str,
+    /// Name of the lab this runs in, if any.
+    pub lab: Option<String>,
+}
+
+/// What scans are told.
+#[derive(Debug, Clone, Copy)]
+pub struct ScanOptions {
+    /// Objects younger than this are not reported.
+    pub min_age_ms: u64,
+    /// Task stacks are roots.
+    pub stack: bool,
+}
+
+/// Everything the detector is made of.
+pub struct Parts {
+    /// The machine.
+    pub machine: Arc<Machine>,
+    /// The guest's kernel.
+    pub linux: Arc<Linux>,
+    /// Keeper of the registry.
+    pub recorder: Arc<Recorder>,
+    /// The traps.
+    pub traps: Arc<Breakpoints>,
+    /// What was planned, and what could not be.
+    pub plan: Plan,
+    /// Annotations and suppressions.
+    pub rules: Rules,
+    /// For the report.
+    pub host: HostFacts,
+}
+
+/// The last scan and what it cost.
+struct Scanned {
+    result: ScanResult,
+    pause: Duration,
+    took: Duration,
+}
+
+/// What commands change; its lock serialises them.
+struct Work {
+    options: ScanOptions,
+    /// Seconds between automatic scans, 0 for none; what `scan=on` goes back to.
+    period: u64,
+    last_period: u64,
+    treatments: Treatments,
+    /// Modules seen when `treatments` was resolved.
+    treatments_modules: usize,
+    scans: u64,
+    scanned: Option<Scanned>,
+    audit: Option<Audit>,
+}
+
+/// See the module.
+pub struct Detector {
+    parts: Parts,
+    allocator: Allocator,
+    work: Mutex<Work>,
+    started: Instant,
+}
+
+impl Detector {
+    /// A detector for a machine whose traps are planted.
+    pub fn new(parts: Parts, options: ScanOptions, period: u64) -> Self {
+        let allocator = Allocator::new(&parts.linux, &parts.plan);
+        let work = Work {
+            options,
+            period,
+            last_period: if period == 0 { 600 } else { period },
+            treatments: Treatments::default(),
+            treatments_modules: usize::MAX,
+            scans: 0,
+            scanned: None,
+            audit: None,
+        };
+        Self { parts, allocator, work: Mutex::new(work), started: Instant::now() }
+    }
+
+    fn work(&self) -> MutexGuard<'_, Work> {
+        // A panic while it was held ends the process.
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Seconds between automatic scans, 0 for none.
+    pub fn period(&self) -> u64 {
+        self.work().period
+    }
+
+    /// Number of scans so far.
+    pub fn scans(&self) -> u64 {
+        self.work().scans
+    }
+
+    /// Unreferenced objects that would be reported now.
+    pub fn unreferenced(&self) -> usize {
+        self.current_leaks(&self.work())
+    }
+
+    /// Pauses the machine (or takes it as it stands when it has ended) and scans.
+    /// Returns the number of objects that are reported for the first time.
+    fn scan_now(&self) -> Result<usize> {
+        let mut work = self.work();
+        let begin = Instant::now();
+        let mut paused = self.parts.machine.pause()?;
+        self.check_traps(&mut paused)?;
+        let new = self.scan_paused(&mut work, &paused, begin);
+        drop(paused);
+        if let (Ok(_), Some(scanned)) = (&new, &mut work.scanned) {
+            scanned.pause = begin.elapsed();
+        }
+        new
+    }
+
+    fn scan_paused(&self, work: &mut Work, paused: &Paused<'_>, begin: Instant) -> Result<usize> {
+        let Parts { linux, recorder, .. } = &self.parts;
+        let memory = &paused.memory();
+        let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
+        let mut state = recorder.state();
+        if work.treatments_modules != modules.seen() {
+            work.treatments = Treatments::of_guest(&self.parts.rules.annotations, linux, &modules);
+            work.treatments_modules = modules.seen();
+        }
+        work.treatments.refresh(&state.registry.stacks);
+        let jiffies = linux.jiffies(memory).context("Cannot read the guest's clock")?;
+        let input = ScanInput {
+            linux,
+            memory,
+            registry: &state.registry,
+            cpus: paused.cpus(),
+            modules: &modules,
+            treatments: &work.treatments,
+            now_jiffies: jiffies,
+            min_age_ms: work.options.min_age_ms,
+            stack: work.options.stack,
+        };
+        let result = scan(&input).context("The scan failed")?;
+        let scanned = Scanned { result, pause: Duration::ZERO, took: begin.elapsed() };
+        let new = self.report_of(work, &scanned, &state.registry, &modules).new_leaks();
+        for leak in &scanned.result.leaks {
+            state.registry.set_reported(leak.object.address);
+        }
+        work.scans += 1;
+        work.scanned = Some(scanned);
+        Ok(new)
+    }
+
+    /// Pauses the machine and lists who refers to `object`.
+    fn referrers(&self, work: &Work, object: &Object) -> Result<Vec<Referrer>> {
+        let Parts { linux, recorder, machine, .. } = &self.parts;
+        let paused = machine.pause()?;
+        let memory = &paused.memory();
+        let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
+        let state = recorder.state();
+        let input = ScanInput {
+            linux,
+            memory,
+            registry: &state.registry,
+            cpus: paused.cpus(),
+            modules: &modules,
+            treatments: &work.treatments,
+            now_jiffies: 0,
+            min_age_ms: 0,
+            stack: work.options.stack,
+        };
+        referrers(&input, &addresses(object))
+    }
+
+    /// Plants lost traps again and says so: allocations may have been missed.
+    fn check_traps(&self, paused: &mut Paused<'_>) -> Result<()> {
+        let lost = self.parts.traps.verify(paused)?;
+        if !lost.is_empty() {
+            let places: Vec<String> = lost.iter().map(Va::to_string).collect();
+            eprintln!(
+                "kleak-vmm: warning: The guest overwrote the traps at {}; allocations may be missing",
+                places.join(", ")
+            );
+        }
+        Ok(())
+    }
+
+    /// Compares registry and guest.
+    fn audit_now(&self) -> Result<Audit> {
+        let mut work = self.work();
+        let Parts { linux, recorder, .. } = &self.parts;
+        let paused = self.pause_when_quiet()?;
+        let memory = &paused.memory();
+        let slabs = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
+        let boot = linux.boot_objects(memory)?;
+        let audit = recorder.state().registry.audit(&slabs, &boot);
+        work.audit = Some(audit.clone());
+        Ok(audit)
+    }
+
+    /// Pauses the machine at a moment when nobody is inside the allocator; after many tries, at any.
+    fn pause_when_quiet(&self) -> Result<Paused<'_>> {
+        let Parts { machine, linux, recorder, .. } = &self.parts;
+        for _ in 0..QUIET_TRIES {
+            let paused = machine.pause()?;
+            if self.allocator.is_quiet(linux, &paused.memory(), recorder, paused.cpus())? {
+                return Ok(paused);
+            }
+            if machine.outcome().is_some() {
+                bail!("The machine ended while the allocator was at work");
+            }
+            drop(paused);
+            std::thread::sleep(QUIET_STEP);
+        }
+        machine.pause()
+    }
+
+    /// Forgets everything, takes what the guest's metadata lists as allocated, and tracks from there. Such objects
+    /// have no backtrace, so no annotation could spare them: they are scanned and never reported. Half a free or half
+    /// an allocation would be taken for none: hence the quiet moment.
+    fn reseed(&self) -> Result<usize> {
+        let Parts { linux, recorder, .. } = &self.parts;
+        let paused = self.pause_when_quiet()?;
+        let memory = &paused.memory();
+        let slabs = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
+        let areas = linux.vmalloc_areas(memory).context("Cannot read the guest's vmalloc areas")?;
+        let mut state = recorder.state();
+        state.reset();
+        // What is found is no event.
+        let allocs = state.registry.counters.allocs;
+        let mut seed = |address, size, kind, cache| {
+            let event =
+                AllocEvent { address, size, kind, cache, comm: [0; 16], pid: 0, jiffies: 0, stack: &[] };
+            state.registry.alloc(&event);
+            state.registry.paint(address, Paint::Gray);
+        };
+        for page in &slabs.pages {
+            let Some(cache) = slabs.caches.get(page.cache as usize) else { continue };
+            for slot in page.allocated() {
+                seed(page.start + u64::from(slot) * cache.size, cache.object_size, Kind::Slab, cache.va);
+            }
+        }
+        for area in areas.iter().filter(|a| a.flags & VM_ALLOC != 0) {
+            seed(area.start, area.size, Kind::Vmalloc, Va(0));
+        }
+        state.registry.counters.allocs = allocs;
+        recorder.enable(true);
+        Ok(state.registry.len())
+    }
+}

@@ -1,0 +1,146 @@
+//! Reports of the last scan.
+
+use super::{Detector, Scanned, Work};
+use crate::machine::GuestRam;
+use anyhow::{Context, Result, bail};
+use introspect::linux::ModuleMap;
+use introspect::memory::{PhysicalMemory, Va};
+use introspect::registry::{Paint, Registry};
+use introspect::report::{GuestInfo, HostInfo, Report, ReportInput};
+use introspect::scan::{Leak, ScanResult};
+use introspect::symbols::Resolved;
+use serde_json::Value;
+use std::sync::PoisonError;
+
+impl Detector {
+    /// kmemleak's text of all unreferenced objects; empty before the first scan, as kmemleak's file is.
+    pub(super) fn text_report(&self) -> Result<String> {
+        let work = self.work();
+        Ok(self.current_report(&work).map_or_else(String::new, |report| report.text()))
+    }
+
+    pub(super) fn json_report(&self) -> Result<Value> {
+        let work = self.work();
+        let Some(report) = self.current_report(&work) else {
+            bail!("No scan has been made yet");
+        };
+        serde_json::to_value(report).context("Cannot write the report as JSON")
+    }
+
+    /// What the last scan found and is still there, not cleared since.
+    fn current_report(&self, work: &Work) -> Option<Report> {
+        let scanned = work.scanned.as_ref()?;
+        let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
+        let state = self.parts.recorder.state();
+        let leaks =
+            scanned.result.leaks.iter().filter(|l| still_there(&state.registry, l)).cloned().collect();
+        let result = ScanResult { leaks, ..scanned.result.clone() };
+        Some(self.report_of(work, &Scanned { result, ..*scanned }, &state.registry, &modules))
+    }
+
+    /// What is reported now.
+    pub(super) fn current_leaks(&self, work: &Work) -> usize {
+        self.current_report(work).map_or(0, |report| report.leaks.len())
+    }
+
+    /// Addresses of what is reported now.
+    pub(super) fn current_addresses(&self, work: &Work) -> Vec<Va> {
+        self.current_report(work).map_or_else(Vec::new, |r| r.leaks.iter().map(|l| l.address).collect())
+    }
+
+    pub(super) fn report_of(
+        &self,
+        work: &Work,
+        scanned: &Scanned,
+        registry: &Registry,
+        modules: &ModuleMap,
+    ) -> Report {
+        let parts = &self.parts;
+        let symbolize = |va, at| resolve(&parts.linux, modules, va, at);
+        Report::new(ReportInput {
+            guest: self.guest_info(),
+            host: HostInfo {
+                kvm: parts.host.kvm.clone(),
+                tracer: parts.host.tracer.to_owned(),
+                trap: parts.host.trap.to_owned(),
+                lab: parts.host.lab.clone(),
+            },
+            number: work.scans,
+            pause_ms: scanned.pause.as_millis() as u64,
+            result: &scanned.result,
+            registry,
+            hz: parts.linux.hz(),
+            audit: work.audit.clone(),
+            suppressions: &parts.rules.suppressions,
+            symbolize: &symbolize,
+        })
+    }
+
+    fn guest_info(&self) -> GuestInfo {
+        let Self { parts, .. } = self;
+        let image = &parts.linux.kernel.image;
+        GuestInfo {
+            release: image.release().to_owned(),
+            version: image.banner.clone(),
+            arch: std::env::consts::ARCH.to_owned(),
+            cpus: parts.machine.cpu_count() as u32,
+            mem_bytes: self.ram().ranges().iter().map(|r| r.len).sum(),
+            kaslr_offset: parts.linux.placement.slide,
+        }
+    }
+
+    pub(super) fn ram(&self) -> &GuestRam {
+        self.parts.machine.ram()
+    }
+
+    /// `name+0xOFF/0xSIZE [module]` of a code address, as it is now.
+    pub fn name(&self, va: Va) -> Option<String> {
+        let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
+        resolve(&self.parts.linux, &modules, va, u64::MAX).map(|r| describe(&r))
+    }
+
+    /// A frame of a backtrace taken at event `at`.
+    pub(super) fn symbolise(&self, va: Va, at: u64, modules: &ModuleMap) -> String {
+        let name = resolve(&self.parts.linux, modules, va, at).map(|r| describe(&r));
+        format!("[<{:016x}>] {}", va.0, name.unwrap_or_else(|| va.to_string()))
+    }
+
+    /// One line on what was found and what it cost.
+    pub fn summary(&self) -> String {
+        let work = self.work();
+        let leaks = self.current_leaks(&work);
+        let registry = &self.parts.recorder.state().registry;
+        let mut text = format!("{leaks} unreferenced objects of {} tracked", registry.len());
+        if let Some(scanned) = &work.scanned {
+            text.push_str(&format!("; last scan {} ms", scanned.took.as_millis()));
+        }
+        text.push_str(&format!("; {} traps taken", self.parts.traps.hits()));
+        if registry.counters.dropped > 0 {
+            text.push_str(&format!(
+                "; {} allocator events lost, so leaks may be missing or false",
+                registry.counters.dropped
+            ));
+        }
+        text
+    }
+}
+
+pub(super) fn still_there(registry: &Registry, leak: &Leak) -> bool {
+    registry
+        .get(leak.object.address)
+        .is_some_and(|now| now.sequence == leak.object.sequence && now.paint == Paint::Normal)
+}
+
+fn resolve<'a>(
+    linux: &'a introspect::linux::Linux,
+    modules: &'a ModuleMap,
+    va: Va,
+    at: u64,
+) -> Option<Resolved<'a>> {
+    linux.kernel.symbols.resolve(va - linux.placement.slide).or_else(|| modules.resolve(va, at))
+}
+
+fn describe(resolved: &Resolved<'_>) -> String {
+    let module = resolved.module.map(|m| format!(" [{m}]")).unwrap_or_default();
+    format!("{}+{:#x}/{:#x}{module}", resolved.name, resolved.offset, resolved.size)
+}

@@ -1,0 +1,77 @@
+//! The report for people.
+
+use std::fmt::{self, Display, Formatter};
+
+use super::{KvmState, LabReport, Report, Runs};
+use crate::probe::{Outcome, Probe};
+
+/// Width of the first column.
+const COLUMN: usize = 22;
+
+impl Display for Report {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let kvm = match (self.kvm.state, &self.kvm.reason) {
+            (KvmState::Good, _) | (_, None) => "good".to_owned(),
+            (_, Some(reason)) => format!("no: {reason}"),
+        };
+        line(f, "/dev/kvm", &kvm)?;
+        if let Some(probe) = &self.kvm.probe {
+            probe_lines(f, "  ", probe)?;
+        }
+        if let Some(lab) = &self.lab {
+            line(f, "lab svm", &lab_words(lab))?;
+            if let Some(probe) = &lab.probe {
+                probe_lines(f, "  ", probe)?;
+            }
+        }
+        line(f, "processors", &self.cpus.to_string())?;
+        if let Some(bytes) = self.memory_available_bytes {
+            line(f, "memory available", &format!("{} MiB", bytes >> 20))?;
+        }
+        let word = match self.verdict.runs {
+            Runs::Native => "good",
+            Runs::Lab => "usable",
+            Runs::Nowhere => "unusable",
+        };
+        writeln!(f, "verdict: {word}: {}", self.verdict.summary)?;
+        match &self.verdict.hint {
+            Some(hint) => writeln!(f, "hint: {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+fn line(f: &mut Formatter<'_>, what: &str, found: &str) -> fmt::Result {
+    writeln!(f, "{what:COLUMN$} {found}")
+}
+
+fn lab_words(lab: &LabReport) -> String {
+    let Some(qemu) = &lab.qemu else { return "no: QEMU is not installed".to_owned() };
+    match (lab.start_ms, &lab.problem) {
+        (_, Some(problem)) => format!("no: {problem}"),
+        (Some(ms), None) => format!("good, up in {:.1} s ({qemu})", ms as f64 / 1000.0),
+        (None, None) if lab.prepared => format!("prepared, not tried ({qemu})"),
+        (None, None) => format!("not prepared yet ({qemu})"),
+    }
+}
+
+fn probe_lines(f: &mut Formatter<'_>, indent: &str, probe: &Probe) -> fmt::Result {
+    let speed = match &probe.ring0_mips {
+        Ok(mips) => format!("{mips:.1} million instructions/s"),
+        Err(why) => format!("no: {why}"),
+    };
+    line(f, &format!("{indent}kernel mode"), &speed)?;
+    let hardware = probe.hardware_breakpoint.as_ref().map(|outcome| ("hardware breakpoint", outcome));
+    let traps = [("int3 trap", &probe.int3), ("port write trap", &probe.pio)];
+    for (name, outcome) in traps.into_iter().chain(hardware) {
+        let found = match outcome {
+            Outcome::Works { exit_ns } => format!("yes, {:.1} µs an exit", *exit_ns as f64 / 1000.0),
+            Outcome::Fails { reason } => format!("no: {reason}"),
+        };
+        line(f, &format!("{indent}{name}"), &found)?;
+    }
+    let missing: Vec<_> =
+        probe.capabilities.iter().filter(|cap| !cap.present).map(|cap| cap.name.as_str()).collect();
+    let found = if missing.is_empty() { "all".to_owned() } else { format!("without {}", missing.join(", ")) };
+    line(f, &format!("{indent}capabilities"), &format!("{found}; {} vCPUs at most", probe.max_vcpus))
+}

@@ -1,0 +1,16 @@
+//! kleak-vmm: a small KVM virtual machine monitor that finds memory leaks in a Linux kernel from outside it.
+//!
+//! The library is the whole program; the binary only calls [`cli::main`], so that integration tests reach every room.
+
+pub mod arch;
+pub mod boot;
+pub mod cli;
+pub mod console;
+pub mod detector;
+pub mod devices;
+pub mod doctor;
+pub mod lab;
+pub mod machine;
+pub mod probe;
+pub mod run;
+pub mod tracer;

@@ -1,0 +1,180 @@
+//! What the guest printed on its console: the last lines, and whether its kernel panicked.
+
+use crate::devices::{SerialSink, Unread};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// Lines kept.
+const LINES: usize = 200;
+/// A longer line is cut there.
+const LINE_BYTES: usize = 1024;
+
+// kernel/panic.c: first line, and what comes last when the kernel stays (`panic=0`) or waits before it restarts.
+const PANIC: &str = "Kernel panic - not syncing";
+const PANIC_END: &str = "---[ end Kernel panic - not syncing";
+const PANIC_WAIT: &str = "Rebooting in ";
+/// mm/oom_kill.c, of the whole machine or of a memory cgroup.
+const OOM_KILLS: [&str; 2] = ["Out of memory: Killed process", "Memory cgroup out of memory: Killed process"];
+
+/// See the module.
+pub struct ConsoleLog(Mutex<Log>);
+
+struct Log {
+    lines: VecDeque<String>,
+    partial: Vec<u8>,
+    panicked: Option<(String, Instant)>,
+    dead: bool,
+    oom_kills: u64,
+}
+
+impl Default for ConsoleLog {
+    fn default() -> Self {
+        let log =
+            Log { lines: VecDeque::new(), partial: Vec::new(), panicked: None, dead: false, oom_kills: 0 };
+        Self(Mutex::new(log))
+    }
+}
+
+impl ConsoleLog {
+    /// The last lines, at most `count`, oldest first; control characters are dots.
+    pub fn tail(&self, count: usize) -> Vec<String> {
+        let log = self.lock();
+        let partial = (!log.partial.is_empty()).then(|| printable(&log.partial));
+        let lines: Vec<String> = log.lines.iter().cloned().chain(partial).collect();
+        lines[lines.len().saturating_sub(count)..].to_vec()
+    }
+
+    /// The line in which the kernel said that it panicked, and when.
+    pub fn panicked(&self) -> Option<(String, Instant)> {
+        self.lock().panicked.clone()
+    }
+
+    /// How often the kernel said that its OOM killer ran.
+    pub fn oom_kills(&self) -> u64 {
+        self.lock().oom_kills
+    }
+
+    /// True once the kernel has panicked and printed all it has to say.
+    pub fn is_dead(&self) -> bool {
+        self.lock().dead
+    }
+
+    fn add(&self, bytes: &[u8]) {
+        let mut log = self.lock();
+        for &byte in bytes {
+            match byte {
+                b'\n' => log.end_line(),
+                b'\r' => {}
+                _ if log.partial.len() < LINE_BYTES => log.partial.push(byte),
+                _ => {}
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Log> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Log {
+    fn end_line(&mut self) {
+        let line = printable(&std::mem::take(&mut self.partial));
+        let text = message(&line);
+        if self.panicked.is_none() && text.starts_with(PANIC) {
+            self.panicked = Some((text.to_owned(), Instant::now()));
+        }
+        if self.panicked.is_some() && (text.starts_with(PANIC_END) || text.starts_with(PANIC_WAIT)) {
+            self.dead = true;
+        }
+        self.oom_kills += u64::from(OOM_KILLS.iter().any(|kill| text.starts_with(kill)));
+        if self.lines.len() == LINES {
+            self.lines.pop_front();
+        }
+        self.lines.push_back(line);
+    }
+}
+
+/// A console line without its time stamp and caller (`[    1.234567]`, `[    T1]`).
+fn message(line: &str) -> &str {
+    let mut text = line;
+    while let Some((prefix, rest)) = text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        if !prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b' ' || b == b'@') {
+            break;
+        }
+        text = rest;
+    }
+    text.strip_prefix(' ').unwrap_or(text)
+}
+
+fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    text.chars().map(|c| if c.is_control() && c != '\t' { '.' } else { c }).collect()
+}
+
+/// Passes the console's output on, and keeps it.
+pub(super) struct Watched {
+    log: Arc<ConsoleLog>,
+    sink: Box<dyn SerialSink>,
+}
+
+impl Watched {
+    pub fn new(log: Arc<ConsoleLog>, sink: Box<dyn SerialSink>) -> Self {
+        Self { log, sink }
+    }
+}
+
+impl SerialSink for Watched {
+    fn output(&mut self, bytes: &[u8]) {
+        self.log.add(bytes);
+        self.sink.output(bytes);
+    }
+
+    fn open_changed(&mut self, open: bool, unread: usize) -> Unread {
+        self.sink.open_changed(open, unread)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log(text: &str) -> ConsoleLog {
+        let log = ConsoleLog::default();
+        log.add(text.as_bytes());
+        log
+    }
+
+    #[test]
+    fn the_tail_is_the_last_lines_with_the_unfinished_one() {
+        assert_eq!(log("one\r\ntwo\x1b[m\r\nthr").tail(2), ["two.[m", "thr"]);
+    }
+
+    #[test]
+    fn a_panic_is_seen_with_and_without_stamps() {
+        for stamp in ["", "[    1.500000] ", "[    1.500000][    T1] "] {
+            let log = log(&format!("{stamp}Kernel panic - not syncing: Attempted to kill init!\r\n"));
+            assert!(log.panicked().unwrap().0.ends_with("kill init!"), "{stamp}");
+            assert!(!log.is_dead());
+            log.add(format!("{stamp}---[ end Kernel panic - not syncing: x ]---\n").as_bytes());
+            assert!(log.is_dead());
+        }
+    }
+
+    #[test]
+    fn a_wait_before_the_restart_is_the_end() {
+        assert!(log("[ 1.0] Kernel panic - not syncing: x\n[ 1.1] Rebooting in 10 seconds..\n").is_dead());
+    }
+
+    #[test]
+    fn talk_of_panics_is_none() {
+        let log =
+            log("# grep 'Kernel panic - not syncing' log\nRebooting in 3\nsaw Kernel panic - not syncing\n");
+        assert!(log.panicked().is_none() && !log.is_dead());
+    }
+
+    #[test]
+    fn an_endless_line_is_cut() {
+        assert_eq!(log(&"x".repeat(10_000)).tail(1)[0].len(), LINE_BYTES);
+    }
+}

@@ -1,0 +1,473 @@
+//! The virtual machine: memory, vCPU threads, pause and resume.
+//!
+//! ```text
+//! Machine::new: RAM, kernel and tables in it, interrupt chips, vCPUs
+//!   -> start: one thread per vCPU
+//!   -> pause -> Paused: registers and frozen memory -> drop: all run again
+//!   -> wait -> Outcome
+//! ```
+
+mod console_log;
+mod control;
+mod error;
+mod memory;
+mod recent;
+mod vcpu;
+
+#[cfg(test)]
+mod tests;
+
+pub use console_log::ConsoleLog;
+pub use control::Outcome;
+pub use error::HostError;
+pub(crate) use error::kvm_error;
+pub use memory::{FrozenRam, GuestRam, WriteError};
+
+use crate::arch::{self, Platform};
+use crate::boot;
+use crate::devices::{SerialPort, SerialSink};
+use anyhow::{Context, bail, ensure};
+use console_log::Watched;
+use control::{Control, Snapshot, kick_signal};
+use introspect::arch::{CpuState, Registers};
+use introspect::image::KernelImage;
+use introspect::linux::Placement;
+use introspect::memory::{MemoryError, Pa, Va};
+use kvm_ioctls::{Kvm, VmFd};
+use std::fmt::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use vcpu::Vcpu;
+
+/// What the tracer says of a vCPU exit that may be one of its traps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TrapOutcome {
+    /// One of ours; `registers` now hold where the guest goes on, which must not be the trap itself.
+    Resume,
+    /// Not ours: a port write is ignored, a breakpoint goes back into the guest.
+    Foreign,
+}
+
+/// Which instruction a trap site holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TrapInstruction {
+    /// `int3` (one byte), KVM_EXIT_DEBUG through KVM_GUESTDBG_USE_SW_BP.
+    Int3,
+    /// `out imm8, al` (two bytes), KVM_EXIT_IO on [`TRAP_PORT`].
+    Pio,
+}
+
+impl TrapInstruction {
+    /// The instruction's bytes.
+    pub fn bytes(self) -> &'static [u8] {
+        match self {
+            Self::Int3 => &[0xcc],
+            Self::Pio => &[0xe6, TRAP_PORT],
+        }
+    }
+
+    /// Length in bytes.
+    #[allow(clippy::len_without_is_empty, reason = "no instruction is empty")]
+    pub fn len(self) -> usize {
+        self.bytes().len()
+    }
+}
+
+/// Port of the `out imm8, al` trap: no device of ours or of KVM's in-kernel chips answers there, and KVM has no
+/// quirk for it (0x7e has one).
+pub const TRAP_PORT: u8 = 0xe4;
+
+/// Sees every exit that may be a trap, on the vCPU's own thread, before anything else does.
+///
+/// It must not take a lock that some thread holds while it calls [`Machine::pause`].
+pub trait TrapHandler: Send + Sync {
+    /// True when a trap is planted at `ip`. Asked for each candidate address of an exit: cheap.
+    fn is_site(&self, ip: Va) -> bool;
+
+    /// `registers.rip` is the address of the trap instruction itself, whatever the hypervisor left in it.
+    fn trap(&self, cpu: usize, registers: &mut Registers) -> TrapOutcome;
+}
+
+/// Traps that the guest will run into.
+#[derive(Clone)]
+pub struct Traps {
+    /// What the sites hold.
+    pub instruction: TrapInstruction,
+    /// Who handles them.
+    pub handler: Arc<dyn TrapHandler>,
+}
+
+/// Least and most guest memory, bytes.
+pub const MEMORY_LIMITS: (u64, u64) = (128 << 20, 8 << 30);
+/// Most vCPUs.
+pub const MAX_CPUS: usize = 8;
+
+/// What a machine is made of.
+#[derive(Clone)]
+pub struct Config<'a> {
+    /// The unpacked kernel.
+    pub image: &'a KernelImage,
+    /// Initramfs, as the kernel takes it (packed or not).
+    pub initrd: Option<Vec<u8>>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// RAM in bytes, within [`MEMORY_LIMITS`]; rounded down to whole pages.
+    pub mem_bytes: u64,
+    /// vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: usize,
+    /// Move the kernel to a random address, and have it randomise its memory map too. Needs the image's relocations.
+    pub kaslr: bool,
+    /// Makes the random address repeatable.
+    pub kaslr_seed: Option<u64>,
+}
+
+impl<'a> Config<'a> {
+    /// `image` with 512 MiB, one vCPU, no initramfs, an empty command line, at the address it is linked for.
+    pub fn new(image: &'a KernelImage) -> Self {
+        Self {
+            image,
+            initrd: None,
+            cmdline: String::new(),
+            mem_bytes: 512 << 20,
+            cpus: 1,
+            kaslr: false,
+            kaslr_seed: None,
+        }
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        let (least, most) = MEMORY_LIMITS;
+        ensure!(
+            (least..=most).contains(&self.mem_bytes),
+            "Guest memory is {} MiB, it must be {} to {} MiB",
+            self.mem_bytes >> 20,
+            least >> 20,
+            most >> 20
+        );
+        ensure!(
+            (1..=MAX_CPUS).contains(&self.cpus),
+            "The guest has {} vCPUs, it must have 1 to {MAX_CPUS}",
+            { self.cpus }
+        );
+        Ok(())
+    }
+}
+
+/// A virtual machine. All methods may be called from any thread.
+pub struct Machine {
+    ram: GuestRam,
+    control: Arc<Control>,
+    platform: Arc<Platform>,
+    console: Arc<ConsoleLog>,
+    placement: Placement,
+    cmdline: String,
+    /// Serialises pauses.
+    pausing: Mutex<()>,
+    waiting: Mutex<Vec<Vcpu>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    _vm: VmFd,
+}
+
+/// Longest wait for a vCPU to stop. Under full emulation one KVM_RUN may take long; on hardware it is microseconds.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(20);
+/// A kernel that has panicked gets this long to finish its console output.
+const PANIC_GRACE: Duration = Duration::from_secs(10);
+/// Console lines in [`Machine::diagnosis`].
+const DIAGNOSIS_LINES: usize = 40;
+
+impl Machine {
+    /// Builds a machine with the kernel in its memory and the boot CPU at the kernel's entry.
+    ///
+    /// # Errors
+    /// A [`HostError`] for what the host cannot do; else what is wrong with the configuration.
+    pub fn new(config: Config<'_>) -> anyhow::Result<Self> {
+        config.check()?;
+        let kvm = open_kvm()?;
+        arch::check_capabilities(&kvm)?;
+        let ram = GuestRam::new(arch::layout::ram(config.mem_bytes & !0xfff))?;
+        let loaded = boot::load(&ram, &config)?;
+        let vm = create_vm(&kvm)?;
+        for (slot, (range, host)) in ram.mappings().enumerate() {
+            let region = kvm_bindings::kvm_userspace_memory_region {
+                slot: slot as u32,
+                guest_phys_addr: range.start.0,
+                memory_size: range.len,
+                userspace_addr: host,
+                flags: 0,
+            };
+            // SAFETY: the mapping outlives the machine: `ram` is a field of it.
+            unsafe { vm.set_user_memory_region(region) }
+                .map_err(kvm_error("Cannot give the guest its memory"))?;
+        }
+        let console = Arc::new(ConsoleLog::default());
+        let platform = Arc::new(Platform::new(&vm, console.clone())?);
+        let control = Arc::new(Control::new(config.cpus));
+        let fds = arch::create_vcpus(&kvm, &vm, &config, &loaded)?;
+        let vcpus = fds.into_iter().enumerate().map(|(index, fd)| Vcpu {
+            index,
+            fd,
+            platform: platform.clone(),
+            control: control.clone(),
+            traps: None,
+        });
+        let machine = Self {
+            waiting: Mutex::new(vcpus.collect()),
+            ram,
+            control,
+            platform,
+            console,
+            placement: loaded.placement,
+            cmdline: config.cmdline,
+            pausing: Mutex::new(()),
+            threads: Mutex::default(),
+            _vm: vm,
+        };
+        machine.connect_serial(0, Box::new(crate::devices::NullSink));
+        Ok(machine)
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Where the kernel was put.
+    pub fn placement(&self) -> Placement {
+        self.placement
+    }
+
+    /// Number of vCPUs.
+    pub fn cpu_count(&self) -> usize {
+        self.control.snapshots().len()
+    }
+
+    /// Serial port 0 (the console) or 1.
+    pub fn serial(&self, port: usize) -> &Arc<SerialPort> {
+        &self.platform.serial[port]
+    }
+
+    /// Sends the output of serial port 0 or 1 to `sink`.
+    pub fn connect_serial(&self, port: usize, sink: Box<dyn SerialSink>) {
+        let sink =
+            if port == 0 { Box::new(Watched::new(self.console.clone(), sink)) as Box<_> } else { sink };
+        self.serial(port).connect(sink);
+    }
+
+    /// What the guest printed on its console.
+    pub fn console_log(&self) -> &Arc<ConsoleLog> {
+        &self.console
+    }
+
+    /// Lets the guest run. With `traps`, exits of that instruction go to the handler; breakpoints are asked of KVM
+    /// before the first instruction runs.
+    ///
+    /// # Errors
+    /// When it was started before, or the host gives no threads or no guest debugging.
+    pub fn start(&self, traps: Option<Traps>) -> anyhow::Result<()> {
+        let mut vcpus = std::mem::take(&mut *lock(&self.waiting));
+        ensure!(!vcpus.is_empty(), "The machine was started before");
+        install_kick_handler()?;
+        if let Some(traps) = &traps {
+            for vcpu in &mut vcpus {
+                arch::enable_traps(&mut vcpu.fd, traps.instruction)?;
+                vcpu.traps = Some(traps.handler.clone());
+            }
+        }
+        for vcpu in vcpus {
+            let index = vcpu.index;
+            self.control.starting(index);
+            let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || vcpu.run());
+            match thread {
+                Ok(thread) => lock(&self.threads).push(thread),
+                Err(error) => {
+                    let why = format!("Cannot start the thread of vCPU {index}: {error}");
+                    self.control.never_started(index);
+                    self.control.finish(Outcome::Error(why.clone()));
+                    bail!(why);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops every vCPU between two instructions, no access to a device pending, until the value is dropped. Pauses of
+    /// several threads take turns; a second one on the same thread would wait for ever. A machine that has ended, or
+    /// was not started, counts as paused.
+    ///
+    /// # Errors
+    /// A vCPU does not stop, or its registers cannot be read: names it.
+    pub fn pause(&self) -> anyhow::Result<Paused<'_>> {
+        let turn = lock(&self.pausing);
+        let snapshots = self.control.pause(PAUSE_TIMEOUT).map_err(anyhow::Error::msg)?;
+        let resume = ResumeOnDrop(&self.control);
+        let states = snapshots.into_iter().enumerate().map(|(cpu, snapshot)| {
+            snapshot.state.map_err(|why| anyhow::anyhow!("Cannot read the registers of vCPU {cpu}: {why}"))
+        });
+        let cpus = states.collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Paused { ram: &self.ram, cpus, frozen: self.ram.freeze(), _resume: resume, _turn: turn })
+    }
+
+    /// Ends the machine from outside, at once.
+    pub fn stop(&self) {
+        self.control.finish(Outcome::HostStop);
+    }
+
+    /// How the machine ended, if it did.
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.control.outcome().map(|outcome| self.with_panic(outcome))
+    }
+
+    /// Waits until the machine has ended; None when `timeout` passes first (None waits for ever).
+    pub fn wait(&self, timeout: Option<Duration>) -> Option<Outcome> {
+        const POLL: Duration = Duration::from_millis(500);
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        loop {
+            let left = deadline.map_or(POLL, |d| d.saturating_duration_since(Instant::now()).min(POLL));
+            if let Some(outcome) = self.control.wait(left) {
+                return Some(self.with_panic(outcome));
+            }
+            if let Some((line, since)) = self.console.panicked()
+                && since.elapsed() > PANIC_GRACE
+            {
+                self.control.finish(Outcome::Panic(line));
+            }
+            if deadline.is_some_and(|d| Instant::now() >= d) {
+                return None;
+            }
+        }
+    }
+
+    /// What one wants to know of a guest that failed: last console lines, where each vCPU was, its last exits, the
+    /// command line. Complete once the machine has ended or was paused. `symbolise` names a code address.
+    pub fn diagnosis(&self, symbolise: &dyn Fn(Va) -> Option<String>) -> String {
+        let mut text = String::new();
+        let mut line = |args: std::fmt::Arguments<'_>| {
+            let _ = text.write_fmt(args);
+            text.push('\n');
+        };
+        if let Some(outcome) = self.outcome() {
+            line(format_args!("{outcome}"));
+        }
+        line(format_args!("command line: {}", self.cmdline));
+        for (cpu, snapshot) in self.control.snapshots().into_iter().enumerate() {
+            line(format_args!("vCPU {cpu}: {}", place(&snapshot, symbolise)));
+            if !snapshot.exits.is_empty() {
+                line(format_args!("  last exits: {}", snapshot.exits.join(", ")));
+            }
+        }
+        let tail = self.console.tail(DIAGNOSIS_LINES);
+        line(format_args!("console, last {} lines:", tail.len()));
+        for entry in tail {
+            line(format_args!("  {entry}"));
+        }
+        text
+    }
+
+    /// A kernel told to restart after a panic resets, or crashes on the way: the panic is what happened.
+    fn with_panic(&self, outcome: Outcome) -> Outcome {
+        match (outcome, self.console.panicked()) {
+            (Outcome::Reset | Outcome::PowerOff | Outcome::TripleFault, Some((line, _))) => {
+                Outcome::Panic(line)
+            }
+            (outcome, _) => outcome,
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+        for thread in lock(&self.threads).drain(..) {
+            // A vCPU thread that panicked has said so already.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Where a vCPU stands.
+fn place(snapshot: &Snapshot, symbolise: &dyn Fn(Va) -> Option<String>) -> String {
+    match &snapshot.state {
+        Err(why) => format!("registers unreadable ({why})"),
+        Ok(state) if !state.online => "not online".to_owned(),
+        Ok(state) if arch::is_reset(state) => {
+            "reset by KVM when it shut down, registers lost (AMD hosts do that)".to_owned()
+        }
+        Ok(state) => {
+            let ip = state.registers.ip();
+            let mode = if state.user_mode { "user" } else { "kernel" };
+            let symbol = if state.user_mode { None } else { symbolise(ip) };
+            let symbol = symbol.map(|s| format!(" {s}")).unwrap_or_default();
+            format!("ip {ip}{symbol}, sp {}, {mode} mode, page tables {}", state.registers.sp(), state.root)
+        }
+    }
+}
+
+/// A machine that stands still: the proof that its memory and registers may be looked at together.
+pub struct Paused<'a> {
+    ram: &'a GuestRam,
+    cpus: Vec<CpuState>,
+    // Dropped in this order: writers may go on, then the vCPUs, then the next pause.
+    frozen: RwLockWriteGuard<'a, ()>,
+    _resume: ResumeOnDrop<'a>,
+    _turn: MutexGuard<'a, ()>,
+}
+
+impl Paused<'_> {
+    /// Every vCPU, by index.
+    pub fn cpus(&self) -> &[CpuState] {
+        &self.cpus
+    }
+
+    /// Guest memory, at rest.
+    pub fn memory(&self) -> FrozenRam<'_> {
+        FrozenRam::new(self.ram, &self.frozen)
+    }
+
+    /// Changes guest memory while it is at rest.
+    ///
+    /// # Errors
+    /// No RAM there.
+    pub fn write(&mut self, pa: Pa, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.ram.store(pa, bytes)
+    }
+}
+
+struct ResumeOnDrop<'a>(&'a Control);
+
+impl Drop for ResumeOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.resume();
+    }
+}
+
+fn open_kvm() -> Result<Kvm, HostError> {
+    Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => HostError::NoKvm,
+        libc::EACCES | libc::EPERM => HostError::Permission,
+        _ => kvm_error("Cannot open /dev/kvm")(error),
+    })
+}
+
+/// KVM_CREATE_VM fails with EINTR when a signal arrives meanwhile, which a terminal's resize is enough for.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, HostError> {
+    const ATTEMPTS: usize = 5;
+    for _ in 1..ATTEMPTS {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result.map_err(kvm_error("Cannot create a virtual machine")),
+        }
+    }
+    kvm.create_vm().map_err(kvm_error("Cannot create a virtual machine"))
+}
+
+fn install_kick_handler() -> anyhow::Result<()> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    vmm_sys_util::signal::register_signal_handler(kick_signal(), nothing)
+        .context("Cannot install the handler of the signal that stops vCPUs")
+}
+
+/// The data behind these locks has no invariant that a panicking holder could have broken.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,123 @@
+//! The state machine of the vCPU threads, with threads that are no vCPUs.
+
+use super::control::*;
+use introspect::arch::CpuState;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::SeqCst};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A thread that counts while it "runs" and looks at its flag as KVM_RUN would.
+struct Worker {
+    thread: JoinHandle<()>,
+    count: Arc<AtomicU64>,
+}
+
+fn worker(control: &Arc<Control>, cpu: usize, deaf: bool) -> Worker {
+    let count = Arc::new(AtomicU64::new(0));
+    let (control, counter) = (control.clone(), count.clone());
+    control.starting(cpu);
+    let thread = std::thread::spawn(move || {
+        let flag = AtomicU8::new(0);
+        // SAFETY: the flag lives until `ended`.
+        control.started(cpu, unsafe { Kicker::new(NonNull::from(&flag)) });
+        let snapshot = || Snapshot {
+            state: Ok(CpuState { gs_base: counter.load(SeqCst), ..Default::default() }),
+            exits: Vec::new(),
+        };
+        while deaf && control.outcome().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        while control.checkpoint(cpu, snapshot) != Verdict::End {
+            while flag.swap(0, SeqCst) == 0 {
+                counter.fetch_add(1, SeqCst);
+                std::thread::yield_now();
+            }
+        }
+        control.ended(cpu, snapshot());
+    });
+    Worker { thread, count }
+}
+
+fn setup(cpus: usize) -> (Arc<Control>, Vec<Worker>) {
+    super::install_kick_handler().unwrap();
+    let control = Arc::new(Control::new(cpus));
+    let workers = (0..cpus).map(|cpu| worker(&control, cpu, false)).collect();
+    (control, workers)
+}
+
+fn finish(control: &Control, workers: Vec<Worker>) {
+    control.finish(Outcome::HostStop);
+    assert_eq!(control.wait(PATIENCE), Some(Outcome::HostStop));
+    workers.into_iter().for_each(|w| w.thread.join().unwrap());
+}
+
+#[test]
+fn nothing_runs_during_a_pause_and_all_run_after_it() {
+    let (control, workers) = setup(3);
+    for _ in 0..200 {
+        let snapshots = control.pause(PATIENCE).unwrap();
+        let counts: Vec<u64> = workers.iter().map(|w| w.count.load(SeqCst)).collect();
+        std::thread::yield_now();
+        for ((worker, count), snapshot) in workers.iter().zip(&counts).zip(&snapshots) {
+            assert_eq!(worker.count.load(SeqCst), *count);
+            assert_eq!(snapshot.state.as_ref().unwrap().gs_base, *count);
+        }
+        control.resume();
+    }
+    let before: Vec<u64> = workers.iter().map(|w| w.count.load(SeqCst)).collect();
+    while workers.iter().zip(&before).any(|(w, b)| w.count.load(SeqCst) == *b) {
+        std::thread::yield_now();
+    }
+    finish(&control, workers);
+}
+
+#[test]
+fn a_cpu_that_does_not_stop_is_named_and_the_others_go_on() {
+    super::install_kick_handler().unwrap();
+    let control = Arc::new(Control::new(2));
+    let workers = vec![worker(&control, 0, false), worker(&control, 1, true)];
+    let error = control.pause(Duration::from_millis(50)).unwrap_err();
+    assert!(error.starts_with("vCPU 1 did not stop"), "{error}");
+    let before = workers[0].count.load(SeqCst);
+    while workers[0].count.load(SeqCst) == before {
+        std::thread::yield_now();
+    }
+    finish(&control, workers);
+}
+
+#[test]
+fn a_machine_that_ended_is_paused() {
+    let (control, workers) = setup(2);
+    finish(&control, workers);
+    assert_eq!(control.pause(Duration::ZERO).unwrap().len(), 2);
+    control.resume();
+    assert_eq!(control.outcome(), Some(Outcome::HostStop));
+}
+
+#[test]
+fn a_machine_not_started_is_paused() {
+    let control = Control::new(4);
+    assert_eq!(
+        control.pause(Duration::ZERO).unwrap()[3].state,
+        Ok(CpuState { index: 3, ..Default::default() })
+    );
+}
+
+#[test]
+fn a_stop_ends_parked_cpus_too() {
+    let (control, workers) = setup(2);
+    control.pause(PATIENCE).unwrap();
+    finish(&control, workers);
+}
+
+#[test]
+fn the_first_outcome_stays() {
+    let control = Control::new(0);
+    control.finish(Outcome::PowerOff);
+    control.finish(Outcome::HostStop);
+    assert_eq!(control.outcome(), Some(Outcome::PowerOff));
+}

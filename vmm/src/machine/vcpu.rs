@@ -1,0 +1,130 @@
+//! One vCPU thread: run, look at the exit, decide, run again.
+
+use super::control::{Control, Kicker, Outcome, Snapshot, Verdict};
+use super::recent::Recent;
+use super::{TrapHandler, TrapInstruction, TrapOutcome};
+use crate::arch::{self, Next, Platform};
+use introspect::memory::Va;
+use kvm_ioctls::VcpuFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
+use std::time::Duration;
+
+/// Exits kept for the diagnosis.
+const EXITS_KEPT: usize = 8;
+/// KVM_RUN gives ENOMEM when the host is short of memory for a moment: how often and how long that is waited for.
+const ENOMEM_RETRIES: u32 = 100;
+const ENOMEM_PAUSE: Duration = Duration::from_millis(20);
+
+/// A vCPU and what it needs to handle its exits.
+pub(super) struct Vcpu {
+    pub index: usize,
+    pub fd: VcpuFd,
+    pub platform: Arc<Platform>,
+    pub control: Arc<Control>,
+    pub traps: Option<Arc<dyn TrapHandler>>,
+}
+
+/// What became of one run.
+enum Step {
+    Enter,
+    Checkpoint,
+    End(Outcome),
+}
+
+impl Vcpu {
+    /// The thread's body.
+    pub fn run(mut self) {
+        let flag: *mut u8 = &mut self.fd.get_kvm_run().immediate_exit;
+        let flag = NonNull::new(flag.cast::<AtomicU8>()).expect("kvm_run is mapped");
+        // SAFETY: kvm_run stays mapped until `self.fd` is dropped, which is behind `ended`.
+        self.control.started(self.index, unsafe { Kicker::new(flag) });
+        let mut exits = Recent::new(EXITS_KEPT);
+        let mut out_of_memory = 0;
+        let mut step = Step::Checkpoint;
+        loop {
+            match step {
+                Step::Enter => {}
+                Step::Checkpoint => {
+                    // SAFETY: mapped as above.
+                    unsafe { flag.as_ref() }.store(0, SeqCst);
+                    match self.control.checkpoint(self.index, || self.snapshot(&exits)) {
+                        Verdict::Enter => {}
+                        // Tells the guest's soft-lockup watchdog; EINVAL when the guest has no kvm clock.
+                        Verdict::Resume => drop(self.fd.kvmclock_ctrl()),
+                        Verdict::End => break,
+                    }
+                }
+                Step::End(outcome) => {
+                    self.control.finish(outcome);
+                    break;
+                }
+            }
+            step = self.enter(&mut exits, &mut out_of_memory);
+        }
+        self.control.ended(self.index, self.snapshot(&exits));
+    }
+
+    /// Runs the guest until its next exit and handles that.
+    fn enter(&mut self, exits: &mut Recent<arch::ExitRecord>, out_of_memory: &mut u32) -> Step {
+        let next = match self.fd.run() {
+            Ok(exit) => {
+                *out_of_memory = 0;
+                exits.push(arch::ExitRecord::new(&exit));
+                self.platform.handle(exit)
+            }
+            Err(error) => match error.errno() {
+                libc::EINTR | libc::EAGAIN => return Step::Checkpoint,
+                libc::ENOMEM if *out_of_memory < ENOMEM_RETRIES => {
+                    *out_of_memory += 1;
+                    std::thread::sleep(ENOMEM_PAUSE);
+                    return Step::Checkpoint;
+                }
+                _ => Next::Fail(format!("KVM_RUN failed: {}", std::io::Error::from(error))),
+            },
+        };
+        match next {
+            Next::Enter => Step::Enter,
+            Next::Checkpoint => Step::Checkpoint,
+            Next::Trap(instruction) => self.trap(instruction),
+            Next::End(outcome) => Step::End(outcome),
+            Next::Fail(why) => {
+                let why = format!("{why} (vCPU {})\n{}", self.index, arch::describe_failure(&mut self.fd));
+                Step::End(Outcome::Error(why))
+            }
+        }
+    }
+
+    /// Offers a trap to the handler. The hot path: registers come and go in the shared page, without a system call.
+    fn trap(&mut self, instruction: TrapInstruction) -> Step {
+        let mut registers = arch::shared_registers(&mut self.fd);
+        let site = self.traps.as_ref().and_then(|handler| {
+            // KVM leaves RIP on the instruction where it handled the exit itself, and behind it where its instruction
+            // emulator did.
+            let candidates = [registers.rip, registers.rip.wrapping_sub(instruction.len() as u64)];
+            let site = candidates.into_iter().find(|&rip| handler.is_site(Va(rip)))?;
+            Some((handler, site))
+        });
+        if let Some((handler, site)) = site {
+            registers.rip = site;
+            if handler.trap(self.index, &mut registers) == TrapOutcome::Resume {
+                // On the next entry KVM takes these registers first; it then skips the `out` only if RIP still is where
+                // it was at the exit.
+                arch::set_shared_registers(&mut self.fd, &registers);
+                return Step::Enter;
+            }
+        }
+        match arch::reflect(&self.fd, instruction) {
+            Ok(()) => Step::Enter,
+            Err(error) => Step::End(Outcome::Error(format!("Cannot hand a breakpoint back: {error:#}"))),
+        }
+    }
+
+    fn snapshot(&self, exits: &Recent<arch::ExitRecord>) -> Snapshot {
+        Snapshot {
+            state: arch::cpu_state(&self.fd, self.index).map_err(|error| format!("{error:#}")),
+            exits: exits.describe(),
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What the guest is made of: kernel, initramfs, command line, rules.
+
+use crate::cli::Failure;
+use crate::cli::options::RunOptions;
+use crate::cli::values::{FileSpec, ModuleSpec};
+use crate::lab;
+use anyhow::{Context, Result};
+use guest_profiles::{annotations, hooks};
+use images::initramfs::{self, GuestFile, GuestModule, InitramfsSpec};
+use images::module_file::{self, WantedModule};
+use introspect::image::KernelImage;
+use introspect::kernel::Kernel;
+use std::path::Path;
+
+/// The image's own error says which file and what is wrong with it; this adds the exit code.
+fn unusable() -> Failure {
+    Failure::usage("").hint(
+        "give an x86-64 bzImage or vmlinux with kallsyms and BTF in it; `kleak-vmm inspect` says what an image holds",
+    )
+}
+
+/// Opens and unpacks the kernel.
+pub fn image(options: &RunOptions) -> Result<KernelImage> {
+    KernelImage::open(&options.kernel_path()).with_context(unusable)
+}
+
+/// Recovers what is in it.
+pub fn recover(image: KernelImage) -> Result<Kernel> {
+    Kernel::recover(image).with_context(unusable)
+}
+
+/// Traps to plant and annotations to follow.
+pub struct GuestRules {
+    /// Allocator hooks.
+    pub hooks: Vec<hooks::Hook>,
+    /// Annotations and suppressions.
+    pub annotations: annotations::Rules,
+}
+
+/// The built-in rules and those of `--profile`.
+pub fn rules(options: &RunOptions) -> Result<GuestRules> {
+    let mut annotations = annotations::builtin();
+    if let Some(path) = &options.profile {
+        let wrong = || {
+            Failure::usage(format!("Cannot use guest profile {}", path.display()))
+                .hint("guest-profiles/data/annotations.toml shows the format")
+        };
+        let text = std::fs::read_to_string(path).with_context(wrong)?;
+        annotations.extend(annotations::parse(&text).with_context(wrong)?);
+    }
+    Ok(GuestRules { hooks: hooks::builtin(), annotations })
+}
+
+/// The kernel command line: ours first, so that the user's words win. A kernel that panicked waits: the machine is ended
+/// there, so that each vCPU is still where it was; only a panic before there is a console gets as far as its restart.
+pub fn cmdline(options: &RunOptions) -> String {
+    let mut line = String::from("console=ttyS0 panic=30 random.trust_cpu=on");
+    if !options.kaslr_enabled() && !options.cmdline.split_whitespace().any(|w| w == "nokaslr") {
+        line.push_str(" nokaslr");
+    }
+    if !options.cmdline.is_empty() {
+        line.push(' ');
+        line.push_str(&options.cmdline);
+    }
+    line
+}
+
+/// How long the embedded init lets the guest settle before the scan it asks for: RCU callbacks and delayed work that
+/// free what the modules left (kfree_rcu is batched for 5 s since 6.7), and the minimum age of what is reported.
+const SETTLE_MS: u64 = 2000;
+const SETTLE_WITH_MODULES_MS: u64 = 6000;
+
+/// The initramfs: the user's, or the embedded one with modules, files and command.
+pub fn initrd(options: &RunOptions, release: &str) -> Result<Vec<u8>> {
+    if let Some(path) = &options.initrd {
+        return read(path, "initrd");
+    }
+    let file = |spec: &FileSpec| GuestFile { host: spec.host.clone(), guest: spec.guest.clone() };
+    let settle = if options.modules.is_empty() { SETTLE_MS } else { SETTLE_WITH_MODULES_MS };
+    let busybox = initramfs::find_busybox();
+    if busybox.is_none() && !options.quiet && lab::inside().is_none() {
+        eprintln!(
+            "kleak-vmm: warning: No static busybox on this host, so the guest has no shell; apt-get install busybox-static"
+        );
+    }
+    let spec = InitramfsSpec {
+        busybox,
+        files: options.files.iter().map(file).collect(),
+        modules: modules(options, release)?,
+        exec: options.exec.clone(),
+        // SAFETY: isatty takes a plain number.
+        interactive: unsafe { libc::isatty(libc::STDIN_FILENO) } == 1,
+        settle_ms: settle.max(options.min_age_ms + 500),
+        scan_port: options.guest_port_enabled().then(|| "/dev/ttyS1".to_owned()),
+    };
+    initramfs::build(&spec).context("Cannot build the initramfs")
+}
+
+/// The modules asked for and those they need, in the order of loading. `release` is the kernel's.
+fn modules(options: &RunOptions, release: &str) -> Result<Vec<GuestModule>> {
+    let wanted =
+        |spec: &ModuleSpec| WantedModule { path: spec.path.clone(), parameters: spec.params.join(" ") };
+    let wanted: Vec<_> = options.modules.iter().map(wanted).collect();
+    let found = module_file::resolve(&wanted, options.module_dir.as_deref()).with_context(|| {
+        Failure::usage("").hint("modules that others need are looked for beside those and in --module-dir")
+    })?;
+    for (file, _) in &found {
+        let hint = format!("{} must be built against the headers of this kernel", file.path.display());
+        file.info.check_fits(release).with_context(|| Failure::usage("").hint(hint))?;
+    }
+    Ok(found.into_iter().map(Into::into).collect())
+}
+
+fn read(path: &Path, what: &str) -> Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| Failure::usage(format!("Cannot read {what} {}", path.display())))
+}

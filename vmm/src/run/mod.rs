@@ -1,0 +1,164 @@
+//! `kleak-vmm run`: puts machine, tracer, detector and console together and sees the guest through to its end.
+
+mod guest;
+mod watch;
+
+use crate::cli::options::{RunOptions, TracerChoice};
+use crate::cli::{ExitCode, Failure, check};
+use crate::console::guest_port::SETTLE;
+use crate::console::socket::{self, ControlServer};
+use crate::console::{ConsoleMux, Executor, GuestPort};
+use crate::detector::{Detector, HostFacts, Parts, ScanOptions};
+use crate::lab::{self, Decision};
+use crate::machine::{Config, Machine, TrapInstruction, Traps};
+use crate::probe::{self, Depth, Probe};
+use crate::tracer::{Recorder, breakpoint::Breakpoints};
+use anyhow::{Context, Result};
+use introspect::hooks::{Plan, plan};
+use introspect::linux::Linux;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Boots the guest and watches it until it ends.
+///
+/// # Errors
+/// Bad input, a host that cannot, a guest that failed: a [`Failure`] with the contract's exit code.
+pub fn run(options: &RunOptions) -> Result<ExitCode> {
+    check::check(options)?;
+    // Before anything is decided or prepared: what the user gave is what goes wrong most often.
+    let image = guest::image(options)?;
+    let initrd = guest::initrd(options, image.release())?;
+    let probe = match lab::decide(options.lab, || probe::probe(Path::new("/dev/kvm"), Depth::Needed))? {
+        Decision::Here(probe) => probe,
+        Decision::Lab(reason) => return lab::run_command(options, reason.as_deref()),
+    };
+    let kernel = Arc::new(guest::recover(image)?);
+    let control = bind_control(options)?;
+
+    let config = Config {
+        initrd: Some(initrd),
+        cmdline: guest::cmdline(options),
+        mem_bytes: options.mem_bytes,
+        cpus: usize::from(options.cpus),
+        // A vmlinux has no relocations: it stays where it is linked, unless the user insists.
+        kaslr: options.kaslr.unwrap_or(options.kaslr_enabled() && kernel.image.relocations.is_some()),
+        ..Config::new(&kernel.image)
+    };
+    let machine = Arc::new(Machine::new(config)?);
+    let linux = Linux::new(Arc::clone(&kernel), machine.placement());
+    let linux = Arc::new(linux.context("Cannot find the kernel's data structures")?);
+    let (detector, traps) = track(options, &machine, &linux, &probe)?;
+    let session = Session::new(options, machine, detector)?;
+    session.see_through(options, traps, control)
+}
+
+fn bind_control(options: &RunOptions) -> Result<ControlServer> {
+    let path = options.control.clone().map_or_else(socket::default_path, Ok)?;
+    ControlServer::bind(&path)
+}
+
+/// Plants the traps and puts the detector behind them.
+fn track(
+    options: &RunOptions,
+    machine: &Arc<Machine>,
+    linux: &Arc<Linux>,
+    probe: &Probe,
+) -> Result<(Arc<Detector>, Option<Traps>)> {
+    let rules = guest::rules(options)?;
+    let recorder = Arc::new(Recorder::new(Arc::clone(linux), machine.ram().clone())?);
+    let instruction = choose_trap(options, probe)?;
+    let plan = match options.tracer {
+        TracerChoice::Off => Plan::default(),
+        TracerChoice::Auto | TracerChoice::Breakpoint => plan(&linux.kernel, &rules.hooks, instruction.len()),
+    };
+    for gap in plan.gaps.iter().filter(|_| !options.quiet) {
+        eprintln!("kleak-vmm: warning: Not tracked on this kernel: {}: {}", gap.cover, gap.why);
+    }
+    let ram = machine.ram().clone();
+    let traps = Breakpoints::plant(Arc::clone(&recorder), Arc::clone(linux), ram, &plan, instruction)?;
+    let traps = Arc::new(traps);
+    let tracing = options.tracer != TracerChoice::Off;
+    recorder.enable(tracing);
+    let host = HostFacts {
+        kvm: kvm_name(),
+        tracer: if tracing { "breakpoint" } else { "off" },
+        trap: match instruction {
+            TrapInstruction::Int3 => "int3",
+            TrapInstruction::Pio => "pio",
+        },
+        lab: lab::inside(),
+    };
+    let parts = Parts {
+        machine: Arc::clone(machine),
+        linux: Arc::clone(linux),
+        recorder,
+        traps: Arc::clone(&traps),
+        plan,
+        rules: rules.annotations,
+        host,
+    };
+    let scan = ScanOptions { min_age_ms: options.min_age_ms, stack: options.stack };
+    let detector = Arc::new(Detector::new(parts, scan, options.scan_period_s));
+    Ok((detector, tracing.then(|| Traps { instruction, handler: traps })))
+}
+
+fn choose_trap(options: &RunOptions, probe: &Probe) -> Result<TrapInstruction> {
+    let none = |why| Failure::host(format!("Cannot trap the guest: {why}")).hint("try --trap auto");
+    Ok(probe.choose(options.trap).map_err(none)?)
+}
+
+/// The vendor module behind /dev/kvm.
+fn kvm_name() -> String {
+    let vendors = ["kvm_intel", "kvm_amd", "kvm_pvm"];
+    let loaded = vendors.into_iter().find(|name| Path::new("/sys/module").join(name).exists());
+    loaded.unwrap_or("kvm").replace('_', "-")
+}
+
+/// A machine with its console, before it starts.
+struct Session {
+    machine: Arc<Machine>,
+    detector: Arc<Detector>,
+    console: ConsoleMux,
+    _guest_port: Option<GuestPort>,
+    commands: Arc<Executor>,
+}
+
+impl Session {
+    fn new(options: &RunOptions, machine: Arc<Machine>, detector: Arc<Detector>) -> Result<Self> {
+        let console = ConsoleMux::new()?;
+        machine.connect_serial(0, console.sink());
+        let commands = Arc::new(Executor::new(detector.clone()));
+        let guest_port = if options.guest_port_enabled() {
+            let port = GuestPort::new();
+            machine.connect_serial(1, port.sink());
+            // Under full emulation a shell takes longer from its echo to its close.
+            let settle = if lab::inside().is_some() { SETTLE * 3 } else { SETTLE };
+            port.serve(machine.serial(1).clone(), commands.clone(), settle)?;
+            Some(port)
+        } else {
+            None
+        };
+        Ok(Self { machine, detector, console, _guest_port: guest_port, commands })
+    }
+
+    fn see_through(
+        mut self,
+        options: &RunOptions,
+        traps: Option<Traps>,
+        mut control: ControlServer,
+    ) -> Result<ExitCode> {
+        let machine = Arc::clone(&self.machine);
+        crate::console::signals::watch(move |_| machine.stop()).context("Cannot watch for signals")?;
+        control.serve(self.commands.clone())?;
+        self.machine.start(traps)?;
+        self.console.start_input(self.machine.serial(0).clone(), self.commands.clone())?;
+        let timeout = options.timeout_s.map(Duration::from_secs);
+        let outcome = watch::until_end(&self.machine, &self.detector, options, timeout);
+        // The terminal is the user's again before anything is said.
+        drop(self.console);
+        drop(control);
+        let ended = watch::Ended { machine: &self.machine, detector: &self.detector, options };
+        ended.conclude(outcome)
+    }
+}

@@ -1,0 +1,174 @@
+//! The breakpoint tracer: traps in the guest's text, one exit each.
+//!
+//! The traps are written into guest memory before the first instruction runs and stay: the displaced
+//! instructions are carried out on the vCPU's registers, so no other vCPU can slip past a lifted trap.
+
+use super::Recorder;
+use crate::machine::{GuestRam, Paused, TrapHandler, TrapInstruction, TrapOutcome};
+use anyhow::{Context, Result, bail};
+use guest_profiles::hooks::Role;
+use introspect::arch::Registers;
+use introspect::hooks::{Displaced, Plan, Step};
+use introspect::linux::Linux;
+use introspect::memory::{Pa, PhysicalMemory, Va};
+use rustc_hash::FxHashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// One planted trap.
+struct Trap {
+    role: Role,
+    entry: bool,
+    argument: u8,
+    displaced: Vec<Displaced>,
+    /// Run-time address where the guest goes on.
+    resume: Va,
+    /// Where the trap is in guest memory, and what belongs there instead.
+    at: Pa,
+    original: Vec<u8>,
+}
+
+/// The tracer.
+pub struct Breakpoints {
+    recorder: Arc<Recorder>,
+    linux: Arc<Linux>,
+    ram: GuestRam,
+    instruction: TrapInstruction,
+    traps: FxHashMap<u64, Trap>,
+    hits: AtomicU64,
+    rearmed: AtomicU64,
+}
+
+impl Breakpoints {
+    /// Plants the traps of `plan`. The guest's image must be in memory and nothing may have run yet.
+    ///
+    /// # Errors
+    /// The image in memory is not the one the plan was made for.
+    pub fn plant(
+        recorder: Arc<Recorder>,
+        linux: Arc<Linux>,
+        ram: GuestRam,
+        plan: &Plan,
+        instruction: TrapInstruction,
+    ) -> Result<Self> {
+        let mut traps = FxHashMap::default();
+        for planned in &plan.traps {
+            let va = planned.site.va + linux.placement.slide;
+            let at =
+                linux.translate(&ram, va).with_context(|| format!("Trap in {} at {va}", planned.function))?;
+            let mut there = vec![0; planned.site.original.len()];
+            ram.read(at, &mut there)?;
+            if there != planned.site.original {
+                bail!(
+                    "Cannot trap {} at {va}: memory holds {there:02x?}, the image {:02x?}",
+                    planned.function,
+                    planned.site.original
+                );
+            }
+            ram.write(at, instruction.bytes())?;
+            traps.insert(
+                va.0,
+                Trap {
+                    role: planned.role,
+                    entry: planned.entry,
+                    argument: planned.argument,
+                    displaced: planned.site.displaced.clone(),
+                    resume: planned.site.resume() + linux.placement.slide,
+                    at,
+                    original: planned.site.original.clone(),
+                },
+            );
+        }
+        Ok(Self {
+            recorder,
+            linux,
+            ram,
+            instruction,
+            traps,
+            hits: AtomicU64::new(0),
+            rearmed: AtomicU64::new(0),
+        })
+    }
+
+    /// Number of traps.
+    pub fn count(&self) -> usize {
+        self.traps.len()
+    }
+
+    /// Trap exits handled so far.
+    pub fn hits(&self) -> u64 {
+        self.hits.load(Ordering::Relaxed)
+    }
+
+    /// Traps that were found overwritten by the guest and planted again: events may have been missed.
+    pub fn rearmed(&self) -> u64 {
+        self.rearmed.load(Ordering::Relaxed)
+    }
+
+    /// Checks every site and plants lost traps again. Returns the addresses that had lost theirs.
+    ///
+    /// # Errors
+    /// Guest memory cannot be read.
+    pub fn verify(&self, paused: &mut Paused<'_>) -> Result<Vec<Va>> {
+        let want = self.instruction.bytes();
+        let mut lost = Vec::new();
+        for (&va, trap) in &self.traps {
+            let mut there = [0; 2];
+            let there = &mut there[..want.len()];
+            self.ram.read(trap.at, there)?;
+            if there != want {
+                lost.push(Va(va));
+                paused.write(trap.at, want)?;
+            }
+        }
+        self.rearmed.fetch_add(lost.len() as u64, Ordering::Relaxed);
+        Ok(lost)
+    }
+
+    /// Carries out the displaced instructions. False when the guest's stack is not there.
+    fn step_over(&self, trap: &Trap, registers: &mut Registers) -> bool {
+        let mut after = *registers;
+        for displaced in &trap.displaced {
+            let load = |va| self.linux.read_u64(&self.ram, va).ok();
+            match displaced.execute(&mut after, load) {
+                Some(Step::Done) => {}
+                Some(Step::Store(va, value)) => {
+                    let Ok(pa) = self.linux.translate(&self.ram, va) else { return false };
+                    if self.ram.write(pa, &value.to_le_bytes()).is_err() {
+                        return false;
+                    }
+                }
+                None => return false,
+            }
+        }
+        after.rip = trap.resume.0;
+        *registers = after;
+        true
+    }
+}
+
+impl TrapHandler for Breakpoints {
+    fn is_site(&self, ip: Va) -> bool {
+        self.traps.contains_key(&ip.0)
+    }
+
+    fn trap(&self, cpu: usize, registers: &mut Registers) -> TrapOutcome {
+        let Some(trap) = self.traps.get(&registers.rip) else {
+            return TrapOutcome::Foreign;
+        };
+        self.hits.fetch_add(1, Ordering::Relaxed);
+        if trap.entry {
+            self.recorder.entered(trap.role, trap.argument, registers);
+        }
+        if !self.step_over(trap, registers) {
+            // The guest overflows its stack: let it meet its own page fault. The site stays without a trap until
+            // `verify` finds and counts it.
+            let _ = self.ram.write(trap.at, &trap.original);
+            return TrapOutcome::Resume;
+        }
+        if !trap.entry {
+            self.recorder.returned(trap.role, cpu, registers);
+        }
+        TrapOutcome::Resume
+    }
+}

@@ -1,0 +1,336 @@
+//! From the registers at a hook to the registry.
+//!
+//! Order on several vCPUs: a free is recorded before the guest gives the memory back, an allocation after it was
+//! made, both under one lock while the vCPU waits. So when one vCPU frees an object and another gets the same memory,
+//! the registry sees them in the guest's order without any lock in the guest.
+
+use crate::machine::GuestRam;
+use anyhow::Result;
+use guest_profiles::hooks::Role;
+use introspect::arch::Registers;
+use introspect::linux::{Linux, ModuleMap, Walk};
+use introspect::memory::{PAGE_SIZE, PhysicalMemory, Va};
+use introspect::registry::{AllocEvent, Kind, MAX_FRAMES, Paint, Registry};
+use introspect::unwind::{Start, Text, Unwinder};
+use rustc_hash::FxHashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+/// Most objects one bulk call can pass; mm/slub.c's own users stay below 512.
+const MAX_BULK: u64 = 16 * 1024;
+
+/// Most allocator calls under way at once: one per task, and a few per vCPU in interrupts. A guest that enters them and
+/// never returns ends there.
+const MAX_PENDING: usize = 1 << 20;
+
+/// ZERO_SIZE_PTR and NULL (include/linux/slab.h), and error pointers (include/linux/err.h).
+fn is_object(address: u64) -> bool {
+    address > 16 && address < (-4095_i64) as u64
+}
+
+/// What changes with every event.
+#[derive(Default)]
+pub struct State {
+    /// Live objects.
+    pub registry: Registry,
+    /// Allocator calls between their entry and their return, by stack pointer at entry: the argument that the return needs.
+    pending: FxHashMap<u64, u64>,
+}
+
+impl State {
+    /// Forgets all objects and all calls under way.
+    pub fn reset(&mut self) {
+        self.registry.clear();
+        self.pending.clear();
+    }
+}
+
+/// Keeps the registry from the registers at hooks.
+pub struct Recorder {
+    linux: Arc<Linux>,
+    ram: GuestRam,
+    text: Text,
+    /// Modules seen so far.
+    pub modules: RwLock<ModuleMap>,
+    state: Mutex<State>,
+    enabled: AtomicBool,
+}
+
+impl Recorder {
+    /// A recorder with an empty registry.
+    ///
+    /// # Errors
+    /// The image does not say where its code is.
+    pub fn new(linux: Arc<Linux>, ram: GuestRam) -> Result<Self> {
+        let text = Text::recover(&linux.kernel.image, &linux.kernel.symbols)?;
+        Ok(Self {
+            linux,
+            ram,
+            text,
+            modules: RwLock::default(),
+            state: Mutex::default(),
+            enabled: AtomicBool::new(true),
+        })
+    }
+
+    /// Unwinds stacks of this guest.
+    pub fn unwinder(&self) -> Unwinder<'_> {
+        Unwinder::new(self.linux.kernel.orc.as_ref(), self.text, self.linux.placement.slide)
+    }
+
+    /// The registry, locked: events wait.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        // A panic of another thread while it held the lock ends the process anyway.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stops or resumes recording (`off`, `on`).
+    pub fn enable(&self, on: bool) {
+        self.enabled.store(on, Ordering::SeqCst);
+    }
+
+    /// True while events are recorded.
+    pub fn enabled(&self) -> bool {
+        self.enabled.load(Ordering::SeqCst)
+    }
+
+    /// At a function's entry, arguments still in their registers, `rsp` on the return address.
+    pub fn entered(&self, role: Role, argument: u8, registers: &Registers) {
+        let value = argument_of(registers, argument);
+        match role {
+            Role::ModuleLoad => return self.module_loaded(Va(value)),
+            Role::ModuleUnload => return self.module_unloaded(Va(value)),
+            _ if !self.enabled() => return,
+            _ => {}
+        }
+        match role {
+            Role::Free | Role::Vfree => self.free(value),
+            Role::BulkFree => self.bulk_free(registers.rsi, Va(registers.rdx)),
+            Role::RcuFree => self.rcu_free(registers.rdi, registers.rsi),
+            Role::BulkAlloc => self.pend(registers, registers.rcx),
+            Role::LargeAlloc | Role::Vmalloc => self.pend(registers, registers.rdi),
+            Role::SlabAlloc | Role::Kmalloc | Role::ModuleLoad | Role::ModuleUnload => {}
+        }
+    }
+
+    /// At a function's return: `rsp` on the return address again, the result in `rax`.
+    pub fn returned(&self, role: Role, cpu: usize, registers: &Registers) {
+        if !self.enabled() {
+            return;
+        }
+        let result = registers.rax;
+        match role {
+            Role::SlabAlloc | Role::Kmalloc if is_object(result) => self.slab_alloc(role, cpu, registers),
+            Role::LargeAlloc | Role::Vmalloc => {
+                let size = self.state().pending.remove(&registers.rsp);
+                if let (true, Some(size)) = (is_object(result), size) {
+                    self.block(role, size, cpu, registers);
+                }
+            }
+            Role::BulkAlloc => {
+                let array = self.state().pending.remove(&registers.rsp);
+                if let Some(array) = array {
+                    self.bulk_alloc(Va(array), result & 0xffff_ffff, cpu, registers);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn pend(&self, registers: &Registers, value: u64) {
+        let mut state = self.state();
+        if state.pending.len() >= MAX_PENDING {
+            state.registry.counters.dropped += 1;
+            return;
+        }
+        state.pending.insert(registers.rsp, value);
+    }
+
+    fn slab_alloc(&self, role: Role, cpu: usize, registers: &Registers) {
+        let address = Va(registers.rax);
+        match self.linux.cache_of(&self.ram, address) {
+            Ok(Some(cache)) => {
+                let origin = self.origin(cpu, registers);
+                self.record_slab(address, cache, &origin);
+            }
+            // Larger than the largest cache: the hook of large allocations has it already.
+            Ok(None) if role == Role::Kmalloc => {}
+            Ok(None) | Err(_) => self.lost(),
+        }
+    }
+
+    fn record_slab(&self, address: Va, cache: Va, origin: &Origin) {
+        match self.linux.cache_object_size(&self.ram, cache) {
+            Ok(size) => self.state().registry.alloc(&origin.event(address, size, Kind::Slab, cache)),
+            Err(_) => self.lost(),
+        }
+    }
+
+    /// How many of the objects of a bulk call are looked at.
+    fn bulk(&self, count: u64) -> u64 {
+        if count > MAX_BULK {
+            self.lost();
+        }
+        count.min(MAX_BULK)
+    }
+
+    fn bulk_alloc(&self, array: Va, count: u64, cpu: usize, registers: &Registers) {
+        let origin = self.origin(cpu, registers);
+        for index in 0..self.bulk(count) {
+            let object = self.linux.read_u64(&self.ram, array + index * 8);
+            match object.and_then(|o| Ok((o, self.linux.cache_of(&self.ram, Va(o))?))) {
+                Ok((object, Some(cache))) => self.record_slab(Va(object), cache, &origin),
+                Ok((_, None)) | Err(_) => self.lost(),
+            }
+        }
+    }
+
+    fn block(&self, role: Role, size: u64, cpu: usize, registers: &Registers) {
+        let ram = self.ram.ranges().iter().map(|range| range.len).sum();
+        let Some((kind, size)) = block_of(role, size, ram) else { return self.lost() };
+        let origin = self.origin(cpu, registers);
+        self.state().registry.alloc(&origin.event(Va(registers.rax), size, kind, Va(0)));
+    }
+
+    fn free(&self, address: u64) {
+        if is_object(address) {
+            self.state().registry.free(Va(address));
+        }
+    }
+
+    fn bulk_free(&self, count: u64, array: Va) {
+        for index in 0..self.bulk(count) {
+            match self.linux.read_u64(&self.ram, array + index * 8) {
+                Ok(object) => self.free(object),
+                Err(_) => self.lost(),
+            }
+        }
+    }
+
+    /// `kvfree_call_rcu(head, x)`: until 6.3 `x` is the offset of `head` in the object, or the object when `head` is
+    /// NULL; later it is always the object. Offsets are below 4096 (include/linux/rcupdate.h), so the value tells.
+    fn rcu_free(&self, head: u64, x: u64) {
+        let object = if x < 4096 { head.wrapping_sub(x) } else { x };
+        self.state().registry.paint(Va(object), Paint::Black);
+    }
+
+    fn module_loaded(&self, va: Va) {
+        match self.linux.module(&self.ram, va) {
+            Ok(module) => {
+                let now = self.state().registry.sequence();
+                self.modules.write().unwrap_or_else(PoisonError::into_inner).load(module, now);
+            }
+            Err(_) => self.lost(),
+        }
+    }
+
+    fn module_unloaded(&self, va: Va) {
+        let now = self.state().registry.sequence();
+        self.modules.write().unwrap_or_else(PoisonError::into_inner).unload(va, now);
+    }
+
+    /// An event whose guest data makes no sense or cannot be read, and which is therefore not in the registry.
+    fn lost(&self) {
+        self.state().registry.counters.dropped += 1;
+    }
+
+    /// Who allocates: context, time and backtrace.
+    fn origin(&self, cpu: usize, registers: &Registers) -> Origin {
+        let (comm, pid) = self.linux.allocating_comm_and_pid(&self.ram, cpu).unwrap_or_default();
+        let mut origin = Origin {
+            comm,
+            pid,
+            jiffies: self.linux.jiffies(&self.ram).unwrap_or(0),
+            stack: [Va(0); MAX_FRAMES],
+            depth: 0,
+        };
+        let modules = self.modules.read().unwrap_or_else(PoisonError::into_inner);
+        let mut walk = Walk::default();
+        let read = |va| {
+            let mut word = [0; 8];
+            self.linux.read_with(&self.ram, &mut walk, va, &mut word).ok()?;
+            Some(u64::from_le_bytes(word))
+        };
+        let trace = self.unwinder().unwind(&*modules, &Start::running(registers), read, &mut origin.stack);
+        origin.depth = trace.len;
+        origin
+    }
+}
+
+struct Origin {
+    comm: [u8; 16],
+    pid: i32,
+    jiffies: u64,
+    stack: [Va; MAX_FRAMES],
+    depth: usize,
+}
+
+impl Origin {
+    fn event(&self, address: Va, size: u64, kind: Kind, cache: Va) -> AllocEvent<'_> {
+        AllocEvent {
+            address,
+            size,
+            kind,
+            cache,
+            comm: self.comm,
+            pid: self.pid,
+            jiffies: self.jiffies,
+            stack: &self.stack[..self.depth],
+        }
+    }
+}
+
+/// Whole pages: large kmalloc with the size asked for, vmalloc rounded up to pages, as kmemleak has them. None when the
+/// guest has not so much RAM, which its allocators refuse themselves (`totalram_pages` in mm/vmalloc.c).
+fn block_of(role: Role, size: u64, ram: u64) -> Option<(Kind, u64)> {
+    let (kind, size) = match role {
+        Role::Vmalloc => (Kind::Vmalloc, size.checked_next_multiple_of(PAGE_SIZE)?),
+        _ => (Kind::Large, size),
+    };
+    (size <= ram).then_some((kind, size))
+}
+
+/// System V AMD64 integer arguments.
+fn argument_of(registers: &Registers, position: u8) -> u64 {
+    match position {
+        0 => registers.rdi,
+        1 => registers.rsi,
+        2 => registers.rdx,
+        3 => registers.rcx,
+        4 => registers.r8,
+        _ => registers.r9,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_have_the_size_asked_for_or_whole_pages() {
+        assert_eq!(block_of(Role::LargeAlloc, 9000, 1 << 20), Some((Kind::Large, 9000)));
+        assert_eq!(block_of(Role::Vmalloc, 9000, 1 << 20), Some((Kind::Vmalloc, 3 * PAGE_SIZE)));
+    }
+
+    #[test]
+    fn blocks_larger_than_the_guest_are_none() {
+        for role in [Role::LargeAlloc, Role::Vmalloc] {
+            for size in [(1 << 20) + 1, u64::MAX - 1, u64::MAX] {
+                assert_eq!(block_of(role, size, 1 << 20), None, "{role:?} {size:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn null_zero_size_and_error_pointers_are_no_objects() {
+        for (value, object) in [
+            (0, false),
+            (16, false),
+            (u64::MAX, false),
+            ((-4095_i64) as u64, false),
+            (0xffff_8880_0000_1000, true),
+        ] {
+            assert_eq!(is_object(value), object, "{value:#x}");
+        }
+    }
+}
