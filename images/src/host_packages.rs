@@ -1,0 +1,77 @@
+//! What must be installed on a Debian-like host to prepare the images, in one place. Whether it is can be told by a
+//! tool on the PATH.
+
+use std::path::Path;
+
+/// A Debian package and what it is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostPackage {
+    /// Its name.
+    pub name: &'static str,
+    /// Programs that are there when it is installed.
+    pub tools: &'static [&'static str],
+    /// Files that are there when it is installed.
+    pub files: &'static [&'static str],
+    /// Why it is needed.
+    pub reason: &'static str,
+    /// What it is needed for.
+    pub purpose: Purpose,
+}
+
+/// What a package is needed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Booting a guest with the leaky module.
+    Guests,
+    /// Building the oracle kernel.
+    Oracle,
+}
+
+/// All of them.
+pub const ALL: &[HostPackage] = &[
+    package("busybox-static", &["busybox"], "shell and tools of the guest", Purpose::Guests),
+    package(
+        "qemu-system-x86",
+        &["qemu-system-x86_64"],
+        "the lab, on hosts without usable KVM",
+        Purpose::Guests,
+    ),
+    package("gcc-12", &["gcc-12"], "the compiler of Debian's kernels, for modules", Purpose::Guests),
+    package("make", &["make"], "the kernel's build system, for modules", Purpose::Guests),
+    package("binutils", &["strip", "nm"], "linking and stripping modules", Purpose::Guests),
+    package("xz-utils", &["xz"], "unpacking modules and kernel sources", Purpose::Guests),
+    HostPackage {
+        files: &["/usr/include/stdio.h"],
+        ..package("libc6-dev", &[], "static programs for the guest", Purpose::Guests)
+    },
+    package("bc", &["bc"], "building a kernel", Purpose::Oracle),
+    package("bison", &["bison"], "building a kernel", Purpose::Oracle),
+    package("flex", &["flex"], "building a kernel", Purpose::Oracle),
+    HostPackage {
+        files: &["/usr/include/libelf.h"],
+        ..package("libelf-dev", &[], "objtool, which makes the kernel's ORC tables", Purpose::Oracle)
+    },
+    package("dwarves", &["pahole"], "the kernel's type information (BTF)", Purpose::Oracle),
+    package("gcc", &["gcc"], "host tools of the kernel's build", Purpose::Oracle),
+];
+
+const fn package(
+    name: &'static str,
+    tools: &'static [&'static str],
+    reason: &'static str,
+    purpose: Purpose,
+) -> HostPackage {
+    HostPackage { name, tools, files: &[], reason, purpose }
+}
+
+impl HostPackage {
+    /// Whether what it brings is there, from it or from elsewhere.
+    pub fn is_installed(&self) -> bool {
+        self.tools.iter().all(|tool| on_path(tool)) && self.files.iter().all(|file| Path::new(file).exists())
+    }
+}
+
+fn on_path(tool: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(tool).is_file())
+}

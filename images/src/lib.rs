@@ -1,0 +1,20 @@
+//! Guest kernels, initramfs, kernel modules and lab images: recipes that fetch or build them.
+
+pub mod cache;
+mod command;
+pub mod cpio;
+pub mod debian;
+pub mod host_packages;
+pub mod initramfs;
+pub mod kernel;
+pub mod lab;
+pub mod leaky;
+pub mod module_file;
+pub mod modules;
+pub mod oracle;
+pub mod programs;
+pub mod source;
+
+pub use cache::Cache;
+pub use kernel::KernelPackage;
+pub use oracle::Oracle;
