@@ -1,0 +1,489 @@
+//! Shared by the integration tests: the binary under test, guests to boot, what they printed.
+//!
+//! The tests drive `kleak-vmm` as a user does: by its command line, its console and its reports. On a host
+//! without usable KVM it goes through the lab by itself, so the tests do not know where they run.
+
+use anyhow::{Context, Result, bail, ensure};
+use images::kernel::Headers;
+use images::{Cache, KernelPackage, modules, programs};
+use libtest_mimic::{Arguments, Failed, Trial};
+use serde_json::Value;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Longest any one run may take; the lab is slow.
+pub const RUN_TIMEOUT: Duration = Duration::from_secs(400);
+
+/// What the emulated host of the lab does once in a while to a guest or to itself, whatever is tested. Said when it
+/// happens; under real KVM it must not.
+const LAB_TROUBLE: [&str; 2] = ["The lab failed", "The guest crashed with a triple fault"];
+
+/// One named test. Trouble of the lab makes it start again, once.
+pub fn test(name: impl Into<String>, body: impl Fn() -> Result<()> + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        let mut result = body();
+        if let Err(error) = &result
+            && let Some(trouble) = LAB_TROUBLE.iter().find(|trouble| format!("{error:#}").contains(*trouble))
+        {
+            eprintln!("started again: {trouble}");
+            result = body();
+        }
+        result.map_err(|error| Failed::from(format!("{error:#}")))
+    })
+}
+
+/// A long test: `cargo xtask test --full` runs it, otherwise it is counted as ignored.
+pub fn long_test(name: impl Into<String>, body: impl Fn() -> Result<()> + Send + 'static) -> Trial {
+    let full = std::env::var_os("KLEAK_FULL").is_some();
+    test(name, body).with_kind(if full { "" } else { "needs --full" }).with_ignored_flag(!full)
+}
+
+/// Runs tests one after the other (each boots a machine of its own), in `cargo test`'s format.
+///
+/// Without the prepared binary and images every test is skipped with the reason, unless
+/// `KLEAK_REQUIRE` is set, as `cargo xtask test` does: then that is a failure.
+pub fn main(trials: Vec<Trial>) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let missing = std::env::var_os("KLEAK_VMM").is_none();
+    if missing && std::env::var_os("KLEAK_REQUIRE").is_some() {
+        eprintln!("KLEAK_VMM is not set: nothing to test");
+        return ExitCode::FAILURE;
+    }
+    if missing && !arguments.list {
+        eprintln!(
+            "skipped: KLEAK_VMM does not name the binary; `cargo xtask test` builds it, prepares the guests and runs these"
+        );
+    }
+    let trials = trials.into_iter().map(|t| if missing { t.with_ignored_flag(true) } else { t }).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// The binary under test.
+///
+/// # Errors
+/// `KLEAK_VMM` is not set.
+pub fn binary() -> Result<PathBuf> {
+    let path = std::env::var_os("KLEAK_VMM")
+        .context("KLEAK_VMM does not name the binary; use `cargo xtask test`")?;
+    Ok(path.into())
+}
+
+/// A fresh scratch directory, removed with the value.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// Under the system's temporary directory.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn new() -> Result<Self> {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("kleak-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&path).with_context(|| format!("Cannot make {}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    /// A path inside it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// A file inside it with this content.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> Result<PathBuf> {
+        let path = self.path(name);
+        std::fs::write(&path, content).with_context(|| format!("Cannot write {}", path.display()))?;
+        Ok(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What a finished run left.
+#[derive(Debug)]
+pub struct Finished {
+    /// Exit code; None when a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output: the guest's console and the report.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Finished {
+    /// Fails with all output unless the exit code is `code`.
+    ///
+    /// # Errors
+    /// It is another.
+    pub fn expect_code(&self, code: i32) -> Result<&Self> {
+        ensure!(
+            self.code == Some(code),
+            "exit code {:?}, wanted {code}\n--- stdout (tail)\n{}\n--- stderr\n{}",
+            self.code,
+            tail(&self.stdout, 60),
+            self.stderr
+        );
+        Ok(self)
+    }
+}
+
+/// The last `lines` lines of a text.
+pub fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+struct Output {
+    text: Mutex<(String, bool)>,
+    changed: Condvar,
+}
+
+impl Output {
+    fn follow(stream: impl Read + Send + 'static) -> Arc<Self> {
+        let output = Arc::new(Self { text: Mutex::new((String::new(), false)), changed: Condvar::new() });
+        let shared = Arc::clone(&output);
+        std::thread::spawn(move || {
+            let mut reader = BufReader::new(stream);
+            let mut line = Vec::new();
+            while matches!(reader.read_until(b'\n', &mut line), Ok(n) if n > 0) {
+                shared.lock().0.push_str(&String::from_utf8_lossy(&line));
+                shared.changed.notify_all();
+                line.clear();
+            }
+            shared.lock().1 = true;
+            shared.changed.notify_all();
+        });
+        output
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, (String, bool)> {
+        self.text.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A `kleak-vmm` process.
+pub struct Session {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: Arc<Output>,
+    stderr: Arc<Output>,
+}
+
+impl Session {
+    /// Starts the binary with these arguments.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Self> {
+        let mut command = Command::new(binary()?);
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().context("Cannot start kleak-vmm")?;
+        let stdin = child.stdin.take();
+        let stdout = Output::follow(child.stdout.take().context("No stdout")?);
+        let stderr = Output::follow(child.stderr.take().context("No stderr")?);
+        Ok(Self { child, stdin, stdout, stderr })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the guest's console has printed `text`.
+    ///
+    /// # Errors
+    /// The process ended or `timeout` passed before.
+    pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.stdout.lock();
+        loop {
+            if state.0.contains(text) {
+                return Ok(());
+            }
+            let now = Instant::now();
+            if state.1 || now >= deadline {
+                let why = if state.1 { "it ended" } else { "time ran out" };
+                bail!(
+                    "no {text:?} on the console: {why}\n{}\n--- stderr\n{}",
+                    tail(&state.0, 60),
+                    self.stderr.lock().0
+                );
+            }
+            state = self
+                .stdout
+                .changed
+                .wait_timeout(state, deadline - now)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// False once the process has ended.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait().context("Cannot wait")?.is_none())
+    }
+
+    /// Types a line on the guest's console.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn type_line(&mut self, line: &str) -> Result<()> {
+        let stdin = self.stdin.as_mut().context("stdin is closed")?;
+        stdin.write_all(format!("{line}\n").as_bytes()).context("Cannot type")?;
+        stdin.flush().context("Cannot type")
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// It does not end in time; it is killed then.
+    pub fn finish(mut self) -> Result<Finished> {
+        let deadline = Instant::now() + RUN_TIMEOUT;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().context("Cannot wait")? {
+                break status;
+            }
+            if Instant::now() > deadline {
+                bail!("kleak-vmm does not end\n{}", tail(&self.stdout.lock().0, 60));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        for output in [&self.stdout, &self.stderr] {
+            let mut state = output.lock();
+            while !state.1 {
+                state = output.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+        let (stdout, stderr) = (self.stdout.lock().0.clone(), self.stderr.lock().0.clone());
+        Ok(Finished { code: status.code(), stdout, stderr })
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs the binary to its end.
+///
+/// # Errors
+/// It cannot be started, or does not end.
+pub fn run<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Finished> {
+    let mut session = Session::start(arguments)?;
+    session.stdin = None;
+    session.finish()
+}
+
+/// Runs one console command against a running machine and returns the reply.
+///
+/// # Errors
+/// `ctl` fails.
+pub fn ctl(socket: &Path, command: &str) -> Result<String> {
+    let socket = socket.to_str().context("socket path")?;
+    let finished = run(["ctl", "--control", socket].into_iter().chain(command.split(' ')))?;
+    finished.expect_code(0).with_context(|| format!("ctl {command}"))?;
+    Ok(finished.stdout)
+}
+
+/// Reads a JSON report.
+///
+/// # Errors
+/// Not there, or not JSON, or of another schema.
+pub fn report(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("No report {}", path.display()))?;
+    let value: Value = serde_json::from_str(&text)?;
+    ensure!(value["schema"] == "kleak-report/1", "schema {}", value["schema"]);
+    Ok(value)
+}
+
+/// Number of `unreferenced object` headers in kmemleak's text.
+pub fn count_objects(text: &str) -> usize {
+    text.lines().filter(|line| line.starts_with("unreferenced object 0x")).count()
+}
+
+/// A stock kernel: the newest of a line such as `6.1-cloud`, or an exact one such as `6.1.0-47-cloud`.
+///
+/// # Errors
+/// It cannot be fetched.
+pub fn kernel(name: &str) -> Result<KernelPackage> {
+    KernelPackage::fetch(&Cache::of_workspace(), name)
+}
+
+/// One of our own test modules, built for a stock kernel.
+///
+/// # Errors
+/// It cannot be built.
+pub fn module(kernel: &KernelPackage, name: &str) -> Result<PathBuf> {
+    let cache = Cache::of_workspace();
+    modules::own(&cache, &Headers::fetch(&cache, kernel)?, name)
+}
+
+/// Upstream's `kmemleak-test` module, built for a stock kernel.
+///
+/// # Errors
+/// It cannot be fetched or built.
+pub fn kmemleak_test(kernel: &KernelPackage) -> Result<PathBuf> {
+    let cache = Cache::of_workspace();
+    modules::kmemleak_test(&cache, &Headers::fetch(&cache, kernel)?)
+}
+
+/// One of our own programs for guests, static.
+///
+/// # Errors
+/// It does not compile.
+pub fn program(name: &str) -> Result<PathBuf> {
+    programs::build(&Cache::of_workspace(), name)
+}
+
+/// A guest: `kleak-vmm run` with this kernel and the usual options for tests.
+pub struct Guest {
+    arguments: Vec<OsString>,
+    timeout_s: u64,
+    scratch: Scratch,
+}
+
+impl Guest {
+    /// `kernel` with `cpus` vCPUs, a control socket and a JSON report.
+    ///
+    /// # Errors
+    /// No scratch directory to be had.
+    pub fn new(kernel: &KernelPackage, cpus: u32) -> Result<Self> {
+        let scratch = Scratch::new()?;
+        let timeout_s = RUN_TIMEOUT.as_secs() - 60;
+        let mut guest = Self { arguments: vec!["run".into()], timeout_s, scratch };
+        guest.option("--kernel", &kernel.vmlinuz).option("--cpus", cpus.to_string());
+        let (socket, report) = (guest.socket(), guest.report_path());
+        guest.option("--control", socket).option("--report", report);
+        Ok(guest)
+    }
+
+    /// Adds an option and its value.
+    pub fn option(&mut self, name: &str, value: impl Into<OsString>) -> &mut Self {
+        self.arguments.extend([name.into(), value.into()]);
+        self
+    }
+
+    /// Ends the run after this many seconds.
+    pub fn timeout(&mut self, seconds: u64) -> &mut Self {
+        self.timeout_s = seconds;
+        self
+    }
+
+    /// Adds an option without a value.
+    pub fn flag(&mut self, name: &str) -> &mut Self {
+        self.arguments.push(name.into());
+        self
+    }
+
+    /// Copies a file into the guest.
+    pub fn file(&mut self, host: &Path, guest: &str) -> &mut Self {
+        let mut pair = host.as_os_str().to_owned();
+        pair.push(":");
+        pair.push(guest);
+        self.option("--file", pair)
+    }
+
+    /// Runs this shell script in the guest.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn script(&mut self, text: &str) -> Result<&mut Self> {
+        let path = self.scratch.file("script.sh", text)?;
+        Ok(self.file(&path, "/script.sh").option("--exec", "sh /script.sh"))
+    }
+
+    /// Its control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.scratch.path("control.sock")
+    }
+
+    /// Where its report goes.
+    pub fn report_path(&self) -> PathBuf {
+        self.scratch.path("report.json")
+    }
+
+    /// Starts it.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(&self) -> Result<Session> {
+        let timeout = ["--timeout".into(), self.timeout_s.to_string().into()];
+        Session::start(self.arguments.iter().chain(&timeout))
+    }
+
+    /// Boots it, waits for its end and checks the exit code.
+    ///
+    /// # Errors
+    /// Another exit code.
+    pub fn boot(&self, code: i32) -> Result<Finished> {
+        let finished = self.start()?.finish()?;
+        finished.expect_code(code)?;
+        Ok(finished)
+    }
+
+    /// Its final report.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn report(&self) -> Result<Value> {
+        report(&self.report_path())
+    }
+
+    /// Runs a console command.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn ctl(&self, command: &str) -> Result<String> {
+        ctl(&self.socket(), command)
+    }
+}
+
+/// Sizes of a report's leaks, ascending.
+///
+/// # Errors
+/// Not a report.
+pub fn sizes(report: &Value) -> Result<Vec<u64>> {
+    let leaks = report["leaks"].as_array().context("no leaks in the report")?;
+    let mut sizes: Vec<u64> = leaks.iter().filter_map(|l| l["size"].as_u64()).collect();
+    sizes.sort_unstable();
+    Ok(sizes)
+}
+
+/// Lines of a guest's console that tell of a kernel defect: none may appear in any test.
+///
+/// # Errors
+/// Names the first.
+pub fn no_kernel_complaint(console: &str) -> Result<()> {
+    const BAD: [&str; 8] = [
+        "WARNING: ",
+        "BUG: ",
+        "kernel BUG at",
+        "Oops",
+        "general protection fault",
+        "soft lockup",
+        "ftrace bug",
+        "Call Trace:",
+    ];
+    match console.lines().find(|line| BAD.iter().any(|bad| line.contains(bad))) {
+        Some(line) => bail!("the guest's kernel complains: {line}"),
+        None => Ok(()),
+    }
+}

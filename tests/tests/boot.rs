@@ -1,0 +1,125 @@
+//! Stock kernels that boot, idle and power off: every symbol right, every object tracked, nothing reported.
+
+use anyhow::{Context, Result, ensure};
+use introspect::image::KernelImage;
+use introspect::symbols::SymbolTable;
+use serde_json::Value;
+use std::process::ExitCode;
+use std::time::Duration;
+use tests::{Guest, RUN_TIMEOUT, Session, kernel, long_test, no_kernel_complaint, test};
+
+fn main() -> ExitCode {
+    let mut trials = Vec::new();
+    for (line, cpus) in
+        [("6.1-cloud", 1), ("6.1", 2), ("6.1-rt", 2), ("6.12-cloud", 2), ("6.12", 1), ("6.12-rt", 2)]
+    {
+        trials.push(test(format!("clean_{line}_{cpus}cpu"), move || clean(line, cpus)));
+    }
+    for line in ["6.1-cloud", "6.12-cloud"] {
+        trials.push(test(format!("symbols_{line}"), move || symbols(line)));
+        trials.push(test(format!("audit_under_load_{line}"), move || audit_under_load(line, false)));
+        trials.push(long_test(format!("audit_from_the_first_moment_{line}"), move || {
+            audit_under_load(line, true)
+        }));
+    }
+    trials.push(test("smallest_guest", || size("128M", 1)));
+    trials.push(long_test("many_cpus", || size("1G", 8)));
+    tests::main(trials)
+}
+
+/// Boots, idles and powers off; with KASLR, as a stock command line has it.
+fn clean(line: &str, cpus: u32) -> Result<()> {
+    let mut guest = Guest::new(&kernel(line)?, cpus)?;
+    guest
+        .flag("--fail-on-leak")
+        .script("sleep 3; echo audit > /dev/ttyS1; cat /dev/ttyS1; dmesg > /dev/null")?;
+    let finished = guest.boot(0)?;
+    no_kernel_complaint(&finished.stdout)?;
+    ensure!(finished.stdout.contains("missing 0, stale 0"), "audit: {}", tests::tail(&finished.stdout, 10));
+    check_report(&guest.report()?)
+}
+
+fn check_report(report: &Value) -> Result<()> {
+    ensure!(report["leaks"].as_array().context("leaks")?.is_empty(), "leaks: {:#}", report["groups"]);
+    ensure!(report["scan"]["events_dropped"] == 0, "dropped: {}", report["scan"]);
+    ensure!(
+        report["scan"]["objects"].as_u64() > Some(10_000),
+        "hardly anything is tracked: {}",
+        report["scan"]
+    );
+    Ok(())
+}
+
+/// The guest's own list of symbols against ours, by checksum: a serial line is slow.
+fn symbols(line: &str) -> Result<()> {
+    let kernel = kernel(line)?;
+    let image = KernelImage::open(&kernel.vmlinuz)?;
+    let table = SymbolTable::recover(&image)?;
+    let mut text = String::new();
+    for symbol in table.iter() {
+        text.push_str(&format!("{:016x} {} {}\n", symbol.va.0, symbol.kind, symbol.name));
+    }
+    let scratch = tests::Scratch::new()?;
+    let ours = scratch.file("kallsyms", &text)?;
+    let mut guest = Guest::new(&kernel, 1)?;
+    guest.file(&ours, "/ours").option("--cmdline", "nokaslr").script(
+        "echo 0 > /proc/sys/kernel/kptr_restrict
+         grep -v '\\[' /proc/kallsyms > /theirs
+         wc -l < /theirs
+         cmp /ours /theirs && echo EQUAL || diff /ours /theirs | head -20",
+    )?;
+    let finished = guest.boot(0)?;
+    ensure!(finished.stdout.contains("\nEQUAL"), "{}", tests::tail(&finished.stdout, 40));
+    ensure!(table.len() > 50_000, "only {} symbols", table.len());
+    Ok(())
+}
+
+/// Audits while two vCPUs allocate and free, and when asked from the first moments of boot on: never a difference.
+fn audit_under_load(line: &str, from_the_start: bool) -> Result<()> {
+    const AUDITS_UNDER_LOAD: usize = 6;
+    let mut guest = Guest::new(&kernel(line)?, 2)?;
+    guest.script(
+        "load() { while :; do ls -lR /sys/kernel > /dev/null; mkdir -p /tmp/d$1/a/b; rm -r /tmp/d$1; (:); done; }
+         load 1 & load 2 & echo BUSY; read -r go; kill %1 %2; wait",
+    )?;
+    let mut session = guest.start()?;
+    let mut early = 0;
+    while from_the_start
+        && session.wait_for("\nBUSY", Duration::from_millis(500)).is_err()
+        && session.is_running()?
+    {
+        // The socket is there before the kernel is.
+        if guest.socket().exists() && guest.ctl("audit").is_ok_and(|reply| reply.contains("tracked")) {
+            early += audit(&guest)?;
+        }
+    }
+    session.wait_for("\nBUSY", RUN_TIMEOUT)?;
+    for _ in 0..AUDITS_UNDER_LOAD {
+        audit(&guest)?;
+        std::thread::sleep(Duration::from_millis(700));
+    }
+    ensure!(early > 0 || !from_the_start, "no audit was made during boot");
+    end(session)?;
+    check_report(&guest.report()?)
+}
+
+fn audit(guest: &Guest) -> Result<usize> {
+    let reply = guest.ctl("audit")?;
+    ensure!(reply.contains("missing 0, stale 0"), "{reply}");
+    Ok(1)
+}
+
+fn end(mut session: Session) -> Result<()> {
+    session.type_line("go")?;
+    let finished = session.finish()?;
+    finished.expect_code(0)?;
+    no_kernel_complaint(&finished.stdout)
+}
+
+fn size(memory: &str, cpus: u32) -> Result<()> {
+    let mut guest = Guest::new(&kernel("6.1-cloud")?, cpus)?;
+    guest.option("--mem", memory).flag("--fail-on-leak").script("echo CPUS $(nproc)")?;
+    let finished = guest.boot(0)?;
+    ensure!(finished.stdout.contains(&format!("CPUS {cpus}")), "{}", tests::tail(&finished.stdout, 20));
+    check_report(&guest.report()?)
+}

@@ -1,0 +1,99 @@
+//! `cargo xtask images`: prepares or lists guest images.
+
+use crate::setup;
+use anyhow::{Result, bail};
+use clap::Args;
+use images::host_packages::Purpose;
+use images::kernel::{Headers, LINES};
+use images::{Cache, KernelPackage, Oracle, lab, modules, programs};
+use std::path::Path;
+
+/// See the module.
+#[derive(Args)]
+pub struct Options {
+    /// What to prepare [default: everything the tests need]
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+
+    /// List the names and what each stands for
+    #[arg(long)]
+    list: bool,
+}
+
+/// Names beside the kernels', and what they stand for.
+const OTHERS: [(&str, &str); 3] = [
+    ("programs", "programs that the tests run in guests"),
+    ("lab", "the helper Linux for hosts without usable KVM"),
+    ("oracle", "a kernel with the in-kernel kmemleak, built from source; takes minutes"),
+];
+
+/// Prepares the images and prints where they are.
+pub fn run(options: &Options) -> Result<()> {
+    if options.list {
+        for line in LINES {
+            println!("{line:<12} Debian's newest kernel of that line, and test modules for it");
+        }
+        println!("{:<12} the same of an exact release, such as 6.1.0-47-cloud", "RELEASE");
+        for (name, what) in OTHERS {
+            println!("{name:<12} {what}");
+        }
+        return Ok(());
+    }
+    let names: Vec<&str> = if options.names.is_empty() {
+        LINES.iter().copied().chain(["6.1.0-47-cloud"]).chain(OTHERS.map(|(name, _)| name)).collect()
+    } else {
+        options.names.iter().map(String::as_str).collect()
+    };
+    if let Some(name) = names.iter().find(|name| !is_known(name)) {
+        bail!("There is no image {name}; --list lists them");
+    }
+    setup::install(&[Purpose::Guests])?;
+    let cache = Cache::of_workspace();
+    for name in names {
+        match name {
+            "programs" => line("program", &programs::build(&cache, "io_uring_setup")?),
+            "lab" => line("lab", &lab::prepare_svm(&cache.folder().join("lab"))?.kernel),
+            "oracle" => prepare_oracle(&cache)?,
+            kernel => prepare_kernel(&cache, kernel)?,
+        }
+    }
+    Ok(())
+}
+
+/// Whether it is one of the names, or may be a kernel's release.
+fn is_known(name: &str) -> bool {
+    let is_release = name.starts_with(|c: char| c.is_ascii_digit())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || ".-+".contains(c));
+    is_release || OTHERS.iter().any(|(other, _)| *other == name)
+}
+
+fn line(what: &str, path: &Path) {
+    println!("{what:<9} {}", path.display());
+}
+
+fn prepare_kernel(cache: &Cache, name: &str) -> Result<()> {
+    let kernel = KernelPackage::fetch(cache, name)?;
+    let headers = Headers::fetch(cache, &kernel)?;
+    println!("{name}: {}", kernel.release);
+    line("kernel", &kernel.vmlinuz);
+    line("modules", &kernel.modules_dir);
+    line("headers", &headers.build);
+    prepare_modules(cache, &headers)
+}
+
+fn prepare_oracle(cache: &Cache) -> Result<()> {
+    setup::install(&[Purpose::Oracle])?;
+    let oracle = Oracle::build(cache)?;
+    println!("oracle: {}", oracle.release);
+    line("kernel", &oracle.bzimage);
+    line("vmlinux", &oracle.vmlinux);
+    prepare_modules(cache, &oracle.headers)
+}
+
+fn prepare_modules(cache: &Cache, headers: &Headers) -> Result<()> {
+    for module in ["leaky", "clean"] {
+        line("module", &modules::own(cache, headers, module)?);
+    }
+    line("module", &modules::kmemleak_test(cache, headers)?);
+    Ok(())
+}

@@ -1,0 +1,45 @@
+//! `cargo xtask`: demo, tests, images, release builds.
+
+mod build;
+mod demo;
+mod images;
+mod setup;
+mod test;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Options {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Plant leaks in a stock kernel and find them
+    Demo,
+    /// Run every test, boots of real kernels included
+    Test(test::Options),
+    /// Prepare guest images: kernels, modules, initramfs
+    Images(images::Options),
+    /// Build the static release binary and print where it is
+    Build,
+}
+
+fn main() -> ExitCode {
+    let result = match Options::parse().task {
+        Task::Demo => demo::run(),
+        Task::Test(options) => test::run(&options),
+        Task::Images(options) => images::run(&options),
+        Task::Build => build::binary().map(|path| println!("{}", path.display())),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

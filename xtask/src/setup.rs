@@ -1,0 +1,54 @@
+//! Installs what is missing on a Debian-like machine.
+
+use anyhow::{Context, Result, bail, ensure};
+use images::host_packages::{ALL, Purpose};
+use std::process::Command;
+
+/// Installs the packages for these purposes, where they are missing.
+///
+/// # Errors
+/// One is missing and cannot be installed: no apt, no network, no root.
+pub fn install(purposes: &[Purpose]) -> Result<()> {
+    let needed = ALL.iter().filter(|package| purposes.contains(&package.purpose));
+    let missing: Vec<_> = needed.filter(|package| !package.is_installed()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    for package in &missing {
+        eprintln!("installing {} ({})", package.name, package.reason);
+    }
+    let names: Vec<&str> = missing.iter().map(|package| package.name).collect();
+    let install = || apt(&[&["install", "--yes", "--no-install-recommends"], &names[..]].concat());
+    if install().is_err() {
+        // The package lists may be old or, in a container, absent. One broken third-party source fails this command
+        // although Debian's own lists came, so only the installation's result counts.
+        let _ = apt(&["update"]);
+        install().with_context(|| format!("Cannot install {}", names.join(" ")))?;
+    }
+    let left: Vec<&str> = missing.iter().filter(|package| !package.is_installed()).map(|p| p.name).collect();
+    ensure!(left.is_empty(), "Installed {}, but what it should bring is not there", left.join(" "));
+    Ok(())
+}
+
+/// Runs `apt-get` as root. Its output is shown only when it fails.
+fn apt(arguments: &[&str]) -> Result<()> {
+    // SAFETY: no arguments, cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let mut command = if root {
+        Command::new("apt-get")
+    } else {
+        let mut sudo = Command::new("sudo");
+        sudo.arg("apt-get");
+        sudo
+    };
+    command.arg("--quiet").args(arguments).env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
+    let output = command
+        .output()
+        .context("Cannot run apt-get; xtask installs packages on Debian-like systems only")?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let why = said.lines().filter(|line| line.starts_with("E:")).collect::<Vec<_>>().join("; ");
+        bail!("apt-get {} failed: {why}", arguments[0]);
+    }
+    Ok(())
+}

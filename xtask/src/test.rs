@@ -1,0 +1,58 @@
+//! `cargo xtask test`: every test, boots of real kernels included.
+
+use crate::{build, setup};
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use images::host_packages::Purpose;
+use images::kernel::Headers;
+use images::{Cache, KernelPackage, modules};
+use std::process::Command;
+
+/// Kernels that the tests boot, and the modules built for each.
+const GUESTS: [(&str, &[&str]); 7] = [
+    ("6.1-cloud", &["leaky", "clean"]),
+    ("6.12-cloud", &["leaky", "clean"]),
+    ("6.1", &[]),
+    ("6.1-rt", &[]),
+    ("6.12", &[]),
+    ("6.12-rt", &[]),
+    ("6.1.0-47-cloud", &[]),
+];
+
+/// See the module.
+#[derive(Args)]
+pub struct Options {
+    /// The long tests too
+    #[arg(long)]
+    full: bool,
+
+    /// Only tests whose name contains this
+    filter: Option<String>,
+}
+
+/// Prepares what the tests need and runs them.
+pub fn run(options: &Options) -> Result<()> {
+    setup::install(&[Purpose::Guests])?;
+    let cache = Cache::of_workspace();
+    for (name, own) in GUESTS {
+        let kernel = KernelPackage::fetch(&cache, name)?;
+        for module in own {
+            modules::own(&cache, &Headers::fetch(&cache, &kernel)?, module)?;
+        }
+    }
+    let binary = build::binary()?;
+    let mut command = Command::new(env!("CARGO"));
+    command
+        .args(["test", "--workspace", "--no-fail-fast"])
+        .args(options.filter.iter().flat_map(|filter| ["--", filter]))
+        .current_dir(images::cache::workspace())
+        .env("KLEAK_VMM", &binary)
+        .env("KLEAK_REQUIRE", "1")
+        .env("KLEAK_LAB_DIR", cache.folder().join("lab"));
+    if options.full {
+        command.env("KLEAK_FULL", "1");
+    }
+    let status = command.status().context("Cannot run cargo")?;
+    ensure!(status.success(), "Some tests failed");
+    Ok(())
+}
