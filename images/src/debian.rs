@@ -1,19 +1,22 @@
 //! Debian packages as files: downloaded with `apt-get` and unpacked into a cache folder, never installed.
 //!
-//! Nothing here needs root. Packages come through the machine's own package lists where those know them; where they
-//! do not (a fresh container, a foreign architecture, a mirror that has moved on) through lists kept in the cache.
+//! Nothing here needs root. Packages come through package lists kept in the cache, not the machine's own: those of a
+//! container image are months old and name files the mirror no longer has, and they know no foreign architecture.
 
 use std::cmp::Ordering;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::OnceLock;
 use std::sync::atomic::{self, AtomicU32};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
 /// Architecture of packages that name none.
 pub const DEFAULT_ARCH: &str = "amd64";
+
+/// Package lists older than this are fetched anew before they are asked.
+const LISTS_MAX_AGE: Duration = Duration::from_secs(24 * 3600);
 
 /// A package by name, with an optional architecture and version: `NAME[:ARCH][=VERSION]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,9 +85,6 @@ pub struct PackageCache {
     folder: PathBuf,
 }
 
-/// Set once this process found the machine's own package lists wanting and fetched its own.
-static OWN_LISTS: OnceLock<PathBuf> = OnceLock::new();
-
 impl PackageCache {
     /// A cache in `folder`, which is created when first needed.
     pub fn new(folder: impl Into<PathBuf>) -> Self {
@@ -118,13 +118,7 @@ impl PackageCache {
             });
             fitting.max_by(|a, b| compare_numbered(a, b))
         };
-        let known = self.apt("apt-cache", &["pkgnames", prefix], None).map(|output| lines(&output));
-        if let Ok(names) = known
-            && let Some(found) = pick(names)
-        {
-            return Ok(found);
-        }
-        let reason = match self.use_own_lists() {
+        let reason = match self.refresh_lists(LISTS_MAX_AGE) {
             Ok(()) => match pick(lines(&self.apt("apt-cache", &["pkgnames", prefix], None)?)) {
                 Some(found) => return Ok(found),
                 None => anyhow::anyhow!("the mirror has none"),
@@ -150,11 +144,10 @@ impl PackageCache {
     fn download(&self, spec: &PackageSpec, work: &Path) -> Result<PathBuf> {
         let argument = spec.apt_argument();
         let attempt = || self.apt("apt-get", &["download", &argument], Some(work));
+        self.refresh_lists(LISTS_MAX_AGE)?;
         if let Err(first) = attempt() {
-            if OWN_LISTS.get().is_some() {
-                return Err(first);
-            }
-            self.use_own_lists().with_context(|| format!("{first:#}"))?;
+            // The mirror may have moved on since.
+            self.refresh_lists(Duration::ZERO).with_context(|| format!("{first:#}"))?;
             attempt()?;
         }
         let entries = fs::read_dir(work).with_context(|| format!("reading {}", work.display()))?;
@@ -182,18 +175,25 @@ impl PackageCache {
         Ok(target)
     }
 
-    /// From here on this process asks package lists of its own, fetched now into the cache, foreign architectures
-    /// included.
-    fn use_own_lists(&self) -> Result<()> {
-        if OWN_LISTS.get().is_some() {
+    /// The package lists of this cache, in the layout apt wants.
+    fn lists_folder(&self) -> PathBuf {
+        self.folder.join("lists")
+    }
+
+    /// Fetches the package lists, foreign architectures included, unless they are at most `max_age` old.
+    ///
+    /// Errors when they cannot be fetched and there are none from before.
+    fn refresh_lists(&self, max_age: Duration) -> Result<()> {
+        let folder = self.lists_folder();
+        let stamp = folder.join("fetched");
+        let age = fs::metadata(&stamp).and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
+        if age.is_some_and(|age| age < max_age) {
             return Ok(());
         }
-        let lists = self.folder.join("lists");
-        for folder in ["partial", "archives/partial"] {
-            let folder = lists.join(folder);
-            fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+        for sub in ["partial", "archives/partial"] {
+            let sub = folder.join(sub);
+            fs::create_dir_all(&sub).with_context(|| format!("creating {}", sub.display()))?;
         }
-        let _ = OWN_LISTS.set(lists);
         // One unreachable third-party source fails the whole command although Debian's own lists came.
         let outcome = self.apt("apt-get", &["update"], None);
         let names = self.apt("apt-cache", &["pkgnames", "linux-image-"], None)?;
@@ -201,7 +201,7 @@ impl PackageCache {
             outcome?;
             bail!("the package lists name no linux-image: is this a Debian machine?");
         }
-        Ok(())
+        fs::write(&stamp, "").with_context(|| format!("writing {}", stamp.display()))
     }
 
     /// Runs a tool of apt; its standard output.
@@ -211,12 +211,11 @@ impl PackageCache {
         for option in ["APT::Sandbox::User=root", "Acquire::Retries=3", "Acquire::http::Timeout=30"] {
             command.args(["-o", option]);
         }
-        if let Some(lists) = OWN_LISTS.get() {
-            command.arg("-o").arg(format!("Dir::State::lists={}", lists.display()));
-            command.arg("-o").arg(format!("Dir::Cache={}", lists.display()));
-            for arch in ["amd64", "arm64"] {
-                command.args(["-o", &format!("APT::Architectures::={arch}")]);
-            }
+        let lists = std::path::absolute(self.lists_folder()).context("the folder for package lists")?;
+        command.arg("-o").arg(format!("Dir::State::lists={}", lists.display()));
+        command.arg("-o").arg(format!("Dir::Cache={}", lists.display()));
+        for arch in ["amd64", "arm64"] {
+            command.args(["-o", &format!("APT::Architectures::={arch}")]);
         }
         command.args(arguments);
         if let Some(folder) = folder {
