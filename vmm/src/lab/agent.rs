@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::affinity::off_first_cpu;
 use super::job_process::{JobProcess, spawn};
 use super::link::Link;
 use super::outputs::Outputs;
@@ -81,7 +82,8 @@ fn live() -> Result<()> {
 /// Runs the job; its exit code, or 128 + the signal that ended it.
 fn run(link: &Arc<Link>, input: PortReader, spec: &JobSpec) -> Result<i32> {
     let mut outputs = Outputs::new(spec.outputs.iter().map(PathBuf::from));
-    let JobProcess { child, streams, terminal } = spawn(spec, Path::new(BINARY))?;
+    let JobProcess { child, streams, terminal } =
+        off_first_cpu(|| spawn(spec, Path::new(BINARY))).context("choosing the job's CPUs")??;
     if let Some(stdin) = streams.stdin {
         link.receive(Stream::STDIN, stdin, |_, _| {})?;
     }

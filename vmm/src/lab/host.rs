@@ -67,7 +67,9 @@ pub fn run(job: &Job, lab: &images::lab::SvmLab, program: &Path, streams: &Strea
     let initrd =
         payload::build(&lab.modules, &content).context(Failure::host("Cannot pack the files of the lab"))?;
     let mem_bytes = job.lab_memory(initrd.size);
-    let machine = Machine { kernel: &lab.kernel, initrd: &initrd.file, cpus: job.cpus.max(2), mem_bytes };
+    // Two for the job at least, so that the guest need not wait for its monitor, and the one it keeps off.
+    let cpus = job.cpus.max(2) + 1;
+    let machine = Machine { kernel: &lab.kernel, initrd: &initrd.file, cpus, mem_bytes };
     let (events, inbox) = mpsc::channel();
     watch_signals(streams, &events)?;
     let began = Instant::now();

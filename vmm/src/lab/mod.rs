@@ -10,6 +10,7 @@
 //!   --kernel, ...    -->  payload.rs (initramfs)
 //! ```
 
+mod affinity;
 pub mod agent;
 mod decide;
 mod host;
