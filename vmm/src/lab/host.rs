@@ -30,7 +30,7 @@ const SILENCE: Duration = Duration::from_secs(90);
 /// How often the terminal's size and QEMU's health are looked at.
 const TICK: Duration = Duration::from_millis(250);
 /// Lines of the lab's console shown when it fails.
-const TAIL_LINES: usize = 12;
+const TAIL_LINES: usize = 30;
 
 /// Where the job's streams go on the host.
 pub enum Streams {
