@@ -18,37 +18,27 @@ use std::time::{Duration, Instant};
 /// Longest any one run may take; the lab is slow.
 pub const RUN_TIMEOUT: Duration = Duration::from_secs(400);
 
-/// What the emulated host of the lab does once in a while to a guest or to itself, whatever is tested. Said when it
-/// happens; under real KVM it must not.
-const LAB_TROUBLE: [&str; 2] = ["The lab failed", "The guest crashed with a triple fault"];
+/// Machines that run at a time: a boot in the lab keeps little more than one host CPU busy.
+const PARALLEL: usize = 2;
 
-/// One named test. Trouble of the lab makes it start again, once.
-pub fn test(name: impl Into<String>, body: impl Fn() -> Result<()> + Send + 'static) -> Trial {
-    Trial::test(name, move || {
-        let mut result = body();
-        if let Err(error) = &result
-            && let Some(trouble) = LAB_TROUBLE.iter().find(|trouble| format!("{error:#}").contains(*trouble))
-        {
-            eprintln!("started again: {trouble}");
-            result = body();
-        }
-        result.map_err(|error| Failed::from(format!("{error:#}")))
-    })
+/// One named test.
+pub fn test(name: impl Into<String>, body: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
+    Trial::test(name, move || body().map_err(|error| Failed::from(format!("{error:#}"))))
 }
 
 /// A long test: `cargo xtask test --full` runs it, otherwise it is counted as ignored.
-pub fn long_test(name: impl Into<String>, body: impl Fn() -> Result<()> + Send + 'static) -> Trial {
+pub fn long_test(name: impl Into<String>, body: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
     let full = std::env::var_os("KLEAK_FULL").is_some();
     test(name, body).with_kind(if full { "" } else { "needs --full" }).with_ignored_flag(!full)
 }
 
-/// Runs tests one after the other (each boots a machine of its own), in `cargo test`'s format.
+/// Runs tests, each with a machine of its own, in `cargo test`'s format.
 ///
 /// Without the prepared binary and images every test is skipped with the reason, unless
 /// `KLEAK_REQUIRE` is set, as `cargo xtask test` does: then that is a failure.
 pub fn main(trials: Vec<Trial>) -> ExitCode {
     let mut arguments = Arguments::from_args();
-    arguments.test_threads = Some(1);
+    arguments.test_threads = Some(arguments.test_threads.unwrap_or(PARALLEL));
     let missing = std::env::var_os("KLEAK_VMM").is_none();
     if missing && std::env::var_os("KLEAK_REQUIRE").is_some() {
         eprintln!("KLEAK_VMM is not set: nothing to test");
