@@ -20,7 +20,7 @@ fn main() -> ExitCode {
 /// A guest in the lab that says `up` and then waits to be told to go on.
 fn waiting_guest() -> Result<Guest> {
     let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
-    guest.option("--lab", "svm").option("--tracer", "off").option("--cmdline", "quiet");
+    guest.option("--lab", "svm").option("--tracer", "off").cmdline("quiet");
     guest.script("echo guest is up; read word; echo guest read $word\n")?;
     Ok(guest)
 }

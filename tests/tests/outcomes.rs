@@ -40,7 +40,7 @@ fn failed(script: &str, words: &[&str]) -> Result<()> {
 
 fn triple_fault() -> Result<()> {
     let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
-    guest.option("--cmdline", "reboot=triple").script("reboot -f")?;
+    guest.cmdline("reboot=triple").script("reboot -f")?;
     // KVM resets the vCPU before it says so on AMD, so where it was is lost there.
     diagnosed(&guest.start()?.finish()?, &["triple fault"])
 }
