@@ -7,6 +7,7 @@
 //! Data flow, one way: image -> symbols, types, stack tables -> hooks; events -> registry;
 //! pause -> roots -> mark -> leaks -> report.
 
+pub mod accounting;
 pub mod arch;
 pub mod hooks;
 pub mod image;

@@ -18,6 +18,8 @@ pub struct SlabPage {
     pub objects: u32,
     /// Bit i of word i/64: slot i is allocated.
     pub allocated: Vec<u64>,
+    /// The one object is in the pool of the sampling allocator (KFENCE), on no slab of its cache.
+    pub sampled: bool,
 }
 
 impl SlabPage {
@@ -172,7 +174,8 @@ impl Linux {
         let objects = self.slab_objects(page);
         let inuse = u32::from(le16(page, self.slab.inuse));
         let words = (objects as usize).div_ceil(64);
-        let mut slab_page = SlabPage { cache: decoder.index, start, objects, allocated: vec![0; words] };
+        let mut slab_page =
+            SlabPage { cache: decoder.index, start, objects, allocated: vec![0; words], sampled: false };
         // An empty slab may be a new one whose freelist is still being written.
         if inuse != 0 {
             let len = u64::from(objects) * decoder.size - decoder.red_left_pad;
@@ -215,7 +218,13 @@ impl Linux {
         let allocated = self.read_u32(memory, entry + layout.state)? == layout.allocated;
         let start = self.read_va(memory, entry + layout.addr)?;
         let in_page = start - page < PAGE_SIZE;
-        Ok((allocated && in_page).then(|| SlabPage { cache, start, objects: 1, allocated: vec![1] }))
+        Ok((allocated && in_page).then(|| SlabPage {
+            cache,
+            start,
+            objects: 1,
+            allocated: vec![1],
+            sampled: true,
+        }))
     }
 }
 

@@ -199,7 +199,8 @@ fn slabs() -> SlabMap {
         typesafe_by_rcu: false,
         no_leak_trace: false,
     };
-    let page = SlabPage { cache: 0, start: Va(BASE + 0x1000), objects: 4, allocated: vec![0b1011] };
+    let page =
+        SlabPage { cache: 0, start: Va(BASE + 0x1000), objects: 4, allocated: vec![0b1011], sampled: false };
     SlabMap { caches: vec![cache], pages: vec![page], damaged: Vec::new() }
 }
 

@@ -27,10 +27,59 @@ pub enum Command {
     Status,
     /// Registry against the guest's slab metadata.
     Audit,
+    /// Live memory by allocation site or by cache.
+    Top(TopBy),
+    /// Live objects of a slab cache by backtrace.
+    AllocCalls(String),
+    /// The guest's accounting, or what changed in it since the last mark.
+    Accounting(Account, When),
+    /// Remember the accounting of now.
+    Mark,
     /// The list of commands, or what one of them does.
     Help(Option<&'static Entry>),
     /// End the virtual machine.
     Quit,
+}
+
+/// What `top` adds up by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TopBy {
+    /// Function that allocated.
+    Sites,
+    /// Slab cache, or kind of memory.
+    Caches,
+}
+
+/// A part of the guest's accounting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Account {
+    /// Slab caches.
+    Slabinfo,
+}
+
+impl Account {
+    /// All of them: what `mark` remembers.
+    pub const ALL: &[Self] = &[Self::Slabinfo];
+
+    /// The command's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Slabinfo => "slabinfo",
+        }
+    }
+
+    fn of(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|account| account.name() == name)
+    }
+}
+
+/// Which accounting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// As it is.
+    Now,
+    /// What changed since the last mark.
+    SinceMark,
 }
 
 /// A command and the form its reply takes.
@@ -131,6 +180,36 @@ pub const COMMANDS: &[Entry] = &[
         completions: &["audit"],
     },
     Entry {
+        name: "top",
+        usage: "top [sites|caches]",
+        summary: "live bytes and objects by allocation site or cache",
+        detail: "From the registry, so of what is tracked; largest first. A site is the first function of the backtrace\n\
+                 that does not allocate for its caller. Without a word: sites.",
+        completions: &["top", "top sites", "top caches"],
+    },
+    Entry {
+        name: "alloc_calls",
+        usage: "alloc_calls=CACHE",
+        summary: "who allocated the live objects of a slab cache",
+        detail: "By backtrace, with counts, ages in jiffies and pids: slub_debug's alloc_traces without slub_debug.",
+        completions: &["alloc_calls="],
+    },
+    Entry {
+        name: "slabinfo",
+        usage: "slabinfo [diff]",
+        summary: "slab caches: objects, slabs, bytes; or their change since mark",
+        detail: "From the guest's slab metadata, at a pause. Active objects are those really allocated: /proc/slabinfo\n\
+                 counts as active what lies free in a CPU's own slabs, too.",
+        completions: &["slabinfo", "slabinfo diff"],
+    },
+    Entry {
+        name: "mark",
+        usage: "mark",
+        summary: "remember the accounting of now, for diff",
+        detail: "One mark is kept; the commands that take diff compare with it.",
+        completions: &["mark"],
+    },
+    Entry {
         name: "json",
         usage: "json COMMAND",
         summary: "the reply of COMMAND as one line of JSON",
@@ -182,7 +261,22 @@ impl Command {
         if let Some((name, value)) = line.split_once('=') {
             return Self::parse_assignment(name.trim_end(), value.trim());
         }
+        if let Some(account) = Account::of(name) {
+            return match argument {
+                None => Ok(Self::Accounting(account, When::Now)),
+                Some("diff") => Ok(Self::Accounting(account, When::SinceMark)),
+                Some(word) => Err(format!("{name} takes nothing or diff, not {}", quote(word))),
+            };
+        }
+        if name == "top" {
+            return match argument {
+                None | Some("sites") => Ok(Self::Top(TopBy::Sites)),
+                Some("caches") => Ok(Self::Top(TopBy::Caches)),
+                Some(word) => Err(format!("top takes sites or caches, not {}", quote(word))),
+            };
+        }
         let command = match name {
+            "mark" => Self::Mark,
             "scan" => Self::Scan,
             "report" => Self::Report,
             "clear" => Self::Clear,
@@ -192,6 +286,7 @@ impl Command {
             "audit" => Self::Audit,
             "quit" => Self::Quit,
             "stack" => return Err("stack takes a value: stack=on or stack=off".into()),
+            "alloc_calls" => return Err("alloc_calls takes a slab cache: alloc_calls=CACHE".into()),
             "dump" => return Err("dump takes an address: dump=ADDR".into()),
             "" => return Err("empty command: try help".into()),
             _ => return Err(unknown(name)),
@@ -215,6 +310,8 @@ impl Command {
             ("dump", _) => parse_address(value)
                 .map(Self::Dump)
                 .ok_or_else(|| format!("dump= takes a hexadecimal address, not {}", quote(value))),
+            ("alloc_calls", "") => Err("alloc_calls= takes the name of a slab cache".into()),
+            ("alloc_calls", cache) => Ok(Self::AllocCalls(cache.to_owned())),
             _ if COMMANDS.iter().any(|entry| entry.name == name) => Err(format!("{name} takes no value")),
             _ => Err(unknown(name)),
         }

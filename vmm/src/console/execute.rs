@@ -94,22 +94,22 @@ pub fn execute(target: &dyn Target, request: &Request) -> Reply {
 }
 
 fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
-    let text = match *command {
+    let text = match command {
         Command::Scan => format!("kmemleak: {} new suspected memory leaks", target.scan()?),
         Command::Report => target.report_text()?,
         Command::Clear => format!("cleared: {} objects painted gray", target.clear()?),
         Command::Off => target.off().map(|()| "tracking off".to_owned())?,
         Command::On => format!("tracking on: {} objects seeded", target.on()?),
         Command::Stack(on) => {
-            target.set_stack(on)?;
-            format!("stack scanning {}", on_off(on))
+            target.set_stack(*on)?;
+            format!("stack scanning {}", on_off(*on))
         }
-        Command::PeriodicScan(on) => automatic_scans(target.set_periodic_scan(on)?),
+        Command::PeriodicScan(on) => automatic_scans(target.set_periodic_scan(*on)?),
         Command::ScanPeriod(seconds) => {
-            target.set_scan_period(seconds)?;
-            automatic_scans(seconds)
+            target.set_scan_period(*seconds)?;
+            automatic_scans(*seconds)
         }
-        Command::Dump(address) => target.dump(address)?,
+        Command::Dump(address) => target.dump(*address)?,
         Command::Status => {
             target.status()?.iter().map(|(key, value)| format!("{key}: {}\n", plain(value))).collect()
         }
@@ -122,28 +122,36 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
             text.extend(audit.examples.iter().map(|example| format!("  {example}\n")));
             text
         }
-        Command::Help(entry) => help(entry),
+        Command::Top(by) => target.top(*by)?.text,
+        Command::AllocCalls(cache) => target.alloc_calls(cache)?.text,
+        Command::Accounting(account, when) => target.accounting(*account, *when)?.text,
+        Command::Mark => target.mark().map(|()| "marked: diff compares with now".to_owned())?,
+        Command::Help(entry) => help(*entry),
         Command::Quit => "powering off".to_owned(),
     };
     Ok(Reply::text(&text))
 }
 
 fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
-    let value = match *command {
+    let value = match command {
         Command::Scan => json!({ "new_leaks": target.scan()? }),
         Command::Report => target.report_json()?,
         Command::Clear => json!({ "cleared": target.clear()? }),
         Command::Off => target.off().map(|()| json!({ "tracking": false }))?,
         Command::On => json!({ "tracking": true, "seeded": target.on()? }),
-        Command::Stack(on) => target.set_stack(on).map(|()| json!({ "stack": on }))?,
-        Command::PeriodicScan(on) => json!({ "scan_period": target.set_periodic_scan(on)? }),
+        Command::Stack(on) => target.set_stack(*on).map(|()| json!({ "stack": on }))?,
+        Command::PeriodicScan(on) => json!({ "scan_period": target.set_periodic_scan(*on)? }),
         Command::ScanPeriod(seconds) => {
-            target.set_scan_period(seconds).map(|()| json!({ "scan_period": seconds }))?
+            target.set_scan_period(*seconds).map(|()| json!({ "scan_period": seconds }))?
         }
-        Command::Dump(address) => json!({ "dump": target.dump(address)? }),
+        Command::Dump(address) => json!({ "dump": target.dump(*address)? }),
         Command::Status => Value::Object(target.status()?.into_iter().collect()),
         Command::Audit => serde_json::to_value(target.audit()?)?,
-        Command::Help(entry) => json!({ "help": help(entry) }),
+        Command::Top(by) => target.top(*by)?.json,
+        Command::AllocCalls(cache) => target.alloc_calls(cache)?.json,
+        Command::Accounting(account, when) => target.accounting(*account, *when)?.json,
+        Command::Mark => target.mark().map(|()| json!({ "marked": true }))?,
+        Command::Help(entry) => json!({ "help": help(*entry) }),
         Command::Quit => json!({ "quit": true }),
     };
     Ok(Reply::json(&value))

@@ -1,6 +1,6 @@
 //! A target for tests: counts what is asked of it, and fails where told to.
 
-use super::{Audit, Target};
+use super::{Account, Answer, Audit, Target, TopBy, When};
 use introspect::memory::Va;
 use serde_json::{Value, json};
 use std::sync::Mutex;
@@ -86,7 +86,24 @@ impl Target for FakeTarget {
             Audit { tracked: 10, missing: 1, stale: 0, examples: vec!["missing 0xffff888000001000".into()] },
         )
     }
+    fn top(&self, by: TopBy) -> anyhow::Result<Answer> {
+        self.called(&format!("top {by:?}"), answer("bytes  objects\n", json!({ "top": [] })))
+    }
+    fn alloc_calls(&self, cache: &str) -> anyhow::Result<Answer> {
+        self.called(&format!("alloc_calls {cache}"), answer(cache, json!({ "alloc_calls": [] })))
+    }
+    fn accounting(&self, account: Account, when: When) -> anyhow::Result<Answer> {
+        let text = format!("{account:?} {when:?}");
+        self.called(&text, answer(&format!("# {text}"), json!({ account.name(): [] })))
+    }
+    fn mark(&self) -> anyhow::Result<()> {
+        self.called("mark", ())
+    }
     fn quit(&self) {
         self.calls.lock().unwrap().push("quit".to_owned());
     }
+}
+
+fn answer(text: &str, json: Value) -> Answer {
+    Answer { text: text.to_owned(), json }
 }

@@ -25,7 +25,7 @@ mod socket_tests;
 #[cfg(test)]
 mod tests;
 
-pub use command::{Command, Request};
+pub use command::{Account, Command, Request, TopBy, When};
 pub use execute::{Commands, Executor, Reply, execute};
 pub use guest_port::GuestPort;
 pub use mux::ConsoleMux;
@@ -61,8 +61,25 @@ pub trait Target: Send + Sync {
     fn status(&self) -> anyhow::Result<Vec<(String, serde_json::Value)>>;
     /// Registry against the guest's slab metadata.
     fn audit(&self) -> anyhow::Result<Audit>;
+    /// Live memory by allocation site or cache.
+    fn top(&self, by: TopBy) -> anyhow::Result<Answer>;
+    /// Live objects of the slab cache of this name, by backtrace.
+    fn alloc_calls(&self, cache: &str) -> anyhow::Result<Answer>;
+    /// The guest's accounting.
+    fn accounting(&self, account: Account, when: When) -> anyhow::Result<Answer>;
+    /// Remembers the accounting of now.
+    fn mark(&self) -> anyhow::Result<()>;
     /// Has the machine powered off (`quit`); returns at once.
     fn quit(&self);
+}
+
+/// A reply in both its forms.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// Lines for people.
+    pub text: String,
+    /// The same for programs.
+    pub json: serde_json::Value,
 }
 
 /// Result of `audit`.

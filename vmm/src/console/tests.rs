@@ -29,6 +29,14 @@ fn every_form_of_a_command_parses() {
         ("dump=FFFF888003A8E010", Command::Dump(Va(0xffff_8880_03a8_e010))),
         ("status", Command::Status),
         ("audit", Command::Audit),
+        ("top", Command::Top(TopBy::Sites)),
+        ("top sites", Command::Top(TopBy::Sites)),
+        ("top  caches", Command::Top(TopBy::Caches)),
+        ("alloc_calls=kmalloc-64", Command::AllocCalls("kmalloc-64".into())),
+        ("alloc_calls = ext4 inode", Command::AllocCalls("ext4 inode".into())),
+        ("slabinfo", Command::Accounting(Account::Slabinfo, When::Now)),
+        ("slabinfo  diff", Command::Accounting(Account::Slabinfo, When::SinceMark)),
+        ("mark", Command::Mark),
         ("help", Command::Help(None)),
         ("quit", Command::Quit),
     ];
@@ -64,6 +72,11 @@ fn a_refusal_is_one_line_that_names_what_was_expected() {
         ("dump=0x", "error: dump= takes a hexadecimal address, not \"0x\"\n"),
         ("dump=+12", "error: dump= takes a hexadecimal address, not \"+12\"\n"),
         ("dump=11112222333344445", "error: dump= takes a hexadecimal address, not \"11112222333344445\"\n"),
+        ("top foo", "error: top takes sites or caches, not \"foo\"\n"),
+        ("slabinfo foo", "error: slabinfo takes nothing or diff, not \"foo\"\n"),
+        ("slabinfo=1", "error: slabinfo takes no value\n"),
+        ("alloc_calls", "error: alloc_calls takes a slab cache: alloc_calls=CACHE\n"),
+        ("alloc_calls=", "error: alloc_calls= takes the name of a slab cache\n"),
         ("help foo", "error: unknown command \"foo\": try help\n"),
         ("f\x1bo", "error: unknown command \"f\\u{1b}o\": try help\n"),
     ];
@@ -90,6 +103,10 @@ fn replies_in_text() {
         ("dump=10", "object 0x10 (size 64)\n  comm \"evil.[2J.\"\n"),
         ("status", "tracer: breakpoint\nobjects: 12\n"),
         ("audit", "audit: tracked 10, missing 1, stale 0\n  missing 0xffff888000001000\n"),
+        ("slabinfo", "# Slabinfo Now\n"),
+        ("slabinfo diff", "# Slabinfo SinceMark\n"),
+        ("alloc_calls=dentry", "dentry\n"),
+        ("mark", "marked: diff compares with now\n"),
         (
             "help off",
             "off: stop tracking allocations\nForgets what was tracked and what was found. Unlike kmemleak's this can be undone, with on.\n",
@@ -116,6 +133,10 @@ fn replies_in_json_are_one_line() {
         ("json scan=off", r#"{"scan_period":0}"#),
         ("json scan=7", r#"{"scan_period":7}"#),
         ("json status", r#"{"objects":12,"tracer":"breakpoint"}"#),
+        ("json top", r#"{"top":[]}"#),
+        ("json alloc_calls=dentry", r#"{"alloc_calls":[]}"#),
+        ("json slabinfo diff", r#"{"slabinfo":[]}"#),
+        ("json mark", r#"{"marked":true}"#),
         ("json quit", r#"{"quit":true}"#),
     ];
     for (line, expected) in table {
@@ -178,7 +199,12 @@ fn no_line_of_a_reply_is_a_command() {
     let lines: Vec<String> = COMMANDS
         .iter()
         .flat_map(|entry| {
-            [entry.name.to_owned(), format!("help {}", entry.name), format!("json {}", entry.name)]
+            [
+                entry.name.to_owned(),
+                format!("{} diff", entry.name),
+                format!("help {}", entry.name),
+                format!("json {}", entry.name),
+            ]
         })
         .chain(["stack=on", "scan=off", "scan=9", "dump=1", "foo", ""].map(str::to_owned))
         .collect();

@@ -1,7 +1,7 @@
 //! The console's commands on the detector.
 
 use super::Detector;
-use crate::console::{Audit, Target};
+use crate::console::{Account, Answer, Audit, Target, TopBy, When};
 use anyhow::{Result, bail};
 use introspect::memory::Va;
 use introspect::registry::{Kind, Paint};
@@ -179,6 +179,22 @@ impl Target for Detector {
             stale: audit.stale as usize,
             examples: audit.examples.iter().map(describe).collect(),
         })
+    }
+
+    fn top(&self, by: TopBy) -> Result<Answer> {
+        self.top_now(by)
+    }
+
+    fn alloc_calls(&self, cache: &str) -> Result<Answer> {
+        self.alloc_calls_of(cache)
+    }
+
+    fn accounting(&self, account: Account, when: When) -> Result<Answer> {
+        self.account(account, when)
+    }
+
+    fn mark(&self) -> Result<()> {
+        self.mark_now()
     }
 
     fn quit(&self) {

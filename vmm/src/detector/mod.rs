@@ -1,5 +1,6 @@
 //! The detector: tracer -> registry -> scan -> report, behind the console's commands.
 
+mod accounting;
 mod commands;
 mod quiet;
 mod reporting;
@@ -83,6 +84,7 @@ struct Work {
     scans: u64,
     scanned: Option<Scanned>,
     audit: Option<Audit>,
+    mark: Option<accounting::Mark>,
 }
 
 /// See the module.
@@ -106,6 +108,7 @@ impl Detector {
             scans: 0,
             scanned: None,
             audit: None,
+            mark: None,
         };
         Self { parts, allocator, work: Mutex::new(work), started: Instant::now() }
     }

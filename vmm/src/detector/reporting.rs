@@ -131,7 +131,7 @@ pub(super) fn still_there(registry: &Registry, leak: &Leak) -> bool {
         .is_some_and(|now| now.sequence == leak.object.sequence && now.paint == Paint::Normal)
 }
 
-fn resolve<'a>(
+pub(super) fn resolve<'a>(
     linux: &'a introspect::linux::Linux,
     modules: &'a ModuleMap,
     va: Va,
