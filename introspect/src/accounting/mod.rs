@@ -6,5 +6,6 @@
 pub mod calls;
 pub mod slabs;
 mod table;
+pub mod tasks;
 
 pub use table::{Cell, Column, Role, Table};

@@ -4,6 +4,8 @@
 //! it needs, looked up once by member name. All lists are bounded; damage is a
 //! [`MemoryError`] with the address in it.
 
+#[cfg(test)]
+mod accounting_tests;
 mod lookup;
 mod module_map;
 pub mod modules;

@@ -249,9 +249,11 @@ fn types(era: Era) -> Vec<u8> {
         &[
             ("comm", comm, 0),
             ("pid", half, 16),
+            ("__state", half, 20),
             ("stack", word, 24),
             ("thread", thread, 32),
             ("on_cpu", half, 40),
+            ("exit_state", half, 44),
             ("tasks", list, 48),
             ("signal", word, 64),
             ("thread_node", list, 72),

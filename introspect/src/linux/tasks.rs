@@ -34,6 +34,36 @@ pub struct Task {
     pub saved_sp: Va,
     /// True while the task runs on a CPU.
     pub on_cpu: bool,
+    /// State as the letter of /proc/PID/stat; `?` on a kernel whose tasks have none.
+    pub state: char,
+}
+
+impl Task {
+    /// `comm` as text; what is not UTF-8 is replaced.
+    pub fn name(&self) -> String {
+        let end = self.comm.iter().position(|&b| b == 0).unwrap_or(self.comm.len());
+        String::from_utf8_lossy(&self.comm[..end]).into_owned()
+    }
+}
+
+/// Letters by the highest bit of the state that is reported (`task_state_array`, fs/proc/array.c).
+const STATES: [char; 8] = ['R', 'S', 'D', 'T', 't', 'X', 'Z', 'P'];
+/// The bits reported, and those of a task that sleeps for long without counting as load (include/linux/sched.h).
+const TASK_REPORT: u32 = 0x7f;
+const TASK_IDLE: u32 = 0x402;
+/// Waits for a sleeping lock of PREEMPT_RT, or for a thaw: shown as uninterruptible.
+const TASK_RTLOCK_WAIT: u32 = 0x1000;
+const TASK_FROZEN: u32 = 0x8000;
+
+/// The letter for `task->__state | task->exit_state` (`task_state_index`, include/linux/sched.h).
+fn state_letter(state: u32) -> char {
+    if state & TASK_IDLE == TASK_IDLE {
+        return 'I';
+    }
+    if state & (TASK_RTLOCK_WAIT | TASK_FROZEN) != 0 {
+        return 'D';
+    }
+    STATES[(u32::BITS - (state & TASK_REPORT).leading_zeros()) as usize % STATES.len()]
 }
 
 /// What a CPU is doing, in kmemleak's terms.
@@ -64,6 +94,9 @@ pub(super) struct Layout {
     stack: u64,
     saved_sp: u64,
     on_cpu: Option<u64>,
+    /// `state` until 5.13. None: not known.
+    state: Option<u64>,
+    exit_state: Option<u64>,
     tasks: u64,
     signal: u64,
     thread_node: u64,
@@ -97,6 +130,8 @@ impl Layout {
             stack: task("stack")?,
             saved_sp: task("thread.sp")?,
             on_cpu: lookup.types.offset("task_struct", "on_cpu"),
+            state: ["__state", "state"].iter().find_map(|m| lookup.types.offset("task_struct", m)),
+            exit_state: lookup.types.offset("task_struct", "exit_state"),
             tasks: task("tasks")?,
             signal: task("signal")?,
             thread_node: task("thread_node")?,
@@ -211,8 +246,11 @@ impl Linux {
             Some(offset) => le32(&word(offset)?, 0) != 0,
             None => true,
         };
+        let mut half = |offset: Option<u64>| Ok(offset.map(&mut word).transpose()?.map(|b| le32(&b, 0)));
+        let exit = half(layout.exit_state)?.unwrap_or(0);
+        let state = half(layout.state)?.map_or('?', |state| state_letter(state | exit));
         let (comm, pid) = self.comm_and_pid(memory, va)?;
-        Ok(Task { va, comm, pid, stack, stack_size: layout.stack_size, saved_sp, on_cpu })
+        Ok(Task { va, comm, pid, stack, stack_size: layout.stack_size, saved_sp, on_cpu, state })
     }
 }
 
@@ -227,6 +265,34 @@ impl Found {
     fn add(&mut self, task: Va) {
         if self.seen.insert(task) {
             self.order.push(task);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::state_letter;
+
+    #[test]
+    fn states_have_the_letters_of_proc() {
+        let table = [
+            (0, 'R'),
+            (1, 'S'),
+            (2, 'D'),
+            (0x402, 'I'),
+            (4, 'T'),
+            (8, 't'),
+            (0x20, 'Z'),
+            (0x10, 'X'),
+            (0x40, 'P'),
+            (0x8000, 'D'),
+            (0x1000, 'D'),
+            // A zombie that died in its sleep, and a bit that is not reported.
+            (0x21, 'Z'),
+            (0x81, 'S'),
+        ];
+        for (state, letter) in table {
+            assert_eq!(state_letter(state), letter, "{state:#x}");
         }
     }
 }

@@ -366,6 +366,7 @@ mod tests {
             stack_size: 0x4000,
             saved_sp: Va(saved_sp),
             on_cpu,
+            state: 'S',
         }
     }
 

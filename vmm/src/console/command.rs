@@ -35,6 +35,16 @@ pub enum Command {
     Accounting(Account, When),
     /// Remember the accounting of now.
     Mark,
+    /// Tasks.
+    Ps,
+    /// Backtrace of the tasks with this pid, or of those that run.
+    Backtrace(Option<i32>),
+    /// Registers of every vCPU.
+    Regs,
+    /// Stop the machine until `resume`.
+    Pause,
+    /// Let it go on.
+    Resume,
     /// The list of commands, or what one of them does.
     Help(Option<&'static Entry>),
     /// End the virtual machine.
@@ -210,6 +220,42 @@ pub const COMMANDS: &[Entry] = &[
         completions: &["mark"],
     },
     Entry {
+        name: "ps",
+        usage: "ps",
+        summary: "tasks: pid, state, CPU, kernel stack in use, name",
+        detail: "States are those of /proc/PID/stat. The idle tasks of all CPUs have pid 0. stack_bytes is 0 for a task\n\
+                 that runs user code.",
+        completions: &["ps"],
+    },
+    Entry {
+        name: "bt",
+        usage: "bt [PID]",
+        summary: "kernel backtrace of a task, or of every running one",
+        detail: "By the kernel's own stack tables; PID is that of the initial namespace, and of a thread.",
+        completions: &["bt", "bt "],
+    },
+    Entry {
+        name: "regs",
+        usage: "regs",
+        summary: "registers of every vCPU",
+        detail: "At a pause between two instructions.",
+        completions: &["regs"],
+    },
+    Entry {
+        name: "pause",
+        usage: "pause",
+        summary: "stop the machine until resume",
+        detail: "All other commands work meanwhile. Given on the guest's own port, only another surface can resume.",
+        completions: &["pause"],
+    },
+    Entry {
+        name: "resume",
+        usage: "resume",
+        summary: "let a paused machine go on",
+        detail: "The guest's clock is told, so that its watchdogs do not complain.",
+        completions: &["resume"],
+    },
+    Entry {
         name: "json",
         usage: "json COMMAND",
         summary: "the reply of COMMAND as one line of JSON",
@@ -275,7 +321,20 @@ impl Command {
                 Some(word) => Err(format!("top takes sites or caches, not {}", quote(word))),
             };
         }
+        if name == "bt" {
+            return match argument {
+                None => Ok(Self::Backtrace(None)),
+                Some(pid) => decimal(pid)
+                    .and_then(|pid| i32::try_from(pid).ok())
+                    .map(|pid| Self::Backtrace(Some(pid)))
+                    .ok_or_else(|| format!("bt takes a process id, not {}", quote(pid))),
+            };
+        }
         let command = match name {
+            "ps" => Self::Ps,
+            "regs" => Self::Regs,
+            "pause" => Self::Pause,
+            "resume" => Self::Resume,
             "mark" => Self::Mark,
             "scan" => Self::Scan,
             "report" => Self::Report,
@@ -311,6 +370,10 @@ impl Command {
                 .map(Self::Dump)
                 .ok_or_else(|| format!("dump= takes a hexadecimal address, not {}", quote(value))),
             ("alloc_calls", "") => Err("alloc_calls= takes the name of a slab cache".into()),
+            // No name has white space (`kmem_cache_sanity_check`, mm/slab_common.c); a line of help has.
+            ("alloc_calls", name) if name.contains(char::is_whitespace) => {
+                Err(format!("alloc_calls= takes the name of one slab cache, not {}", quote(name)))
+            }
             ("alloc_calls", cache) => Ok(Self::AllocCalls(cache.to_owned())),
             _ if COMMANDS.iter().any(|entry| entry.name == name) => Err(format!("{name} takes no value")),
             _ => Err(unknown(name)),

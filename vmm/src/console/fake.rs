@@ -99,6 +99,21 @@ impl Target for FakeTarget {
     fn mark(&self) -> anyhow::Result<()> {
         self.called("mark", ())
     }
+    fn ps(&self) -> anyhow::Result<Answer> {
+        self.called("ps", answer("pid  comm", json!({ "ps": [] })))
+    }
+    fn backtrace(&self, pid: Option<i32>) -> anyhow::Result<Answer> {
+        self.called("bt", answer(&format!("pid {pid:?}"), json!({ "bt": [] })))
+    }
+    fn regs(&self) -> anyhow::Result<Answer> {
+        self.called("regs", answer("cpu 0", json!({ "regs": [] })))
+    }
+    fn pause(&self) -> anyhow::Result<bool> {
+        self.called("pause", true)
+    }
+    fn resume(&self) -> anyhow::Result<bool> {
+        self.called("resume", false)
+    }
     fn quit(&self) {
         self.calls.lock().unwrap().push("quit".to_owned());
     }

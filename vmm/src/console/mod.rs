@@ -69,6 +69,16 @@ pub trait Target: Send + Sync {
     fn accounting(&self, account: Account, when: When) -> anyhow::Result<Answer>;
     /// Remembers the accounting of now.
     fn mark(&self) -> anyhow::Result<()>;
+    /// Tasks.
+    fn ps(&self) -> anyhow::Result<Answer>;
+    /// Backtrace of the tasks with this pid, or of those that run.
+    fn backtrace(&self, pid: Option<i32>) -> anyhow::Result<Answer>;
+    /// Registers of every vCPU.
+    fn regs(&self) -> anyhow::Result<Answer>;
+    /// Stops the machine until it is resumed; false when it was stopped so already.
+    fn pause(&self) -> anyhow::Result<bool>;
+    /// Lets it go on; false when it was not stopped.
+    fn resume(&self) -> anyhow::Result<bool>;
     /// Has the machine powered off (`quit`); returns at once.
     fn quit(&self);
 }

@@ -33,10 +33,16 @@ fn every_form_of_a_command_parses() {
         ("top sites", Command::Top(TopBy::Sites)),
         ("top  caches", Command::Top(TopBy::Caches)),
         ("alloc_calls=kmalloc-64", Command::AllocCalls("kmalloc-64".into())),
-        ("alloc_calls = ext4 inode", Command::AllocCalls("ext4 inode".into())),
+        ("alloc_calls = dentry", Command::AllocCalls("dentry".into())),
         ("slabinfo", Command::Accounting(Account::Slabinfo, When::Now)),
         ("slabinfo  diff", Command::Accounting(Account::Slabinfo, When::SinceMark)),
         ("mark", Command::Mark),
+        ("ps", Command::Ps),
+        ("bt", Command::Backtrace(None)),
+        ("bt 17", Command::Backtrace(Some(17))),
+        ("regs", Command::Regs),
+        ("pause", Command::Pause),
+        ("resume", Command::Resume),
         ("help", Command::Help(None)),
         ("quit", Command::Quit),
     ];
@@ -76,7 +82,11 @@ fn a_refusal_is_one_line_that_names_what_was_expected() {
         ("slabinfo foo", "error: slabinfo takes nothing or diff, not \"foo\"\n"),
         ("slabinfo=1", "error: slabinfo takes no value\n"),
         ("alloc_calls", "error: alloc_calls takes a slab cache: alloc_calls=CACHE\n"),
+        ("alloc_calls=a b", "error: alloc_calls= takes the name of one slab cache, not \"a b\"\n"),
         ("alloc_calls=", "error: alloc_calls= takes the name of a slab cache\n"),
+        ("bt init", "error: bt takes a process id, not \"init\"\n"),
+        ("bt 4294967296", "error: bt takes a process id, not \"4294967296\"\n"),
+        ("pause 1", "error: pause takes no argument, but was given \"1\"\n"),
         ("help foo", "error: unknown command \"foo\": try help\n"),
         ("f\x1bo", "error: unknown command \"f\\u{1b}o\": try help\n"),
     ];
@@ -106,6 +116,9 @@ fn replies_in_text() {
         ("slabinfo", "# Slabinfo Now\n"),
         ("slabinfo diff", "# Slabinfo SinceMark\n"),
         ("alloc_calls=dentry", "dentry\n"),
+        ("bt 3", "pid Some(3)\n"),
+        ("pause", "paused: resume lets the guest go on\n"),
+        ("resume", "running already\n"),
         ("mark", "marked: diff compares with now\n"),
         (
             "help off",
@@ -136,6 +149,9 @@ fn replies_in_json_are_one_line() {
         ("json top", r#"{"top":[]}"#),
         ("json alloc_calls=dentry", r#"{"alloc_calls":[]}"#),
         ("json slabinfo diff", r#"{"slabinfo":[]}"#),
+        ("json bt", r#"{"bt":[]}"#),
+        ("json pause", r#"{"changed":true,"paused":true}"#),
+        ("json resume", r#"{"changed":false,"paused":false}"#),
         ("json mark", r#"{"marked":true}"#),
         ("json quit", r#"{"quit":true}"#),
     ];
@@ -178,7 +194,7 @@ fn completion_offers_each_spelling() {
     assert_eq!(complete("st"), ["stack=off", "stack=on", "status"]);
     assert_eq!(complete("scan"), ["scan", "scan=", "scan=off", "scan=on"]);
     assert_eq!(complete("json cl"), ["json clear"]);
-    assert_eq!(complete("help r"), ["help report"]);
+    assert_eq!(complete("help r"), ["help regs", "help report", "help resume"]);
     assert_eq!(complete("json j"), Vec::<String>::new());
     assert!(complete("x").is_empty());
     assert!(complete("").len() > COMMANDS.len());

@@ -135,6 +135,7 @@ impl Target for Detector {
         let mut say = |key: &str, value: Value| status.push((key.to_owned(), value));
         say("guest", json!(parts.linux.kernel.image.release()));
         say("state", json!(parts.machine.outcome().map_or("running".to_owned(), |o| o.to_string())));
+        say("paused", json!(parts.machine.held()));
         say("uptime_s", json!(self.started.elapsed().as_secs()));
         say("tracking", json!(parts.recorder.enabled()));
         say("tracer", json!(parts.host.tracer));
@@ -195,6 +196,26 @@ impl Target for Detector {
 
     fn mark(&self) -> Result<()> {
         self.mark_now()
+    }
+
+    fn ps(&self) -> Result<Answer> {
+        self.tasks_now()
+    }
+
+    fn backtrace(&self, pid: Option<i32>) -> Result<Answer> {
+        self.backtrace_of(pid)
+    }
+
+    fn regs(&self) -> Result<Answer> {
+        self.registers_now()
+    }
+
+    fn pause(&self) -> Result<bool> {
+        self.parts.machine.hold()
+    }
+
+    fn resume(&self) -> Result<bool> {
+        Ok(self.parts.machine.release())
     }
 
     fn quit(&self) {

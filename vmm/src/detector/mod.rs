@@ -2,6 +2,7 @@
 
 mod accounting;
 mod commands;
+mod doing;
 mod quiet;
 mod reporting;
 
@@ -234,6 +235,9 @@ impl Detector {
         for _ in 0..QUIET_TRIES {
             let paused = machine.pause()?;
             if self.allocator.is_quiet(linux, &paused.memory(), recorder, paused.cpus())? {
+                return Ok(paused);
+            }
+            if machine.held() {
                 return Ok(paused);
             }
             if machine.outcome().is_some() {

@@ -128,6 +128,8 @@ struct Slot {
 
 struct State {
     wish: Wish,
+    /// A pause lasts until it is released, whoever else resumes.
+    held: bool,
     outcome: Option<Outcome>,
     slots: Vec<Slot>,
 }
@@ -146,7 +148,8 @@ impl Control {
             kicker: None,
             snapshot: Snapshot { state: Ok(CpuState { index, ..Default::default() }), exits: Vec::new() },
         };
-        let state = State { wish: Wish::Run, outcome: None, slots: (0..cpus).map(slot).collect() };
+        let state =
+            State { wish: Wish::Run, held: false, outcome: None, slots: (0..cpus).map(slot).collect() };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -233,10 +236,20 @@ impl Control {
     /// Ends a pause.
     pub fn resume(&self) {
         let mut state = self.lock();
-        if state.wish == Wish::Pause {
+        if state.wish == Wish::Pause && !state.held {
             state.wish = Wish::Run;
         }
         self.changed.notify_all();
+    }
+
+    /// Makes a pause that is open outlast [`Control::resume`], or no longer so; what it was before.
+    pub fn hold(&self, on: bool) -> bool {
+        std::mem::replace(&mut self.lock().held, on)
+    }
+
+    /// True between [`Control::hold`] and its end.
+    pub fn held(&self) -> bool {
+        self.lock().held
     }
 
     /// How the machine ended, if it did.

@@ -308,6 +308,29 @@ impl Machine {
         Ok(Paused { ram: &self.ram, cpus, frozen: self.ram.freeze(), _resume: resume, _turn: turn })
     }
 
+    /// Pauses the machine until [`Machine::release`]; pauses meanwhile neither wait nor end it. False when it was held
+    /// already.
+    ///
+    /// # Errors
+    /// As [`Machine::pause`].
+    pub fn hold(&self) -> anyhow::Result<bool> {
+        let _paused = self.pause()?;
+        Ok(!self.control.hold(true))
+    }
+
+    /// Ends a [`Machine::hold`]; false when there was none.
+    pub fn release(&self) -> bool {
+        let _turn = lock(&self.pausing);
+        let held = self.control.hold(false);
+        self.control.resume();
+        held
+    }
+
+    /// True while the machine is held.
+    pub fn held(&self) -> bool {
+        self.control.held()
+    }
+
     /// Ends the machine from outside, at once.
     pub fn stop(&self) {
         self.control.finish(Outcome::HostStop);

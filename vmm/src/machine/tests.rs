@@ -121,3 +121,25 @@ fn the_first_outcome_stays() {
     control.finish(Outcome::HostStop);
     assert_eq!(control.outcome(), Some(Outcome::PowerOff));
 }
+
+#[test]
+fn a_held_pause_outlasts_others_until_it_is_released() {
+    let (control, workers) = setup(2);
+    let counts = || workers.iter().map(|w| w.count.load(SeqCst)).collect::<Vec<_>>();
+    control.pause(PATIENCE).unwrap();
+    assert!(!control.hold(true));
+    control.resume();
+    control.pause(PATIENCE).unwrap();
+    control.resume();
+    let before = counts();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(counts(), before);
+    assert!(control.held() && control.hold(false) && !control.held());
+    control.resume();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while counts().iter().zip(&before).any(|(now, then)| now <= then) {
+        assert!(std::time::Instant::now() < deadline, "a worker does not run again");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    finish(&control, workers);
+}

@@ -1,0 +1,147 @@
+//! What the machine is doing: tasks, backtraces, registers.
+
+use super::Detector;
+use super::reporting::resolve;
+use crate::console::Answer;
+use anyhow::{Context, Result, bail};
+use introspect::accounting::tasks::{self, Doing};
+use introspect::arch::{CpuState, Registers};
+use introspect::linux::ModuleMap;
+use introspect::linux::tasks::Task;
+use introspect::memory::Va;
+use serde_json::{Map, Value, json};
+use std::fmt::Write;
+use std::sync::PoisonError;
+
+/// Registers in print order.
+fn named(r: &Registers) -> [(&'static str, u64); 18] {
+    [
+        ("rax", r.rax),
+        ("rbx", r.rbx),
+        ("rcx", r.rcx),
+        ("rdx", r.rdx),
+        ("rsi", r.rsi),
+        ("rdi", r.rdi),
+        ("rbp", r.rbp),
+        ("rsp", r.rsp),
+        ("r8", r.r8),
+        ("r9", r.r9),
+        ("r10", r.r10),
+        ("r11", r.r11),
+        ("r12", r.r12),
+        ("r13", r.r13),
+        ("r14", r.r14),
+        ("r15", r.r15),
+        ("rip", r.rip),
+        ("rflags", r.rflags),
+    ]
+}
+
+impl Detector {
+    pub(super) fn tasks_now(&self) -> Result<Answer> {
+        let linux = &self.parts.linux;
+        let paused = self.parts.machine.pause()?;
+        let memory = &paused.memory();
+        let tasks = linux.tasks(memory).context("Cannot read the guest's list of tasks")?;
+        let table = tasks::table(linux, memory, &tasks, paused.cpus())
+            .context("Cannot read which tasks the guest's CPUs run")?;
+        Ok(Answer { text: table.text(), json: json!({ "ps": table.json() }) })
+    }
+
+    pub(super) fn backtrace_of(&self, pid: Option<i32>) -> Result<Answer> {
+        let linux = &self.parts.linux;
+        let paused = self.parts.machine.pause()?;
+        let memory = &paused.memory();
+        let mut wanted = linux.tasks(memory).context("Cannot read the guest's list of tasks")?;
+        match pid {
+            Some(pid) => wanted.retain(|task| task.pid == pid),
+            None => {
+                let online = paused.cpus().iter().filter(|cpu| cpu.online);
+                let running: Vec<Va> = online
+                    .map(|cpu| linux.current(memory, cpu.index))
+                    .collect::<Result<_, _>>()
+                    .context("Cannot read which tasks the guest's CPUs run")?;
+                wanted.retain(|task| running.contains(&task.va));
+            }
+        }
+        if wanted.is_empty() {
+            match pid {
+                Some(pid) => bail!("The guest has no task with pid {pid}; ps lists them"),
+                None => bail!("The guest runs no task yet"),
+            }
+        }
+        let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
+        let unwinder = self.parts.recorder.unwinder();
+        let (mut text, mut json) = (String::new(), Vec::new());
+        for task in &wanted {
+            let doing = tasks::backtrace(linux, memory, &unwinder, &*modules, task, paused.cpus())?;
+            self.describe(task, &doing, &modules, &mut text);
+            let frames: Vec<Value> = doing.frames.iter().map(|&ip| self.frame(ip, &modules)).collect();
+            json.push(json!({
+                "pid": task.pid, "comm": task.name(), "state": task.state.to_string(), "cpu": doing.cpu,
+                "complete": doing.end.is_proper(), "backtrace": frames,
+            }));
+        }
+        Ok(Answer { text, json: json!({ "bt": json }) })
+    }
+
+    fn describe(&self, task: &Task, doing: &Doing, modules: &ModuleMap, text: &mut String) {
+        let place = doing.cpu.map_or("not running".to_owned(), |cpu| format!("on CPU {cpu}"));
+        let _ = writeln!(text, "pid {} \"{}\", state {}, {place}", task.pid, task.name(), task.state);
+        for &frame in &doing.frames {
+            let _ = writeln!(text, "  {}", self.symbolise(frame, u64::MAX, modules));
+        }
+        if doing.frames.is_empty() {
+            text.push_str("  in user code\n");
+        }
+        if !doing.end.is_proper() {
+            let _ = writeln!(text, "  the trace is not complete: {:?}", doing.end);
+        }
+    }
+
+    fn frame(&self, ip: Va, modules: &ModuleMap) -> Value {
+        let at = resolve(&self.parts.linux, modules, ip, u64::MAX);
+        let ip = format!("{:#x}", ip.0);
+        match at {
+            Some(r) => {
+                json!({ "ip": ip, "symbol": r.name, "offset": r.offset, "size": r.size, "module": r.module })
+            }
+            None => json!({ "ip": ip, "symbol": null, "offset": 0, "size": 0, "module": null }),
+        }
+    }
+
+    pub(super) fn registers_now(&self) -> Result<Answer> {
+        let paused = self.parts.machine.pause()?;
+        let (mut text, mut json) = (String::new(), Vec::new());
+        for cpu in paused.cpus() {
+            self.cpu_text(cpu, &mut text);
+            let hex = |(name, value): (&str, u64)| (name.to_owned(), json!(format!("{value:#x}")));
+            let mut members: Map<String, Value> = named(&cpu.registers).into_iter().map(hex).collect();
+            members.insert("cpu".into(), json!(cpu.index));
+            members.insert("online".into(), json!(cpu.online));
+            members.insert("user_mode".into(), json!(cpu.user_mode));
+            members.extend([("cr3", cpu.root.0), ("gs_base", cpu.gs_base)].map(hex));
+            json.push(Value::Object(members));
+        }
+        Ok(Answer { text, json: json!({ "regs": json }) })
+    }
+
+    fn cpu_text(&self, cpu: &CpuState, text: &mut String) {
+        if !cpu.online {
+            let _ = writeln!(text, "cpu {}: not started", cpu.index);
+            return;
+        }
+        let mode = if cpu.user_mode { "user" } else { "kernel" };
+        let ip = cpu.registers.ip();
+        let symbol = if cpu.user_mode { None } else { self.name(ip) };
+        let _ =
+            writeln!(text, "cpu {}: {mode} mode, {}", cpu.index, symbol.unwrap_or_else(|| ip.to_string()));
+        let bases = [("cr3", cpu.root.0), ("gs_base", cpu.gs_base)];
+        let all: Vec<(&str, u64)> = named(&cpu.registers).into_iter().chain(bases).collect();
+        for line in all.chunks(4) {
+            let cells: Vec<String> =
+                line.iter().map(|(name, value)| format!("{name:>7} {value:016x}")).collect();
+            let _ = writeln!(text, "  {}", cells.join(" "));
+        }
+    }
+}
