@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::affinity::off_first_cpu;
+use super::idle_vm::IdleVm;
 use super::job_process::{JobProcess, spawn};
 use super::link::Link;
 use super::outputs::Outputs;
@@ -82,6 +83,7 @@ fn live() -> Result<()> {
 /// Runs the job; its exit code, or 128 + the signal that ended it.
 fn run(link: &Arc<Link>, input: PortReader, spec: &JobSpec) -> Result<i32> {
     let mut outputs = Outputs::new(spec.outputs.iter().map(PathBuf::from));
+    let _idle_vm = IdleVm::new()?;
     let JobProcess { child, streams, terminal } =
         off_first_cpu(|| spawn(spec, Path::new(BINARY))).context("choosing the job's CPUs")??;
     if let Some(stdin) = streams.stdin {

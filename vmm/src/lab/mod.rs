@@ -14,6 +14,7 @@ mod affinity;
 pub mod agent;
 mod decide;
 mod host;
+mod idle_vm;
 mod job;
 mod job_process;
 mod link;
