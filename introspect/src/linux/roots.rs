@@ -2,6 +2,7 @@
 
 use super::Linux;
 use crate::memory::{MemoryError, PhysicalMemory, Va};
+use crate::symbols::SymbolRef;
 use std::ops::Range;
 
 /// A part of the kernel's static data.
@@ -11,6 +12,23 @@ pub struct StaticRoot {
     pub name: String,
     /// Run-time addresses.
     pub range: Range<Va>,
+    /// What in it is not to be read, ascending: a detector's own records, which hold the address of every object.
+    pub unread: Vec<Range<Va>>,
+}
+
+impl StaticRoot {
+    /// The parts that are read, ascending.
+    pub fn parts(&self) -> Vec<Range<Va>> {
+        let mut parts = Vec::new();
+        let mut at = self.range.start;
+        for gap in &self.unread {
+            parts.push(at..gap.start.max(at));
+            at = at.max(gap.end);
+        }
+        parts.push(at..self.range.end.max(at));
+        parts.retain(|part| part.start < part.end);
+        parts
+    }
 }
 
 /// Names and the symbols around them (include/asm-generic/sections.h).
@@ -29,12 +47,15 @@ impl Linux {
     /// The table of per-CPU areas is not in RAM.
     pub fn static_roots(&self, memory: &impl PhysicalMemory) -> Result<Vec<StaticRoot>, MemoryError> {
         let mut roots: Vec<StaticRoot> = Vec::new();
+        let pools = self.kmemleak_pools();
         for (name, start, end) in SECTIONS {
             let (Some(start), Some(end)) = (self.symbol(start), self.symbol(end)) else { continue };
             // On some kernels the last lies inside .data.
             let nested = roots.iter().any(|r| r.range.start <= start && end <= r.range.end);
             if start < end && !nested {
-                roots.push(StaticRoot { name: name.to_owned(), range: start..end });
+                let inside = |pool: &&Range<Va>| start <= pool.start && pool.end <= end;
+                let unread = pools.iter().filter(inside).cloned().collect();
+                roots.push(StaticRoot { name: name.to_owned(), range: start..end, unread });
             }
         }
         let symbols = &self.kernel.symbols;
@@ -47,9 +68,24 @@ impl Linux {
             let range = base + start.0..base + end.0;
             // Before the areas are set up all CPUs share the one in the image.
             if start < end && !roots.iter().any(|r| r.range == range) {
-                roots.push(StaticRoot { name: format!("percpu{cpu}"), range });
+                roots.push(StaticRoot { name: format!("percpu{cpu}"), range, unread: Vec::new() });
             }
         }
         Ok(roots)
+    }
+
+    /// The records that a kernel with an in-kernel kmemleak has before its slab caches (mm/kmemleak.c `mem_pool`,
+    /// 5.5 and newer). kmemleak reads them with the rest of .bss, and so takes what is recorded there for referenced.
+    fn kmemleak_pools(&self) -> Vec<Range<Va>> {
+        let symbols = &self.kernel.symbols;
+        // The pool's name says little; that of the number of its free records is kmemleak's alone.
+        if symbols.lookup("mem_pool_free_count").is_none() {
+            return Vec::new();
+        }
+        let pool = |symbol: SymbolRef<'_>| {
+            let start = symbol.va + self.placement.slide;
+            start..start + symbols.size_of(symbol)
+        };
+        symbols.lookup_all("mem_pool").map(pool).collect()
     }
 }

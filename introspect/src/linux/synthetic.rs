@@ -42,7 +42,7 @@ pub(super) enum Era {
 }
 
 /// Symbols by offset in the variables page, 64 bytes apart.
-const SYMBOLS: [&str; 25] = [
+const SYMBOLS: [&str; 27] = [
     "jiffies_64",
     "__per_cpu_offset",
     "nr_cpu_ids",
@@ -60,6 +60,8 @@ const SYMBOLS: [&str; 25] = [
     "_sdata",
     "_edata",
     "__bss_start",
+    "mem_pool",
+    "mem_pool_free_count",
     "__bss_stop",
     "_stext",
     "_etext",

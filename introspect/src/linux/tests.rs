@@ -1,5 +1,6 @@
 //! The rooms of this folder on a synthetic guest, in both generations of layouts.
 
+use super::StaticRoot;
 use super::pages::Use;
 use super::synthetic::*;
 use super::tasks::Context;
@@ -360,4 +361,44 @@ fn static_roots_are_the_guests() {
     let roots = guest.linux.static_roots(&memory).expect("roots");
     let found: Vec<_> = roots.iter().map(|r| (r.name.as_str(), r.range.start)).collect();
     assert_eq!(found, [("data", guest.symbol("_sdata")), ("bss", guest.symbol("__bss_start"))]);
+}
+
+#[test]
+fn records_of_an_in_kernel_kmemleak_are_no_roots() {
+    let bss = |guest: &Guest| {
+        let roots = guest.linux.static_roots(&guest.memory()).expect("roots");
+        roots.into_iter().find(|root| root.name == "bss").expect("a .bss").parts()
+    };
+    let guest = Guest::new(Era::Flags);
+    let (start, end) = (guest.symbol("__bss_start"), guest.symbol("__bss_stop"));
+    let (pool, behind) = (guest.symbol("mem_pool"), guest.symbol("mem_pool_free_count"));
+    assert_eq!(bss(&guest), [start..pool, behind..end]);
+    // Another's pool of that name.
+    let guest = Guest::without(Era::Flags, "mem_pool_free_count").expect("a guest");
+    assert_eq!(bss(&guest), [start..end]);
+}
+
+/// Ranges of addresses.
+type Spans = &'static [(u64, u64)];
+
+#[test]
+fn parts_leave_out_what_is_not_read() {
+    let root = |unread: Spans| StaticRoot {
+        name: "bss".into(),
+        range: Va(0x100)..Va(0x200),
+        unread: unread.iter().map(|&(start, end)| Va(start)..Va(end)).collect(),
+    };
+    let cases: [(Spans, Spans); 4] = [
+        (&[], &[(0x100, 0x200)]),
+        (&[(0x100, 0x140)], &[(0x140, 0x200)]),
+        (&[(0x180, 0x200)], &[(0x100, 0x180)]),
+        (
+            &[(0x110, 0x140), (0x130, 0x150), (0x160, 0x170)],
+            &[(0x100, 0x110), (0x150, 0x160), (0x170, 0x200)],
+        ),
+    ];
+    for (unread, expected) in cases {
+        let found: Vec<_> = root(unread).parts().iter().map(|p| (p.start.0, p.end.0)).collect();
+        assert_eq!(found, expected, "{unread:x?}");
+    }
 }

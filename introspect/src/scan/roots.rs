@@ -67,8 +67,10 @@ impl Roots {
         roots.add_page_structs(linux, guest, memory, &uses, &mut claims)?;
         roots.add_stacks(input, guest, memory, &mut claims)?;
         for root in linux.static_roots(memory)? {
-            let extents = claims.without(&guest.extents(aligned(root.range)));
-            claims.take(&extents);
+            let parts = root.parts().into_iter().flat_map(|part| guest.extents(aligned(part)));
+            let extents = claims.without(&parts.collect::<Vec<_>>());
+            // With what is not read: it shall not come back as reserved pages.
+            claims.take(&guest.extents(aligned(root.range)));
             roots.add(root.name, extents);
         }
         roots.add_percpu(linux, guest, memory, &mut claims)?;

@@ -209,6 +209,19 @@ mod tests {
     }
 
     #[test]
+    fn records_of_an_in_kernel_kmemleak_are_black() {
+        let treatments = Treatments::resolve(&guest_profiles::annotations::builtin().annotations, []);
+        let object = object(StackId(0), Kind::Slab);
+        for (cache, expected) in [
+            ("kmemleak_object", Some(Action::Black)),
+            ("kmemleak_scan_area", Some(Action::Black)),
+            ("kmalloc-256", None),
+        ] {
+            assert_eq!(treatments.of(&object, cache).map(|rule| rule.action), expected, "{cache}");
+        }
+    }
+
+    #[test]
     fn code_ends_where_the_next_symbol_starts() {
         let symbol = |va, kind, name: &str| Symbol { va: Va(va), kind, name: name.into() };
         let symbols =

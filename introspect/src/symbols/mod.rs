@@ -189,6 +189,11 @@ impl SymbolTable {
         self.lookup(name).map(|va| self.size_at(va.0))
     }
 
+    /// The same of one symbol of several that share a name.
+    pub fn size_of(&self, symbol: SymbolRef<'_>) -> u64 {
+        self.size_at(symbol.va.0)
+    }
+
     /// As kernel/kallsyms.c `get_symbol_pos`: to the next higher address, or to the end of the kernel's range.
     fn size_at(&self, start: u64) -> u64 {
         let next = self.addresses.partition_point(|&a| a <= start);
