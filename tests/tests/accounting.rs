@@ -10,9 +10,11 @@ use tests::{Guest, RUN_TIMEOUT, kernel, no_kernel_complaint, test};
 /// Files whose directory entries the guest makes between `mark` and `diff`.
 const FILES: u64 = 400;
 /// Entries that the guest may give back meanwhile: those of processes that ended, in /proc.
-const ENTRIES_OF_OTHERS: i64 = 20;
-/// Slabs by which a cache may differ where the guest's own two readings agree: those who read come and go between.
+const ENTRIES_OF_OTHERS: i64 = 100;
+/// Slabs by which a cache may differ from the guest's own two readings: those who read come and go between.
 const SLABS_OF_READERS: i64 = 2;
+/// One cache in so many may be further off: a burst (RCU frees maple nodes late) fits between two readings.
+const ONE_IN_A_BURST: usize = 20;
 
 fn main() -> ExitCode {
     let lines = ["6.1-cloud", "6.12-cloud"];
@@ -114,6 +116,7 @@ fn compare_slabs(ours: &Value, before: &str, after: &str) -> Result<()> {
         .filter_map(|row| Some((row["name"].as_str()?, row)))
         .collect();
     let (mut steady, mut equal) = (0, 0);
+    let mut off = Vec::new();
     for (name, theirs) in &before {
         let Some(later) = after.get(name) else { continue };
         let Some(row) = ours.get(name) else {
@@ -127,15 +130,17 @@ fn compare_slabs(ours: &Value, before: &str, after: &str) -> Result<()> {
         let per_slab = total.div_euclid(slabs.max(1)) + 1;
         let (least, most) = (theirs[3].min(later[3]), theirs[3].max(later[3]));
         let near = least - SLABS_OF_READERS <= slabs && slabs <= most + SLABS_OF_READERS;
-        ensure!(near, "{row}, theirs {theirs:?} and {later:?}");
         // What lies free in a CPU's own slabs is active to them: ours is never more.
         let most_active = theirs[0].max(later[0]) + SLABS_OF_READERS * per_slab;
-        ensure!(active <= most_active, "{row}, theirs {theirs:?} and {later:?}");
+        if !near || active > most_active {
+            off.push(format!("{row}, theirs {theirs:?} and {later:?}"));
+        }
         if theirs[1] == later[1] && theirs[3] == later[3] {
             steady += 1;
             equal += usize::from(total == theirs[1] && slabs == theirs[3]);
         }
     }
+    ensure!(off.len() * ONE_IN_A_BURST <= before.len(), "{}", off.join("\n"));
     ensure!(steady > 50 && equal * 10 >= steady * 9, "{equal} of {steady} steady caches are equal");
     Ok(())
 }
