@@ -85,8 +85,10 @@ impl Index {
             ..blocks.partition_point(|b| b.start < direct.end);
         let mapped = &blocks[inside.clone()];
         let window = span(mapped);
-        let last_page = window.end.min(direct.end).div_ceil(PAGE_SIZE);
         let first_page = window.start >> PAGE_SHIFT;
+        // An empty object at the start of a page still starts there.
+        let last_start = mapped.last().map_or(first_page, |b| (b.start >> PAGE_SHIFT) + 1);
+        let last_page = window.end.min(direct.end).div_ceil(PAGE_SIZE).max(last_start);
         let mut index = Self {
             first_page,
             pages: vec![0; last_page.saturating_sub(first_page) as usize],

@@ -104,6 +104,15 @@ fn index(blocks: &[Block]) -> (Index, Vec<u32>) {
     Index::new(blocks, &(DIRECT..DIRECT + SPACE))
 }
 
+#[test]
+fn an_empty_object_at_the_start_of_the_last_page_is_found_nowhere() {
+    let blocks = [Block { start: DIRECT, size: 8 }, Block { start: DIRECT + 8 * 4096, size: 0 }];
+    let (index, slots) = index(&blocks);
+    assert_eq!(slots.len(), 2);
+    assert_eq!(index.find(DIRECT + 8 * 4096), None);
+    assert_eq!(index.find(DIRECT + 7).map(|hit| hit.block), Some(blocks[0]));
+}
+
 proptest! {
     #[test]
     fn index_finds_what_a_search_finds(blocks in any_blocks(), words in proptest::collection::vec(0..SPACE, 60)) {
