@@ -6,8 +6,24 @@
 //! guest runs without nested paging and triple faults on its next fetch, or the host's own state is stored as the
 //! guest's and the guest hangs. Seen once in five boots with QEMU 7.2 on a slow host, never on other CPUs.
 
+use std::fs;
 use std::io;
 use std::mem;
+
+/// Where the kernel shows its CPUs.
+const CPUS: &str = "/sys/devices/system/cpu";
+
+/// Starts the CPUs that the helper kernel left alone while it booted, so that none of them runs code that another
+/// patches (see [`super::idle_vm`]).
+pub fn start_other_cpus() -> io::Result<()> {
+    for entry in fs::read_dir(CPUS)? {
+        let online = entry?.path().join("online");
+        if fs::read_to_string(&online).is_ok_and(|state| state.trim() == "0") {
+            fs::write(&online, "1")?;
+        }
+    }
+    Ok(())
+}
 
 /// The CPUs a thread may run on.
 struct CpuSet(libc::cpu_set_t);
@@ -32,12 +48,16 @@ impl CpuSet {
     }
 }
 
-/// Calls `start` on this thread with the first CPU out of bounds; what it starts inherits that.
+/// Calls `start` on this thread with the first CPU out of bounds, unless it is the only one; what it starts inherits that.
 pub fn off_first_cpu<T>(start: impl FnOnce() -> T) -> io::Result<T> {
     let all = CpuSet::current()?;
     let mut others = CpuSet(all.0);
     // SAFETY: 0 is within every cpu_set_t.
     unsafe { libc::CPU_CLR(0, &mut others.0) };
+    // SAFETY: as above.
+    if unsafe { libc::CPU_COUNT(&others.0) } == 0 {
+        return Ok(start());
+    }
     others.apply()?;
     let started = start();
     all.apply()?;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::affinity::off_first_cpu;
+use super::affinity::{off_first_cpu, start_other_cpus};
 use super::idle_vm::IdleVm;
 use super::job_process::{JobProcess, spawn};
 use super::link::Link;
@@ -84,6 +84,7 @@ fn live() -> Result<()> {
 fn run(link: &Arc<Link>, input: PortReader, spec: &JobSpec) -> Result<i32> {
     let mut outputs = Outputs::new(spec.outputs.iter().map(PathBuf::from));
     let _idle_vm = IdleVm::new()?;
+    start_other_cpus().context("starting the other CPUs")?;
     let JobProcess { child, streams, terminal } =
         off_first_cpu(|| spawn(spec, Path::new(BINARY))).context("choosing the job's CPUs")??;
     if let Some(stdin) = streams.stdin {

@@ -22,9 +22,10 @@ const FIRMWARE: &str = "/usr/share/qemu/qboot.rom";
 /// each exit from a guest a tenth longer.
 const CPU: &str = "max,la57=off,-xsave";
 /// The helper Linux: quick to boot, quiet, and dead when it panics, which ends QEMU. What is left out serves tracing,
-/// BPF and module signatures, and takes 0.8 s of 1.8.
+/// BPF and module signatures, and takes 0.8 s of 1.8. It boots on one CPU, the agent starts the others when the kernel
+/// has patched itself: see [`super::idle_vm`].
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr tsc=reliable \
-    no_timer_check rootfstype=ramfs preempt=none audit=0 lsm=capability initcall_blacklist=jent_mod_init,\
+    no_timer_check maxcpus=1 rootfstype=ramfs preempt=none audit=0 lsm=capability initcall_blacklist=jent_mod_init,\
     load_system_certificate_list,trace_eval_init,init_kprobe_trace,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init,\
     crypto_algapi_init,crypto_kdf108_init rdinit=/kleak-vmm -- lab-agent";
 
