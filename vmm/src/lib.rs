@@ -11,6 +11,7 @@ pub mod devices;
 pub mod doctor;
 pub mod lab;
 pub mod machine;
+mod meminfo;
 pub mod probe;
 pub mod run;
 pub mod tracer;

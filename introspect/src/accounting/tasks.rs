@@ -2,8 +2,8 @@
 
 use super::{Cell, Column, Role, Table};
 use crate::arch::CpuState;
+use crate::linux::Linux;
 use crate::linux::tasks::Task;
-use crate::linux::{Linux, Walk};
 use crate::memory::{MemoryError, PhysicalMemory, Va};
 use crate::unwind::{End, ModuleTables, SleepingFrame, Start, Unwinder};
 use anyhow::Context;
@@ -74,12 +74,7 @@ pub fn backtrace(
     task: &Task,
     cpus: &[CpuState],
 ) -> anyhow::Result<Doing> {
-    let mut walk = Walk::default();
-    let mut read = |va| {
-        let mut word = [0; 8];
-        linux.read_with(memory, &mut walk, va, &mut word).ok()?;
-        Some(u64::from_le_bytes(word))
-    };
+    let mut read = linux.word_reader(memory);
     let cpu = running_on(linux, memory, task, cpus)?;
     let start = match cpu {
         Some(cpu) if cpu.user_mode => {

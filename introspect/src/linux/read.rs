@@ -45,6 +45,17 @@ impl Linux {
         Ok(())
     }
 
+    /// Reads words for an unwinder, with remembered translations; None where nothing can be read. To be used no longer
+    /// than a [`Walk`] may be.
+    pub fn word_reader(&self, memory: &impl PhysicalMemory) -> impl FnMut(Va) -> Option<u64> {
+        let mut walk = Walk::default();
+        move |va| {
+            let mut word = [0; 8];
+            self.read_with(memory, &mut walk, va, &mut word).ok()?;
+            Some(u64::from_le_bytes(word))
+        }
+    }
+
     /// Physical address of a kernel address.
     ///
     /// # Errors

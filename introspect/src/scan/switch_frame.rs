@@ -7,7 +7,7 @@
 //! heap references anybody else lacks. Only what it saved for its callers matters: the registers just below
 //! its return address, and those that the switch itself saved.
 
-use crate::linux::{Linux, Walk};
+use crate::linux::Linux;
 use crate::memory::{PhysicalMemory, Va};
 use crate::unwind::{SleepingFrame, Text, Unwinder};
 use std::ops::Range;
@@ -42,12 +42,7 @@ impl<'a> SwitchFrame<'a> {
 
     /// Dead addresses of a task that was switched out at `saved_sp`.
     pub fn dead(&self, linux: &Linux, memory: &impl PhysicalMemory, saved_sp: Va) -> Option<Range<Va>> {
-        let mut walk = Walk::default();
-        let mut read = |va| {
-            let mut word = [0; 8];
-            linux.read_with(memory, &mut walk, va, &mut word).ok()?;
-            Some(u64::from_le_bytes(word))
-        };
+        let mut read = linux.word_reader(memory);
         let start = self.sleeping.start(saved_sp, self.slide, &mut read)?;
         let mut frames = [Va(0); 2];
         let trace = self.unwinder.unwind(&(), &start, &mut read, &mut frames);

@@ -5,6 +5,7 @@ use super::failure::Failure;
 use super::options::RunOptions;
 use super::values::format_size;
 use crate::machine::MEMORY_LIMITS;
+use crate::meminfo;
 use anyhow::Context;
 use images::initramfs;
 use std::fs::File;
@@ -189,15 +190,11 @@ fn check_memory(asked: u64, host: Option<u64>) -> anyhow::Result<()> {
 
 /// Memory and swap of the host together, from /proc/meminfo (proc(5)); None where it cannot be read.
 fn host_memory_bytes() -> Option<u64> {
-    parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)
+    parse_meminfo(&meminfo::read()?)
 }
 
 fn parse_meminfo(text: &str) -> Option<u64> {
-    let field = |name: &str| {
-        let line = text.lines().find(|line| line.starts_with(name))?;
-        line.split_whitespace().nth(1)?.parse::<u64>().ok()
-    };
-    Some((field("MemTotal:")? + field("SwapTotal:").unwrap_or(0)) << 10)
+    Some(meminfo::field(text, "MemTotal:")? + meminfo::field(text, "SwapTotal:").unwrap_or(0))
 }
 
 #[cfg(test)]

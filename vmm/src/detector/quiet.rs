@@ -7,7 +7,7 @@
 use crate::tracer::Recorder;
 use introspect::arch::CpuState;
 use introspect::hooks::Plan;
-use introspect::linux::{Linux, Walk};
+use introspect::linux::Linux;
 use introspect::memory::{PhysicalMemory, Va};
 use introspect::unwind::{SleepingFrame, Start};
 use std::ops::Range;
@@ -55,12 +55,7 @@ impl Allocator {
         recorder: &Recorder,
         cpus: &[CpuState],
     ) -> anyhow::Result<bool> {
-        let mut walk = Walk::default();
-        let mut read = |va| {
-            let mut word = [0; 8];
-            linux.read_with(memory, &mut walk, va, &mut word).ok()?;
-            Some(u64::from_le_bytes(word))
-        };
+        let mut read = linux.word_reader(memory);
         let mut starts: Vec<Start> =
             cpus.iter().filter(|c| c.online && !c.user_mode).map(|c| Start::running(&c.registers)).collect();
         if let Some(frame) = &self.sleeping {

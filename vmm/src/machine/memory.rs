@@ -1,6 +1,7 @@
 //! Guest RAM: host memory that the guest, the vCPU threads and the detector share.
 
 use super::error::HostError;
+use crate::meminfo;
 use anyhow::Context;
 use introspect::memory::{FrozenMemory, MemoryError, Pa, PhysicalMemory, RamRange};
 use std::fmt;
@@ -232,14 +233,8 @@ unsafe fn copy_to_guest(to: *mut u8, bytes: &[u8]) {
 
 /// Bytes the host can still give out, swap included; None when it does not say.
 fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    Some(meminfo(&text, "MemAvailable:")? + meminfo(&text, "SwapFree:").unwrap_or(0))
-}
-
-/// A field of /proc/meminfo in bytes.
-fn meminfo(text: &str, field: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    let text = meminfo::read()?;
+    Some(meminfo::field(&text, "MemAvailable:")? + meminfo::field(&text, "SwapFree:").unwrap_or(0))
 }
 
 #[cfg(test)]
@@ -295,13 +290,6 @@ mod tests {
         assert_eq!(ram.write(Pa(8), b"x"), Err(WriteError::Frozen));
         drop(guard);
         assert_eq!(ram.write(Pa(8), b"x"), Ok(()));
-    }
-
-    #[test]
-    fn meminfo_fields_are_in_bytes() {
-        let text = "MemTotal:       100 kB\nMemAvailable:     7 kB\n";
-        assert_eq!(meminfo(text, "MemAvailable:"), Some(7168));
-        assert_eq!(meminfo(text, "SwapFree:"), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::machine::GuestRam;
 use anyhow::Result;
 use guest_profiles::hooks::Role;
 use introspect::arch::Registers;
-use introspect::linux::{Linux, ModuleMap, Walk};
+use introspect::linux::{Linux, ModuleMap};
 use introspect::memory::{PAGE_SIZE, PhysicalMemory, Va};
 use introspect::registry::{AllocEvent, Kind, MAX_FRAMES, Paint, Registry};
 use introspect::unwind::{Start, Text, Unwinder};
@@ -245,12 +245,7 @@ impl Recorder {
             depth: 0,
         };
         let modules = self.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let mut walk = Walk::default();
-        let read = |va| {
-            let mut word = [0; 8];
-            self.linux.read_with(&self.ram, &mut walk, va, &mut word).ok()?;
-            Some(u64::from_le_bytes(word))
-        };
+        let read = self.linux.word_reader(&self.ram);
         let trace = self.unwinder().unwind(&*modules, &Start::running(registers), read, &mut origin.stack);
         origin.depth = trace.len;
         origin
