@@ -1,5 +1,6 @@
 //! Everything recovered from one kernel image.
 
+use crate::callee_saved::CalleeSaved;
 use crate::image::KernelImage;
 use crate::symbols::SymbolTable;
 use crate::types::Btf;
@@ -16,6 +17,8 @@ pub struct Kernel {
     pub types: Option<Btf>,
     /// Stack tables; frame-pointer kernels have none.
     pub orc: Option<OrcTable>,
+    /// What is known of its functions' saved registers.
+    pub callee_saved: CalleeSaved,
 }
 
 impl Kernel {
@@ -36,6 +39,6 @@ impl Kernel {
         let symbols = SymbolTable::recover(&image)?;
         let types = Btf::recover(&image).ok();
         let orc = OrcTable::recover(&image, &symbols, types.as_ref()).ok();
-        Ok(Self { image, symbols, types, orc })
+        Ok(Self { image, symbols, types, orc, callee_saved: CalleeSaved::default() })
     }
 }

@@ -9,6 +9,7 @@
 
 pub mod accounting;
 pub mod arch;
+pub mod callee_saved;
 pub mod hooks;
 pub mod image;
 pub mod inspect;

@@ -19,13 +19,13 @@
 //!   memory is black, too, and its writable data are roots.
 //! - Per-CPU, memblock and ioremap objects are never reported: their memory is among the roots or is no RAM.
 
-pub mod graph;
+pub mod dead_words;
+mod graph;
 pub mod guest;
 pub mod index;
 pub mod mark;
 mod referrers;
 pub mod roots;
-mod switch_frame;
 #[cfg(test)]
 mod tests;
 mod treatment;

@@ -5,8 +5,8 @@
 //! tables, text; slab pages, which are read object by object; the dead part of stacks, where yesterday's pointers
 //! hide today's leaks.
 
+use super::dead_words::DeadWords;
 use super::guest::{Extent, GuestMemory};
-use super::switch_frame::SwitchFrame;
 use crate::arch::CpuState;
 use crate::linux::pages::{PageMap, Use};
 use crate::linux::tasks::Task;
@@ -150,18 +150,15 @@ impl Roots {
     ) -> Result<(), MemoryError> {
         let tasks = input.linux.tasks(memory)?;
         let cpus: Vec<Cpu> = input.cpus.iter().map(|c| Cpu::new(input.linux, memory, c)).collect();
-        let switch = SwitchFrame::of(input.linux);
+        let words = DeadWords::of(input.linux);
         let mut live = Vec::new();
         for task in tasks.iter().filter(|t| t.stack != Va(0)) {
             claims.take(&guest.extents(task.stack..task.stack + task.stack_size));
             self.stacks.push(task.stack);
             let Some(part) = live_part(task, &cpus) else { continue };
-            let dead = switch.as_ref().filter(|_| !task.on_cpu);
-            let dead = dead.and_then(|switch| switch.dead(input.linux, memory, task.saved_sp));
-            let dead = dead.unwrap_or(part.start..part.start);
-            live.extend(
-                [part.start..dead.start, dead.end..part.end].into_iter().flat_map(|p| guest.extents(p)),
-            );
+            let sleeping = words.as_ref().filter(|_| !task.on_cpu);
+            let dead = sleeping.map_or_else(Vec::new, |words| words.of_task(memory, task.saved_sp));
+            live.extend(without(part, &dead).into_iter().flat_map(|part| guest.extents(part)));
         }
         let mut interrupt = Vec::new();
         for cpu in &cpus {
@@ -239,6 +236,22 @@ fn live_part(task: &Task, cpus: &[Cpu]) -> Option<Range<Va>> {
     }
     let in_user_mode = |c: &Cpu| c.state.online && c.state.user_mode && c.current == task.va;
     if cpus.iter().any(in_user_mode) { None } else { Some(stack) }
+}
+
+/// The parts of `range` outside `holes`, which ascend.
+fn without(range: Range<Va>, holes: &[Range<Va>]) -> Vec<Range<Va>> {
+    let mut left = Vec::with_capacity(holes.len() + 1);
+    let mut at = range.start;
+    for hole in holes.iter().filter(|hole| hole.start < range.end) {
+        if at < hole.start {
+            left.push(at..hole.start);
+        }
+        at = at.max(hole.end);
+    }
+    if at < range.end {
+        left.push(at..range.end);
+    }
+    left
 }
 
 fn stack_of(task: &Task) -> Range<Va> {

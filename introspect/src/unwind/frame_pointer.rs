@@ -4,7 +4,7 @@
 //! registers by an odd rbp (ENCODE_FRAME_POINTER): `struct pt_regs` one byte below.
 
 use super::walk::{end_at_user_code, pt_regs, word};
-use super::{End, Frames, MAX_STACKS, Start, Unwinder};
+use super::{End, MAX_STACKS, StackFrame, Start, Unwinder};
 use crate::memory::Va;
 
 impl Unwinder<'_> {
@@ -12,12 +12,12 @@ impl Unwinder<'_> {
         &self,
         start: &Start,
         mut read: impl FnMut(Va) -> Option<u64>,
-        frames: &mut Frames<'_>,
+        mut visit: impl FnMut(StackFrame) -> bool,
     ) -> End {
-        if !frames.push(start.ip) {
+        if !visit(StackFrame { ip: start.ip, sp: start.sp, exact: start.exact }) {
             return End::Full;
         }
-        match self.follow(start, &mut read, frames) {
+        match self.follow(start, &mut read, &mut visit) {
             Ok(()) => End::Full,
             Err(end) => end,
         }
@@ -28,34 +28,39 @@ impl Unwinder<'_> {
         &self,
         start: &Start,
         read: &mut impl FnMut(Va) -> Option<u64>,
-        frames: &mut Frames<'_>,
+        visit: &mut impl FnMut(StackFrame) -> bool,
     ) -> Result<(), End> {
         let mut bp = start.bp;
-        if start.exact && self.is_frameless(start, read) && !frames.push(Va(word(read, start.sp)?)) {
-            return Ok(());
+        if start.exact && self.is_frameless(start, read) {
+            let ip = Va(word(read, start.sp)?);
+            if !visit(StackFrame { ip, sp: start.sp + 8, exact: false }) {
+                return Ok(());
+            }
         }
         let mut descents = 0;
         loop {
             if bp.0 == 0 {
                 return Err(End::Complete);
             }
-            let (ip, next) = if bp.0 & 1 != 0 {
+            let (frame, next) = if bp.0 & 1 != 0 {
                 let regs = bp - 1;
                 end_at_user_code(word(read, regs + pt_regs::CS)?)?;
-                (Va(word(read, regs + pt_regs::IP)?), Va(word(read, regs + pt_regs::BP)?))
+                let (ip, sp) = (Va(word(read, regs + pt_regs::IP)?), Va(word(read, regs + pt_regs::SP)?));
+                (StackFrame { ip, sp, exact: true }, Va(word(read, regs + pt_regs::BP)?))
             } else {
-                (Va(word(read, bp + 8)?), Va(word(read, bp)?))
+                let ip = Va(word(read, bp + 8)?);
+                (StackFrame { ip, sp: bp + 16, exact: false }, Va(word(read, bp)?))
             };
-            if !self.is_code(ip, false) {
-                return Err(End::NotCode(ip));
+            if !self.is_code(frame.ip, false) {
+                return Err(End::NotCode(frame.ip));
             }
-            if !frames.push(ip) {
+            if !visit(frame) {
                 return Ok(());
             }
             if next <= bp && next.0 != 0 {
                 descents += 1;
                 if descents > MAX_STACKS {
-                    return Err(End::Backwards(ip));
+                    return Err(End::Backwards(frame.ip));
                 }
             }
             bp = next;

@@ -107,6 +107,17 @@ impl End {
     }
 }
 
+/// One function's part of a stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StackFrame {
+    /// Where the function goes on: the start, or a return address.
+    pub ip: Va,
+    /// Stack pointer when it does.
+    pub sp: Va,
+    /// As [`Start::exact`].
+    pub exact: bool,
+}
+
 /// What an unwind came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Trace {
@@ -162,8 +173,9 @@ impl Text {
         Ok(Self { ranges: [text, init] })
     }
 
+    /// True for a link address of code.
     #[inline]
-    fn contains(&self, link: Va) -> bool {
+    pub fn contains(&self, link: Va) -> bool {
         self.ranges.iter().any(|&(start, end)| start <= link.0 && link.0 < end)
     }
 }
@@ -193,34 +205,35 @@ impl<'a> Unwinder<'a> {
         read_word: impl FnMut(Va) -> Option<u64>,
         out: &mut [Va],
     ) -> Trace {
-        let mut frames = Frames { out, len: 0 };
-        let end = match self.orc {
-            Some(orc) => self.walk(orc, modules, start, read_word, &mut frames),
-            None => self.walk_frame_pointers(start, read_word, &mut frames),
-        };
-        Trace { len: frames.len, end }
+        let mut len = 0;
+        let end = self.visit(modules, start, read_word, |frame| {
+            if let Some(slot) = out.get_mut(len) {
+                *slot = frame.ip;
+                len += 1;
+            }
+            len < out.len()
+        });
+        Trace { len, end }
+    }
+
+    /// Calls `visit` for the start and then for each caller, innermost first, for as long as it returns true; that
+    /// alone bounds the walk.
+    #[inline]
+    pub fn visit(
+        &self,
+        modules: &impl ModuleTables,
+        start: &Start,
+        read_word: impl FnMut(Va) -> Option<u64>,
+        visit: impl FnMut(StackFrame) -> bool,
+    ) -> End {
+        match self.orc {
+            Some(orc) => self.walk(orc, modules, start, read_word, visit),
+            None => self.walk_frame_pointers(start, read_word, visit),
+        }
     }
 
     #[inline]
     fn is_kernel_text(&self, ip: Va) -> bool {
         self.text.contains(ip - self.slide)
-    }
-}
-
-/// The output and how much of it is used.
-struct Frames<'o> {
-    out: &'o mut [Va],
-    len: usize,
-}
-
-impl Frames<'_> {
-    /// Adds a frame. True while there is room for another.
-    #[inline]
-    fn push(&mut self, ip: Va) -> bool {
-        if let Some(slot) = self.out.get_mut(self.len) {
-            *slot = ip;
-            self.len += 1;
-        }
-        self.len < self.out.len()
     }
 }

@@ -1,6 +1,7 @@
 //! Where a task that does not run was switched out (arch/x86/include/asm/switch_to.h).
 
 use super::Start;
+use crate::callee_saved::Register;
 use crate::memory::Va;
 use crate::symbols::SymbolTable;
 use crate::types::Btf;
@@ -9,6 +10,8 @@ use crate::types::Btf;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SleepingFrame {
     pub(super) bytes: u64,
+    /// The callee-saved registers in it, and their offsets.
+    pub saved: [(Register, u64); 6],
     pub(super) bp_at: u64,
     pub(super) ip_at: u64,
     /// What a new task is made to return to, link address.
@@ -20,6 +23,14 @@ impl SleepingFrame {
     pub fn recover(types: &Btf, symbols: &SymbolTable) -> Option<Self> {
         let offset = |member| types.offset("inactive_task_frame", member);
         Some(Self {
+            saved: [
+                (Register::Rbx, offset("bx")?),
+                (Register::Rbp, offset("bp")?),
+                (Register::R12, offset("r12")?),
+                (Register::R13, offset("r13")?),
+                (Register::R14, offset("r14")?),
+                (Register::R15, offset("r15")?),
+            ],
             bytes: types.size_of("inactive_task_frame")?,
             bp_at: offset("bp")?,
             ip_at: offset("ret_addr")?,

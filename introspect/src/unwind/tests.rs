@@ -1,5 +1,6 @@
 use super::format::{Base, Format, Frame};
 use super::*;
+use crate::callee_saved::Register;
 use crate::image::synthetic::{self, BASE, Block};
 use crate::symbols::{Symbol, encoder};
 use crate::types::Btf;
@@ -411,7 +412,13 @@ fn damaged_tables_are_refused() {
 
 #[test]
 fn a_sleeping_task_starts_at_its_switch() {
-    let frame = SleepingFrame { bytes: 56, bp_at: 40, ip_at: 48, fork_return: Some(Va(TEXT + 0x300)) };
+    let frame = SleepingFrame {
+        saved: [(Register::Rbx, 0); 6],
+        bytes: 56,
+        bp_at: 40,
+        ip_at: 48,
+        fork_return: Some(Va(TEXT + 0x300)),
+    };
     for (ip, exact) in [(code(LEAF), false), (code(0x300), true)] {
         let memory = HashMap::from([(STACK + 40, 7), (STACK + 48, ip)]);
         let start = frame.start(Va(STACK), SLIDE, |va| memory.get(&va.0).copied());

@@ -1,7 +1,7 @@
 //! One frame after the other by ORC entries (arch/x86/kernel/unwind_orc.c, unwind_next_frame).
 
 use super::format::{Base, Entry, Frame};
-use super::{End, Frames, MAX_STACKS, MODULE_SPACE, ModuleTables, OrcTable, Scratch, Start, Unwinder};
+use super::{End, MAX_STACKS, MODULE_SPACE, ModuleTables, OrcTable, Scratch, StackFrame, Start, Unwinder};
 use crate::memory::Va;
 
 /// Bytes of a word, and of a return address.
@@ -49,12 +49,12 @@ impl Unwinder<'_> {
         modules: &impl ModuleTables,
         start: &Start,
         mut read: impl FnMut(Va) -> Option<u64>,
-        frames: &mut Frames<'_>,
+        mut visit: impl FnMut(StackFrame) -> bool,
     ) -> End {
         let &Start { ip, sp, bp, scratch, exact } = start;
         let source = scratch.map_or(Source::Nowhere, Source::Live);
         let mut at = Position { ip, sp, bp, exact, source, descents: 0 };
-        while frames.push(at.ip) {
+        while visit(StackFrame { ip: at.ip, sp: at.sp, exact: at.exact }) {
             let called = if at.exact { at.ip } else { at.ip - 1 };
             let entry = match self.entry(orc, modules, called) {
                 Some(entry) => entry,
