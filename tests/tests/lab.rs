@@ -13,6 +13,7 @@ fn main() -> ExitCode {
         test("the_doctor_measures_it", doctor),
         test("a_signal_ends_the_guest_and_the_run", signal),
         test("a_lab_that_dies_is_an_error_of_the_host", dead_lab),
+        test("a_lab_that_dies_while_it_boots_is_started_again", dead_boot),
         test("the_lab_dies_with_its_user", dead_user),
     ])
 }
@@ -100,6 +101,27 @@ fn dead_lab() -> Result<()> {
     ensure!(finished.stderr.lines().any(|line| line.starts_with(error)), "{}", finished.stderr);
     ensure!(finished.stderr.contains("\nhint: "), "{}", finished.stderr);
     ensure!(!guest.socket().exists(), "the socket is still there");
+    Ok(())
+}
+
+fn dead_boot() -> Result<()> {
+    let guest = waiting_guest()?;
+    let mut session = guest.start()?;
+    let end = Instant::now() + Duration::from_secs(30);
+    let first = loop {
+        if let Ok(pid) = qemu_of(session.pid()) {
+            break pid;
+        }
+        ensure!(Instant::now() < end && session.is_running()?, "it starts no QEMU");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    send(first, "-KILL")?;
+    session.wait_for("guest is up", RUN_TIMEOUT)?;
+    ensure!(ctl(&guest.socket(), "status")?.contains("state: running"), "its socket is of no use");
+    session.type_line("typed")?;
+    let finished = session.finish()?;
+    finished.expect_code(0)?;
+    ensure!(finished.stderr.contains("starting it again"), "{}", finished.stderr);
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use images::leaky;
 use serde_json::Value;
 use std::process::ExitCode;
-use tests::{Guest, kernel, long_test, module, no_kernel_complaint, sizes, test};
+use tests::{Guest, kernel, module, no_kernel_complaint, sizes, test};
 
 fn main() -> ExitCode {
     let mut trials = vec![test("all_cases_6.1-cloud", || all_cases("6.1-cloud"))];

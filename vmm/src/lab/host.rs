@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -29,6 +29,8 @@ use crate::console::terminal::RawTerminal;
 const SILENCE: Duration = Duration::from_secs(90);
 /// How often the terminal's size and QEMU's health are looked at.
 const TICK: Duration = Duration::from_millis(250);
+/// How often a machine is started, when it fails before the job has begun.
+const STARTS: u32 = 3;
 /// Lines of the lab's console shown when it fails.
 const TAIL_LINES: usize = 30;
 
@@ -56,80 +58,120 @@ enum Event {
     Signal(i32),
 }
 
-/// Runs `job` on a machine whose files are `lab`.
+/// Runs `job` on a machine whose files are `lab`. A machine that dies while it boots is started again: nothing of the job
+/// has run yet, and emulators have bugs of their own that a kernel with several CPUs meets now and then.
 ///
 /// Errors are of exit code 4: the lab did not come up, died or hung.
 pub fn run(job: &Job, lab: &images::lab::SvmLab, program: &Path, streams: &Streams) -> Result<Ended> {
-    let control = job.control.as_deref().map(ControlServer::bind).transpose()?;
-    let parents = job.outputs.iter().chain(&job.control).filter_map(|path| path.parent());
-    let folders = parents.chain([job.cwd.as_path()]).map(Path::to_owned).chain(job.folders.iter().cloned());
-    let content = Content { inputs: job.inputs.clone(), folders: folders.collect() };
-    let initrd =
-        payload::build(&lab.modules, &content).context(Failure::host("Cannot pack the files of the lab"))?;
-    let mem_bytes = job.lab_memory(initrd.size);
-    // Two for the job at least, so that the guest need not wait for its monitor, and the one it keeps off.
-    let cpus = job.cpus.max(2) + 1;
-    let machine = Machine { kernel: &lab.kernel, initrd: &initrd.file, cpus, mem_bytes };
-    let (events, inbox) = mpsc::channel();
-    watch_signals(streams, &events)?;
-    let began = Instant::now();
-    let (qemu, line) = Qemu::start(program, &machine).context(Failure::host("Cannot start the lab"))?;
-    drop(initrd);
-    let link = Link::new(line.try_clone().context("cloning the lab's line")?);
-    let files = Arc::new(Files::new(job));
-    let reader = Reader { link: Arc::clone(&link), files: Arc::clone(&files), events };
-    std::thread::Builder::new().name("lab-line".to_owned()).spawn(move || reader.serve(line))?;
-    let mut session = Session {
-        job,
-        qemu,
-        link,
-        streams,
-        control,
-        began,
-        start: Duration::ZERO,
-        sinks: Vec::new(),
-        raw: None,
-        window: None,
-    };
-    let outcome = session.serve(&inbox);
-    files.finish();
-    session.end(outcome)
+    let mut control = job.control.as_deref().map(ControlServer::bind).transpose()?;
+    let route = Route::default();
+    watch_signals(streams, &route)?;
+    let mut starts = 0;
+    loop {
+        starts += 1;
+        let (mut session, inbox) = Session::open(job, lab, program, streams, control.take(), &route)?;
+        let outcome = session.serve(&inbox);
+        session.files.finish();
+        match outcome {
+            Err(error) if !session.started && !error.is::<Failure>() && starts < STARTS => {
+                eprintln!(
+                    "kleak-vmm: the lab's machine failed while it booted ({error:#}); starting it again"
+                );
+                control = session.control.take();
+            }
+            outcome => return session.end(outcome),
+        }
+    }
 }
 
+/// Where signals go: to the machine of the moment.
+type Route = Arc<Mutex<Option<Sender<Event>>>>;
+
 /// Signals that ask to end go to the job; a second one ends this process, and with it QEMU.
-fn watch_signals(streams: &Streams, events: &Sender<Event>) -> Result<()> {
+fn watch_signals(streams: &Streams, route: &Route) -> Result<()> {
     if matches!(streams, Streams::Captured(_)) {
         return Ok(());
     }
-    let events = events.clone();
-    signals::watch(move |number| drop(events.send(Event::Signal(number)))).context("Cannot watch for signals")
+    let route = Arc::clone(route);
+    let send = move |number| {
+        if let Some(events) = &*route.lock().unwrap_or_else(PoisonError::into_inner) {
+            let _ = events.send(Event::Signal(number));
+        }
+    };
+    signals::watch(send).context("Cannot watch for signals")
 }
 
 struct Session<'a> {
     job: &'a Job,
     qemu: Qemu,
     link: Arc<Link>,
+    files: Arc<Files>,
     streams: &'a Streams,
     control: Option<ControlServer>,
     began: Instant,
+    /// The agent is up and has the job.
+    started: bool,
     start: Duration,
     sinks: Vec<JoinHandle<()>>,
     raw: Option<RawTerminal>,
     window: Option<(u16, u16)>,
 }
 
-impl Session<'_> {
+impl<'a> Session<'a> {
+    /// Starts the machine.
+    fn open(
+        job: &'a Job,
+        lab: &images::lab::SvmLab,
+        program: &Path,
+        streams: &'a Streams,
+        control: Option<ControlServer>,
+        route: &Route,
+    ) -> Result<(Self, Receiver<Event>)> {
+        let parents = job.outputs.iter().chain(&job.control).filter_map(|path| path.parent());
+        let folders =
+            parents.chain([job.cwd.as_path()]).map(Path::to_owned).chain(job.folders.iter().cloned());
+        let content = Content { inputs: job.inputs.clone(), folders: folders.collect() };
+        let initrd = payload::build(&lab.modules, &content)
+            .context(Failure::host("Cannot pack the files of the lab"))?;
+        let mem_bytes = job.lab_memory(initrd.size);
+        // Two for the job at least, so that the guest need not wait for its monitor, and the one it keeps off.
+        let cpus = job.cpus.max(2) + 1;
+        let machine = Machine { kernel: &lab.kernel, initrd: &initrd.file, cpus, mem_bytes };
+        let (events, inbox) = mpsc::channel();
+        *route.lock().unwrap_or_else(PoisonError::into_inner) = Some(events.clone());
+        let began = Instant::now();
+        let (qemu, line) = Qemu::start(program, &machine).context(Failure::host("Cannot start the lab"))?;
+        let link = Link::new(line.try_clone().context("cloning the lab's line")?);
+        let files = Arc::new(Files::new(job));
+        let reader = Reader { link: Arc::clone(&link), files: Arc::clone(&files), events };
+        std::thread::Builder::new().name("lab-line".to_owned()).spawn(move || reader.serve(line))?;
+        let session = Self {
+            job,
+            qemu,
+            link,
+            files,
+            streams,
+            control,
+            began,
+            started: false,
+            start: Duration::ZERO,
+            sinks: Vec::new(),
+            raw: None,
+            window: None,
+        };
+        Ok((session, inbox))
+    }
+
     /// Until the job ends: its exit code.
-    fn serve(&mut self, inbox: &mpsc::Receiver<Event>) -> Result<i32> {
+    fn serve(&mut self, inbox: &Receiver<Event>) -> Result<i32> {
         let mut heard = Instant::now();
-        let mut started = false;
         loop {
             match inbox.recv_timeout(TICK) {
                 Ok(Event::Frame(frame)) => {
                     heard = Instant::now();
                     match frame {
-                        Frame::Hello(VERSION) if !started => {
-                            started = true;
+                        Frame::Hello(VERSION) if !self.started => {
+                            self.started = true;
                             self.start = self.began.elapsed();
                             self.start()?;
                         }
@@ -139,7 +181,7 @@ impl Session<'_> {
                         other => anyhow::bail!("its agent says {other:?}, out of place"),
                     }
                 }
-                Ok(Event::Signal(number)) if started => self.link.send(&Frame::Signal(number))?,
+                Ok(Event::Signal(number)) if self.started => self.link.send(&Frame::Signal(number))?,
                 Ok(Event::Signal(number)) => {
                     let what = format!("Ended by signal {number} before the lab was up");
                     return Err(Failure::host(what).into());
