@@ -426,7 +426,8 @@ LEAKY int leaky_register(void *unused)
 	leaky_scrub(LEAKY_SCRUB_DEPTH);
 	complete(&leaky_holder_ready);
 	while (!kthread_should_stop()) {
-		for (spin = 0; spin < 100000; spin++) {
+		/* Not for long: a hypervisor may stop the machine at each pause instruction. */
+		for (spin = 0; spin < 1000; spin++) {
 			/* Read and written back: it stays in the register it is in. */
 			asm volatile("" : "+r" (object));
 			cpu_relax();
