@@ -11,7 +11,7 @@ mod module_map;
 pub mod modules;
 mod page_structs;
 pub mod pages;
-mod percpu;
+pub mod percpu;
 mod read;
 mod roots;
 pub mod slab;
@@ -25,7 +25,6 @@ pub mod vmalloc;
 
 pub use module_map::ModuleMap;
 pub use page_structs::{PageChunk, PageStructs};
-pub use percpu::PercpuChunk;
 pub use read::Walk;
 pub use roots::StaticRoot;
 

@@ -332,6 +332,7 @@ fn types(era: Era) -> Vec<u8> {
             ("start_offset", half, 32),
             ("end_offset", half, 36),
             ("nr_pages", half, 40),
+            ("bound_map", word, 48),
         ],
     );
     era_types(&mut b, era, &mut structure, [word, half, list, name]);
