@@ -4,7 +4,7 @@
 
 use super::guest::GuestMemory;
 use super::roots::{RootInput, Roots};
-use super::{ScanInput, heap, page_objects};
+use super::{ScanInput, heap, page_objects, percpu_objects};
 use crate::memory::{FrozenMemory, Va};
 use crate::registry::Object;
 use anyhow::Context;
@@ -65,13 +65,15 @@ pub fn referrers<M: FrozenMemory>(
     input: &ScanInput<'_, M>,
     target: &Range<u64>,
 ) -> anyhow::Result<Vec<Referrer>> {
-    let guest = GuestMemory::new(input.linux, input.memory).context("Cannot find the guest's direct map")?;
+    let guest = GuestMemory::new(input.linux, input.memory)
+        .context("Cannot find the guest's direct map and per-CPU memory")?;
     let root_input = RootInput {
         linux: input.linux,
         cpus: input.cpus,
         modules: input.modules,
         stack: input.stack,
         objects: &page_objects(input.registry, &guest),
+        percpu: &percpu_objects(input.registry),
     };
     let roots = Roots::collect(&root_input, &guest, input.memory).context("Cannot collect the roots")?;
     let mut found = Vec::new();
@@ -88,12 +90,14 @@ pub fn referrers<M: FrozenMemory>(
         }
     }
     for object in heap(input.registry).filter(|o| !target.contains(&o.address.0)) {
-        let mut base = 0;
-        for extent in guest.extents(object.address..object.address + object.size) {
-            for offset in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, target)) {
-                found.push(Referrer::Object { object, offset: base + offset });
+        for copy in guest.copies(object.address) {
+            let mut base = 0;
+            for extent in guest.extents(copy..copy + object.size) {
+                for offset in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, target)) {
+                    found.push(Referrer::Object { object, offset: base + offset });
+                }
+                base += extent.len;
             }
-            base += extent.len;
         }
         if found.len() >= MAX {
             break;
