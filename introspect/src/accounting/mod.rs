@@ -4,6 +4,8 @@
 //! guest's own files in /proc.
 
 pub mod calls;
+pub mod growth;
+pub mod processes;
 pub mod slabs;
 mod table;
 pub mod tasks;

@@ -12,6 +12,7 @@ pub mod modules;
 mod page_structs;
 pub mod pages;
 mod percpu;
+pub mod processes;
 mod read;
 mod roots;
 pub mod slab;
@@ -69,6 +70,7 @@ pub struct Linux {
     percpu: percpu::Layout,
     vmalloc: vmalloc::Layout,
     modules: modules::Layout,
+    processes: Option<processes::Layout>,
 }
 
 /// Variables that everything else starts from; run-time addresses.
@@ -107,6 +109,7 @@ impl Linux {
             percpu: percpu::Layout::new(&lookup)?,
             vmalloc: vmalloc::Layout::new(&lookup)?,
             modules: modules::Layout::new(&lookup)?,
+            processes: processes::Layout::new(&lookup),
             placement,
             kernel,
         })
@@ -169,6 +172,7 @@ impl Addresses {
                 va: start + placement.slide,
                 pa: Pa(start - KERNEL_MAP) + placement.phys_base,
                 size: end - start,
+                special: false,
             },
             page_offset_base: lookup.symbol_if_any("page_offset_base"),
             vmemmap_base: lookup.symbol_if_any("vmemmap_base"),

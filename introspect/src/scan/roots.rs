@@ -362,7 +362,7 @@ fn runs(numbers: impl Iterator<Item = u64>) -> impl Iterator<Item = Range<u64>> 
 
 /// Aligned words lie at multiples of 8.
 fn aligned(range: Range<Va>) -> Range<Va> {
-    Va(range.start.0.next_multiple_of(8)).min(range.end)..range.end
+    Va(range.start.0.checked_next_multiple_of(8).unwrap_or(u64::MAX)).min(range.end)..range.end
 }
 
 #[cfg(test)]

@@ -23,6 +23,8 @@ pub enum Command {
     ScanPeriod(u64),
     /// What is known of the object at, or around, an address.
     Dump(Va),
+    /// Treat the object at, or around, an address otherwise from now on.
+    Annotate(Annotation, Va),
     /// Tracer, hooks, objects, events.
     Status,
     /// Registry against the guest's slab metadata.
@@ -31,12 +33,16 @@ pub enum Command {
     Top(TopBy),
     /// Live objects of a slab cache by backtrace.
     AllocCalls(String),
+    /// What keeps growing from scan to scan.
+    Growth,
     /// The guest's accounting, or what changed in it since the last mark.
     Accounting(Account, When),
     /// Remember the accounting of now.
     Mark,
     /// Tasks.
     Ps,
+    /// Processes by the memory they map.
+    Procrank,
     /// Backtrace of the tasks with this pid, or of those that run.
     Backtrace(Option<i32>),
     /// Registers of every vCPU.
@@ -49,6 +55,30 @@ pub enum Command {
     Help(Option<&'static Entry>),
     /// End the virtual machine.
     Quit,
+}
+
+/// What kmemleak's functions of these names do to an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Annotation {
+    /// Never reported, always scanned.
+    NotLeak,
+    /// Never reported, never scanned.
+    Ignore,
+    /// Reported, never scanned.
+    NoScan,
+}
+
+impl Annotation {
+    const ALL: [Self; 3] = [Self::NotLeak, Self::Ignore, Self::NoScan];
+
+    /// The command's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NotLeak => "not_leak",
+            Self::Ignore => "ignore",
+            Self::NoScan => "no_scan",
+        }
+    }
 }
 
 /// What `top` adds up by.
@@ -205,6 +235,36 @@ pub const COMMANDS: &[Entry] = &[
         completions: &["alloc_calls="],
     },
     Entry {
+        name: "growth",
+        usage: "growth",
+        summary: "sites and caches whose live count keeps growing from scan to scan",
+        detail: "Leaks that stay referenced: a list never pruned, a count never dropped. It takes five scans at least, and\n\
+                 lists what rises without plateau or falling back: rates an hour, the confidence that the trend is none\n\
+                 of chance, and who has freed objects of the same site.",
+        completions: &["growth"],
+    },
+    Entry {
+        name: "not_leak",
+        usage: "not_leak=ADDR",
+        summary: "never report the object, but scan it",
+        detail: "As kmemleak_not_leak(); the address may be anywhere in the object.",
+        completions: &["not_leak="],
+    },
+    Entry {
+        name: "ignore",
+        usage: "ignore=ADDR",
+        summary: "neither report nor scan the object",
+        detail: "As kmemleak_ignore(); the address may be anywhere in the object.",
+        completions: &["ignore="],
+    },
+    Entry {
+        name: "no_scan",
+        usage: "no_scan=ADDR",
+        summary: "do not look for references in the object",
+        detail: "As kmemleak_no_scan(); the address may be anywhere in the object.",
+        completions: &["no_scan="],
+    },
+    Entry {
         name: "slabinfo",
         usage: "slabinfo [diff]",
         summary: "slab caches: objects, slabs, bytes; or their change since mark",
@@ -226,6 +286,14 @@ pub const COMMANDS: &[Entry] = &[
         detail: "States are those of /proc/PID/stat. The idle tasks of all CPUs have pid 0. stack_bytes is 0 for a task\n\
                  that runs user code.",
         completions: &["ps"],
+    },
+    Entry {
+        name: "procrank",
+        usage: "procrank",
+        summary: "processes by memory: VSS, RSS, PSS, USS in KiB",
+        detail: "From the page tables, at a pause. VSS: address space. RSS: pages mapped. PSS: each divided among those who\n\
+                 map it. USS: those that nobody else maps.",
+        completions: &["procrank"],
     },
     Entry {
         name: "bt",
@@ -332,6 +400,8 @@ impl Command {
         }
         let command = match name {
             "ps" => Self::Ps,
+            "growth" => Self::Growth,
+            "procrank" => Self::Procrank,
             "regs" => Self::Regs,
             "pause" => Self::Pause,
             "resume" => Self::Resume,
@@ -346,7 +416,9 @@ impl Command {
             "quit" => Self::Quit,
             "stack" => return Err("stack takes a value: stack=on or stack=off".into()),
             "alloc_calls" => return Err("alloc_calls takes a slab cache: alloc_calls=CACHE".into()),
-            "dump" => return Err("dump takes an address: dump=ADDR".into()),
+            "dump" | "not_leak" | "ignore" | "no_scan" => {
+                return Err(format!("{name} takes an address: {name}=ADDR"));
+            }
             "" => return Err("empty command: try help".into()),
             _ => return Err(unknown(name)),
         };
@@ -357,6 +429,13 @@ impl Command {
     }
 
     fn parse_assignment(name: &str, value: &str) -> Result<Self, String> {
+        let address = || {
+            let expected = || format!("{name}= takes a hexadecimal address, not {}", quote(value));
+            parse_address(value).ok_or_else(expected)
+        };
+        if let Some(annotation) = Annotation::ALL.into_iter().find(|annotation| annotation.name() == name) {
+            return Ok(Self::Annotate(annotation, address()?));
+        }
         match (name, value) {
             ("stack", "on") => Ok(Self::Stack(true)),
             ("stack", "off") => Ok(Self::Stack(false)),
@@ -366,9 +445,7 @@ impl Command {
             ("scan", _) => decimal(value)
                 .map(Self::ScanPeriod)
                 .ok_or_else(|| format!("scan= takes on, off or a number of seconds, not {}", quote(value))),
-            ("dump", _) => parse_address(value)
-                .map(Self::Dump)
-                .ok_or_else(|| format!("dump= takes a hexadecimal address, not {}", quote(value))),
+            ("dump", _) => Ok(Self::Dump(address()?)),
             ("alloc_calls", "") => Err("alloc_calls= takes the name of a slab cache".into()),
             // No name has white space (`kmem_cache_sanity_check`, mm/slab_common.c); a line of help has.
             ("alloc_calls", name) if name.contains(char::is_whitespace) => {
@@ -435,6 +512,9 @@ pub fn complete(prefix: &str) -> Vec<String> {
 pub fn help(entry: Option<&Entry>) -> String {
     match entry {
         Some(entry) => format!("{}: {}\n{}\n", entry.usage, entry.summary, entry.detail),
-        None => COMMANDS.iter().map(|entry| format!("{:<18}{}\n", entry.usage, entry.summary)).collect(),
+        None => {
+            let width = COMMANDS.iter().map(|entry| entry.usage.len()).max().unwrap_or(0) + 2;
+            COMMANDS.iter().map(|entry| format!("{:<width$}{}\n", entry.usage, entry.summary)).collect()
+        }
     }
 }

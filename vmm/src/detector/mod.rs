@@ -10,6 +10,7 @@ use crate::machine::{Machine, Paused};
 use crate::tracer::{Recorder, breakpoint::Breakpoints};
 use anyhow::{Context, Result, bail};
 use guest_profiles::annotations::Rules;
+use introspect::accounting::growth::History;
 use introspect::hooks::Plan;
 use introspect::linux::Linux;
 use introspect::memory::Va;
@@ -86,6 +87,7 @@ struct Work {
     scanned: Option<Scanned>,
     audit: Option<Audit>,
     mark: Option<accounting::Mark>,
+    history: History,
 }
 
 /// See the module.
@@ -110,6 +112,7 @@ impl Detector {
             scanned: None,
             audit: None,
             mark: None,
+            history: History::default(),
         };
         Self { parts, allocator, work: Mutex::new(work), started: Instant::now() }
     }
@@ -177,6 +180,7 @@ impl Detector {
         for leak in &scanned.result.leaks {
             state.registry.set_reported(leak.object.address);
         }
+        work.history.note(&state.registry, jiffies);
         work.scans += 1;
         work.scanned = Some(scanned);
         Ok(new)
@@ -229,7 +233,10 @@ impl Detector {
         Ok(audit)
     }
 
-    /// Pauses the machine at a moment when nobody is inside the allocator; after many tries, at any.
+    /// Pauses the machine at a moment when nobody is inside the allocator: at any other, registry and guest rightly
+    /// disagree on the object that is just being allocated or freed.
+    ///
+    /// Fails when there is no such moment.
     fn pause_when_quiet(&self) -> Result<Paused<'_>> {
         let Parts { machine, linux, recorder, .. } = &self.parts;
         for _ in 0..QUIET_TRIES {
@@ -237,16 +244,18 @@ impl Detector {
             if self.allocator.is_quiet(linux, &paused.memory(), recorder, paused.cpus())? {
                 return Ok(paused);
             }
-            if machine.held() {
-                return Ok(paused);
-            }
             if machine.outcome().is_some() {
                 bail!("The machine ended while the allocator was at work");
+            }
+            if machine.held() {
+                bail!("The machine is held while the allocator is at work; resume it, and pause it again");
             }
             drop(paused);
             std::thread::sleep(QUIET_STEP);
         }
-        machine.pause()
+        bail!(
+            "The allocator was at work at each of {QUIET_TRIES} moments; try again when the guest has less to do"
+        )
     }
 
     /// Forgets everything, takes what the guest's metadata lists as allocated, and tracks from there. Such objects
@@ -258,13 +267,14 @@ impl Detector {
         let memory = &paused.memory();
         let slabs = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
         let areas = linux.vmalloc_areas(memory).context("Cannot read the guest's vmalloc areas")?;
+        // When they were allocated nobody knows: their age counts from here.
+        let jiffies = linux.jiffies(memory).context("Cannot read the guest's clock")?;
         let mut state = recorder.state();
         state.reset();
         // What is found is no event.
         let allocs = state.registry.counters.allocs;
         let mut seed = |address, size, kind, cache| {
-            let event =
-                AllocEvent { address, size, kind, cache, comm: [0; 16], pid: 0, jiffies: 0, stack: &[] };
+            let event = AllocEvent { address, size, kind, cache, comm: [0; 16], pid: 0, jiffies, stack: &[] };
             state.registry.alloc(&event);
             state.registry.paint(address, Paint::Gray);
         };
