@@ -22,7 +22,7 @@ fn damaged_lists(line: &str) -> Result<()> {
     guest.file(&module(&kernel, "breaking")?, "/breaking.ko").script(&format!(
         "echo READY
          while read -r how; do
-             insmod /breaking.ko list=tasks how=$how seconds={BROKEN_S} 2> /dev/null; echo \"after $how\"; done"
+             insmod /breaking.ko list=tasks how=$how seconds={BROKEN_S}; rmmod breaking; echo \"after $how\"; done"
     ))?;
     let mut session = guest.start()?;
     session.wait_for("READY", RUN_TIMEOUT)?;

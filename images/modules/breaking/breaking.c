@@ -2,7 +2,7 @@
 /*
  * breaking: damages one of the kernel's own lists for some seconds, for debuggers that read it from outside meanwhile.
  *
- *	insmod breaking.ko list=tasks how=loop seconds=5	(it never stays loaded: insmod fails with EAGAIN)
+ *	insmod breaking.ko list=tasks how=loop seconds=5; rmmod breaking
  *
  *   list       tasks: the list of processes; modules: that of loaded modules
  *   how        loop: an entry that leads back to itself; null: to nothing; wild: to an address where nothing is mapped;
@@ -69,10 +69,15 @@ static int breaking_init(void)
 	WRITE_ONCE(victim->next, right);
 	pr_warn("mended\n");
 	local_irq_restore(flags);
-	return -EAGAIN;
+	return 0;
+}
+
+static void breaking_exit(void)
+{
 }
 
 module_init(breaking_init);
+module_exit(breaking_exit);
 MODULE_DESCRIPTION("Damages kernel lists for a while, to test debuggers with");
 MODULE_AUTHOR("The kleak-vmm authors");
 MODULE_LICENSE("GPL");
