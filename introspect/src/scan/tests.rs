@@ -45,13 +45,13 @@ impl Flat {
 }
 
 impl Contents for Flat {
-    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(&'a [u8])) {
+    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8])) {
         let (mut va, end) = (va, va + len);
         while va < end {
             let next = (va / 4096 * 4096 + 4096).min(end);
             let (direct, at) = self.place(va);
             let memory = if direct { &self.direct } else { &self.vmalloc };
-            visit(&memory[at..at + (next - va) as usize]);
+            visit(va, &memory[at..at + (next - va) as usize]);
             va = next;
         }
     }
@@ -168,7 +168,7 @@ proptest! {
         let no_scan: BTreeSet<u64> = no_scan.iter().map(|i| i.get(&blocks).start).collect();
         let area = (area.0.get(&blocks).start, area.1 * 8..(area.1 + area.2) * 8);
         let (index, slots) = index(&blocks);
-        let mut marker = Marker::new(&index, &memory, &slots);
+        let mut marker = Marker::new(&index, &memory, &slots, ());
         no_scan.iter().for_each(|&va| marker.set_no_scan(va));
         marker.set_special(area.0, Special { areas: Some(vec![area.1.clone()]), ..Special::default() });
         let bytes: Vec<u8> = roots.iter().flat_map(|w| w.to_le_bytes()).collect();
@@ -195,7 +195,7 @@ proptest! {
         for block in &blocks {
             prop_assert_eq!(marker.is_reached(block.start), reached.contains(block), "{:x?}", block);
             let mut found = BTreeSet::new();
-            marker.references(block.start, |b| { found.insert(b); });
+            marker.references(block.start, |r| { found.insert(r.target); });
             let expected: BTreeSet<_> = contents(block).into_iter().filter(|b| b != block).collect();
             prop_assert_eq!(found, expected);
         }
@@ -247,7 +247,7 @@ fn vmalloc_heap() -> (Vec<Block>, Flat) {
 
 fn mark_vmalloc(memory: &Flat, blocks: &[Block], root: u64) -> (bool, bool) {
     let (index, slots) = index(blocks);
-    let mut marker = Marker::new(&index, memory, &slots);
+    let mut marker = Marker::new(&index, memory, &slots, ());
     marker.set_special(
         DIRECT,
         Special { areas: Some(vec![16..24, 24..56]), weak: Some(56), ..Special::default() },
@@ -283,8 +283,9 @@ fn second_reference_to_a_vm_struct_keeps_its_block() {
 struct Buffer(Vec<u8>);
 
 impl Contents for Buffer {
-    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(&'a [u8])) {
-        self.0[va as usize..(va + len) as usize].chunks(16).for_each(visit);
+    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8])) {
+        let pieces = self.0[va as usize..(va + len) as usize].chunks(16);
+        (va..).step_by(16).zip(pieces).for_each(|(va, piece)| visit(va, piece));
     }
 }
 
