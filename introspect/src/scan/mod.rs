@@ -24,13 +24,19 @@ mod graph;
 pub mod guest;
 pub mod index;
 pub mod mark;
+mod path;
+mod path_text;
+mod places;
 mod referrers;
 pub mod roots;
 #[cfg(test)]
 mod tests;
+mod trail;
 mod treatment;
 pub mod words;
 
+pub use path::{Hop, Path, Start, path};
+pub use places::{Owner, Place};
 pub use referrers::{Referrer, addresses, referrers};
 pub use treatment::{Function, Treatments};
 
@@ -226,6 +232,11 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
         let treated = set_treatments(input, &self.caches, &mut marker);
         self.roots.stacks.iter().for_each(|stack| marker.set_black(stack.0));
         Ok((marker, treated))
+    }
+
+    /// Name of an object's slab cache; empty when it has none.
+    fn cache_of(&self, object: &Object) -> &str {
+        self.caches.get(&object.cache).map_or("", String::as_str)
     }
 }
 
