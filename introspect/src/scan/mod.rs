@@ -19,6 +19,7 @@
 //!   memory is black, too, and its writable data are roots.
 //! - Per-CPU, memblock and ioremap objects are never reported: their memory is among the roots or is no RAM.
 
+mod coverage;
 pub mod dead_words;
 mod graph;
 pub mod guest;
@@ -35,6 +36,7 @@ mod trail;
 mod treatment;
 pub mod words;
 
+pub use coverage::{Coverage, NotRead, RootShare, coverage};
 pub use path::{Hop, Path, Start, path};
 pub use places::{Owner, Place};
 pub use referrers::{Referrer, addresses, referrers};
