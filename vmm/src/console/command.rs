@@ -25,6 +25,10 @@ pub enum Command {
     Dump(Va),
     /// Treat the object at, or around, an address otherwise from now on.
     Annotate(Annotation, Va),
+    /// A shortest chain of references to the object at, or around, an address.
+    Path(Va),
+    /// What each part of the roots contributes, and what is not read.
+    Roots,
     /// Tracer, hooks, objects, events.
     Status,
     /// Registry against the guest's slab metadata.
@@ -204,6 +208,22 @@ pub const COMMANDS: &[Entry] = &[
         summary: "everything known of the object at ADDR",
         detail: "ADDR is hexadecimal, with or without 0x, and may point into the object.",
         completions: &["dump="],
+    },
+    Entry {
+        name: "path",
+        usage: "path=ADDR",
+        summary: "a shortest chain of references from a root to the object at ADDR",
+        detail: "ADDR is as for dump. An object that nothing refers to is unreachable; one that only lost objects refer to\n\
+                 has a chain from the first of them. The machine is paused for as long as a scan takes.",
+        completions: &["path="],
+    },
+    Entry {
+        name: "roots",
+        usage: "roots",
+        summary: "what each part of the roots refers to, and what is not read",
+        detail: "Bytes, words that point into objects, and objects it was the first to point into, in reading order. The\n\
+                 machine is paused for as long as a scan takes.",
+        completions: &["roots"],
     },
     Entry {
         name: "status",
@@ -412,11 +432,12 @@ impl Command {
             "off" => Self::Off,
             "on" => Self::On,
             "status" => Self::Status,
+            "roots" => Self::Roots,
             "audit" => Self::Audit,
             "quit" => Self::Quit,
             "stack" => return Err("stack takes a value: stack=on or stack=off".into()),
             "alloc_calls" => return Err("alloc_calls takes a slab cache: alloc_calls=CACHE".into()),
-            "dump" | "not_leak" | "ignore" | "no_scan" => {
+            "dump" | "path" | "not_leak" | "ignore" | "no_scan" => {
                 return Err(format!("{name} takes an address: {name}=ADDR"));
             }
             "" => return Err("empty command: try help".into()),
@@ -446,6 +467,7 @@ impl Command {
                 .map(Self::ScanPeriod)
                 .ok_or_else(|| format!("scan= takes on, off or a number of seconds, not {}", quote(value))),
             ("dump", _) => Ok(Self::Dump(address()?)),
+            ("path", _) => Ok(Self::Path(address()?)),
             ("alloc_calls", "") => Err("alloc_calls= takes the name of a slab cache".into()),
             // No name has white space (`kmem_cache_sanity_check`, mm/slab_common.c); a line of help has.
             ("alloc_calls", name) if name.contains(char::is_whitespace) => {

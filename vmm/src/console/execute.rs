@@ -110,6 +110,8 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
             automatic_scans(*seconds)
         }
         Command::Dump(address) => target.dump(*address)?,
+        Command::Path(address) => target.path(*address)?.text,
+        Command::Roots => target.roots()?.text,
         Command::Status => {
             target.status()?.iter().map(|(key, value)| format!("{key}: {}\n", plain(value))).collect()
         }
@@ -155,6 +157,8 @@ fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
             target.set_scan_period(*seconds).map(|()| json!({ "scan_period": seconds }))?
         }
         Command::Dump(address) => json!({ "dump": target.dump(*address)? }),
+        Command::Path(address) => target.path(*address)?.json,
+        Command::Roots => target.roots()?.json,
         Command::Status => Value::Object(target.status()?.into_iter().collect()),
         Command::Audit => serde_json::to_value(target.audit()?)?,
         Command::Top(by) => target.top(*by)?.json,

@@ -77,6 +77,13 @@ impl Target for FakeTarget {
     fn dump(&self, address: Va) -> anyhow::Result<String> {
         self.called("dump", format!("object {address} (size 64)\n  comm \"evil\x1b[2J\x04\"\n"))
     }
+    fn path(&self, address: Va) -> anyhow::Result<Answer> {
+        let text = format!("unreachable: not referenced: lost\n  -> {address} (size 64): slab");
+        self.called("path", answer(&text, json!({ "path": { "state": "lost" } })))
+    }
+    fn roots(&self) -> anyhow::Result<Answer> {
+        self.called("roots", answer("name  bytes\ndata      8", json!({ "roots": [] })))
+    }
     fn status(&self) -> anyhow::Result<Vec<(String, Value)>> {
         self.called("status", vec![("tracer".into(), json!("breakpoint")), ("objects".into(), json!(12))])
     }

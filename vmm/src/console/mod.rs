@@ -57,6 +57,10 @@ pub trait Target: Send + Sync {
     fn set_periodic_scan(&self, on: bool) -> anyhow::Result<u64>;
     /// Everything known of the object at or around `address`.
     fn dump(&self, address: Va) -> anyhow::Result<String>;
+    /// A shortest chain of references to the object at or around `address`.
+    fn path(&self, address: Va) -> anyhow::Result<Answer>;
+    /// What each part of the roots contributes, and what is not read.
+    fn roots(&self) -> anyhow::Result<Answer>;
     /// Tracer, hooks, objects, bytes, events, last scan, dropped events, as key and value in print order.
     fn status(&self) -> anyhow::Result<Vec<(String, serde_json::Value)>>;
     /// Registry against the guest's slab metadata.

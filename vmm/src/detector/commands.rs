@@ -124,6 +124,14 @@ impl Target for Detector {
         Ok(text)
     }
 
+    fn path(&self, address: Va) -> Result<Answer> {
+        self.path_to(address)
+    }
+
+    fn roots(&self) -> Result<Answer> {
+        self.roots_now()
+    }
+
     fn status(&self) -> Result<Vec<(String, Value)>> {
         let work = self.work();
         let parts = &self.parts;

@@ -3,10 +3,11 @@
 mod accounting;
 mod commands;
 mod doing;
+mod explain;
 mod quiet;
 mod reporting;
 
-use crate::machine::{Machine, Paused};
+use crate::machine::{FrozenRam, Machine, Paused};
 use crate::tracer::{Recorder, breakpoint::Breakpoints};
 use anyhow::{Context, Result, bail};
 use guest_profiles::annotations::Rules;
@@ -153,30 +154,14 @@ impl Detector {
     }
 
     fn scan_paused(&self, work: &mut Work, paused: &Paused<'_>, begin: Instant) -> Result<usize> {
-        let Parts { linux, recorder, .. } = &self.parts;
-        let memory = &paused.memory();
-        let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let mut state = recorder.state();
-        if work.treatments_modules != modules.seen() {
-            work.treatments = Treatments::of_guest(&self.parts.rules.annotations, linux, &modules);
-            work.treatments_modules = modules.seen();
-        }
-        work.treatments.refresh(&state.registry.stacks);
-        let jiffies = linux.jiffies(memory).context("Cannot read the guest's clock")?;
-        let input = ScanInput {
-            linux,
-            memory,
-            registry: &state.registry,
-            cpus: paused.cpus(),
-            modules: &modules,
-            treatments: &work.treatments,
-            now_jiffies: jiffies,
-            min_age_ms: work.options.min_age_ms,
-            stack: work.options.stack,
-        };
-        let result = scan(&input).context("The scan failed")?;
-        let scanned = Scanned { result, pause: Duration::ZERO, took: begin.elapsed() };
-        let new = self.report_of(work, &scanned, &state.registry, &modules).new_leaks();
+        self.refresh_treatments(work);
+        let (scanned, new) = self.frozen(work, paused, |input| {
+            let result = scan(input).context("The scan failed")?;
+            let scanned = Scanned { result, pause: Duration::ZERO, took: begin.elapsed() };
+            let new = self.report_of(work, &scanned, input.registry, input.modules).new_leaks();
+            Ok((scanned, new))
+        })?;
+        let mut state = self.parts.recorder.state();
         for leak in &scanned.result.leaks {
             state.registry.set_reported(leak.object.address);
         }
@@ -186,25 +171,45 @@ impl Detector {
         Ok(new)
     }
 
-    /// Pauses the machine and lists who refers to `object`.
-    fn referrers(&self, work: &Work, object: &Object) -> Result<Vec<Referrer>> {
-        let Parts { linux, recorder, machine, .. } = &self.parts;
-        let paused = machine.pause()?;
+    /// Compares the annotations with what was loaded and recorded since the last scan.
+    fn refresh_treatments(&self, work: &mut Work) {
+        let Parts { linux, recorder, .. } = &self.parts;
+        let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
+        if work.treatments_modules != modules.seen() {
+            work.treatments = Treatments::of_guest(&self.parts.rules.annotations, linux, &modules);
+            work.treatments_modules = modules.seen();
+        }
+        work.treatments.refresh(&recorder.state().registry.stacks);
+    }
+
+    /// Calls `look` with all that a pass over the paused machine's heap looks at.
+    fn frozen<T>(
+        &self,
+        work: &Work,
+        paused: &Paused<'_>,
+        look: impl FnOnce(&ScanInput<'_, FrozenRam<'_>>) -> Result<T>,
+    ) -> Result<T> {
+        let Parts { linux, recorder, .. } = &self.parts;
         let memory = &paused.memory();
         let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
         let state = recorder.state();
-        let input = ScanInput {
+        look(&ScanInput {
             linux,
             memory,
             registry: &state.registry,
             cpus: paused.cpus(),
             modules: &modules,
             treatments: &work.treatments,
-            now_jiffies: 0,
-            min_age_ms: 0,
+            now_jiffies: linux.jiffies(memory).context("Cannot read the guest's clock")?,
+            min_age_ms: work.options.min_age_ms,
             stack: work.options.stack,
-        };
-        referrers(&input, &addresses(object))
+        })
+    }
+
+    /// Pauses the machine and lists who refers to `object`.
+    fn referrers(&self, work: &Work, object: &Object) -> Result<Vec<Referrer>> {
+        let paused = self.parts.machine.pause()?;
+        self.frozen(work, &paused, |input| referrers(input, &addresses(object)))
     }
 
     /// Plants lost traps again and says so: allocations may have been missed.
