@@ -39,7 +39,7 @@ fn traced(line: &str) -> Result<()> {
     let mut guest = Guest::new(&kernel(line)?, 2)?;
     guest.script(&format!(
         "{WORK}
-         t=/sys/kernel/tracing; mount -t tracefs none $t && cd $t || exit 1
+         t=/sys/kernel/tracing; [ -e $t/trace ] || mount -t tracefs none $t; cd $t || exit 1
          work; {}
          for f in kfree kmem_cache_free kmem_cache_alloc kmem_cache_alloc_noprof vfree; do
              echo $f >> set_ftrace_filter; done 2> /dev/null
@@ -49,8 +49,7 @@ fn traced(line: &str) -> Result<()> {
          echo 'p:first kfree' > kprobe_events; echo 'r:back kmem_cache_free' >> kprobe_events
          echo 1 > events/kprobes/enable; work; {}
          echo PROBED $(grep -c first: trace) $(grep -c back: trace)
-         echo 0 > events/kprobes/enable; echo > kprobe_events; work; {}
-         cd /; umount $t",
+         echo 0 > events/kprobes/enable; echo > kprobe_events; work; {}",
         audit("before"),
         audit("ftrace"),
         audit("kprobes"),

@@ -6,6 +6,9 @@
 
 #[cfg(test)]
 mod accounting_tests;
+pub mod counters;
+#[cfg(test)]
+mod counters_tests;
 mod lookup;
 mod module_map;
 pub mod modules;
@@ -22,7 +25,10 @@ mod synthetic;
 pub mod tasks;
 #[cfg(test)]
 mod tests;
+pub mod totals;
 pub mod vmalloc;
+pub mod vmalloc_info;
+pub mod zones;
 
 pub use module_map::ModuleMap;
 pub use page_structs::{PageChunk, PageStructs};
@@ -113,6 +119,11 @@ impl Linux {
             placement,
             kernel,
         })
+    }
+
+    /// For what only some commands ask for: looked up when they do, so that a kernel without it has the others.
+    fn lookup(&self) -> anyhow::Result<Lookup<'_>> {
+        Lookup::new(&self.kernel, self.placement.slide)
     }
 
     /// Run-time address of a text or data symbol.

@@ -99,16 +99,29 @@ pub enum TopBy {
 pub enum Account {
     /// Slab caches.
     Slabinfo,
+    /// Areas of the vmalloc space.
+    Vmallocinfo,
+    /// Memory by use.
+    Meminfo,
+    /// Free blocks of the page allocator.
+    Buddyinfo,
+    /// Counters of the memory management.
+    Vmstat,
 }
 
 impl Account {
     /// All of them: what `mark` remembers.
-    pub const ALL: &[Self] = &[Self::Slabinfo];
+    pub const ALL: &[Self] =
+        &[Self::Slabinfo, Self::Vmallocinfo, Self::Meminfo, Self::Buddyinfo, Self::Vmstat];
 
     /// The command's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Slabinfo => "slabinfo",
+            Self::Vmallocinfo => "vmallocinfo",
+            Self::Meminfo => "meminfo",
+            Self::Buddyinfo => "buddyinfo",
+            Self::Vmstat => "vmstat",
         }
     }
 
@@ -291,6 +304,37 @@ pub const COMMANDS: &[Entry] = &[
         detail: "From the guest's slab metadata, at a pause. Active objects are those really allocated: /proc/slabinfo\n\
                  counts as active what lies free in a CPU's own slabs, too.",
         completions: &["slabinfo", "slabinfo diff"],
+    },
+    Entry {
+        name: "vmallocinfo",
+        usage: "vmallocinfo [diff]",
+        summary: "vmalloc areas: addresses, bytes, pages, caller, kind; or their change",
+        detail: "As /proc/vmallocinfo. Bytes are of address space and include the guard page. diff lists the areas that\n\
+                 came and went since mark.",
+        completions: &["vmallocinfo", "vmallocinfo diff"],
+    },
+    Entry {
+        name: "meminfo",
+        usage: "meminfo [diff]",
+        summary: "memory by use in kB, as /proc/meminfo; or its change since mark",
+        detail: "What CPUs have counted and not added to the sums yet is included, as after a refresh of the guest's\n\
+                 statistics. Lines that no counter stands behind are left out.",
+        completions: &["meminfo", "meminfo diff"],
+    },
+    Entry {
+        name: "buddyinfo",
+        usage: "buddyinfo [diff]",
+        summary: "free blocks by zone and order, and by migrate type; or their change",
+        detail: "The second table counts the blocks on the free lists of each type, as /proc/pagetypeinfo does.",
+        completions: &["buddyinfo", "buddyinfo diff"],
+    },
+    Entry {
+        name: "vmstat",
+        usage: "vmstat [diff]",
+        summary: "counters of the memory management, as /proc/vmstat; or their change",
+        detail: "What CPUs have counted and not added to the sums yet is included, as after a refresh of the guest's\n\
+                 statistics. The two limits of dirty pages are left out: the kernel works them out when asked.",
+        completions: &["vmstat", "vmstat diff"],
     },
     Entry {
         name: "mark",

@@ -6,7 +6,7 @@ use crate::console::{Account, Answer, TopBy, When};
 use crate::machine::FrozenRam;
 use anyhow::{Context, Result, bail};
 use introspect::accounting::calls::{self, Calls};
-use introspect::accounting::{Table, growth, slabs};
+use introspect::accounting::{Table, areas, counters, growth, slabs, zones};
 use introspect::linux::slab::Cache;
 use introspect::memory::Va;
 use rustc_hash::FxHashMap;
@@ -16,8 +16,11 @@ use std::sync::PoisonError;
 /// Rows that `top` shows.
 const TOP: usize = 30;
 
-/// What `mark` remembered: a table for each part of the accounting.
-pub(super) type Mark = FxHashMap<Account, Table>;
+/// What a command shows: tables with their names in JSON, the same ones each time.
+type Tables = Vec<(&'static str, Table)>;
+
+/// What `mark` remembered.
+pub(super) type Mark = FxHashMap<Account, Tables>;
 
 impl Detector {
     pub(super) fn top_now(&self, by: TopBy) -> Result<Answer> {
@@ -110,38 +113,72 @@ impl Detector {
 
     pub(super) fn account(&self, account: Account, when: When) -> Result<Answer> {
         let work = self.work();
-        if when == When::SinceMark && work.mark.is_none() {
-            bail!("Nothing to compare with: mark remembers the present for diff");
-        }
+        let name = account.name();
+        let before = match (when, &work.mark) {
+            (When::Now, _) => None,
+            (When::SinceMark, None) => bail!("Nothing to compare with: mark remembers the present for diff"),
+            (When::SinceMark, Some(mark)) => Some(
+                mark.get(&account).with_context(|| format!("{name} could not be read at the last mark"))?,
+            ),
+        };
         let paused = self.parts.machine.pause()?;
-        let mut table = self.table(account, &paused.memory())?;
+        let mut tables = self.tables(account, &paused.memory())?;
         drop(paused);
-        if when == When::SinceMark
-            && let Some(before) = work.mark.as_ref().and_then(|mark| mark.get(&account))
-        {
-            table = table.since(before);
+        for ((_, table), (_, before)) in tables.iter_mut().zip(before.into_iter().flatten()) {
+            *table = table.since(before);
         }
-        let mut members = Map::new();
-        members.insert(account.name().to_owned(), table.json());
-        Ok(Answer { text: table.text(), json: Value::Object(members) })
+        let texts: Vec<String> = tables.iter().map(|(_, table)| table.text()).collect();
+        let members = tables.iter().map(|(name, table)| ((*name).to_owned(), table.json()));
+        Ok(Answer { text: texts.join("\n"), json: Value::Object(members.collect()) })
     }
 
+    /// Remembers what this kernel has of the accounting.
     pub(super) fn mark_now(&self) -> Result<()> {
         let mut work = self.work();
         let paused = self.parts.machine.pause()?;
         let memory = &paused.memory();
-        let tables = Account::ALL.iter().map(|&account| Ok((account, self.table(account, memory)?)));
-        work.mark = Some(tables.collect::<Result<Mark>>()?);
-        Ok(())
-    }
-
-    fn table(&self, account: Account, memory: &FrozenRam<'_>) -> Result<Table> {
-        let linux = &self.parts.linux;
-        match account {
-            Account::Slabinfo => {
-                let map = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
-                Ok(slabs::table(&map))
+        let mut mark = Mark::default();
+        let mut reason = None;
+        for &account in Account::ALL {
+            match self.tables(account, memory) {
+                Ok(tables) => {
+                    mark.insert(account, tables);
+                }
+                Err(error) => reason = Some(error),
             }
         }
+        match reason {
+            Some(error) if mark.is_empty() => Err(error),
+            _ => {
+                work.mark = Some(mark);
+                Ok(())
+            }
+        }
+    }
+
+    fn tables(&self, account: Account, memory: &FrozenRam<'_>) -> Result<Tables> {
+        let linux = &self.parts.linux;
+        let counters = || linux.counters(memory).context("Cannot read the guest's counters");
+        let table = match account {
+            Account::Slabinfo => {
+                let map = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
+                slabs::table(&map)
+            }
+            Account::Vmallocinfo => {
+                let areas = linux.vmalloc_info(memory).context("Cannot read the guest's vmalloc areas")?;
+                areas::table(&areas, &|va| self.name(va))
+            }
+            Account::Meminfo => {
+                let totals = linux.totals(memory).context("Cannot read the guest's amounts of memory")?;
+                counters::meminfo(&counters()?, &totals)
+            }
+            Account::Vmstat => counters::vmstat(&counters()?),
+            Account::Buddyinfo => {
+                let zones = linux.memory_zones(memory).context("Cannot read the guest's memory zones")?;
+                let by_type = ("pagetypeinfo", zones::blocks_by_type(&zones));
+                return Ok(vec![(account.name(), zones::blocks(&zones)), by_type]);
+            }
+        };
+        Ok(vec![(account.name(), table)])
     }
 }

@@ -165,7 +165,7 @@ impl Detector {
         for leak in &scanned.result.leaks {
             state.registry.set_reported(leak.object.address);
         }
-        work.history.note(&state.registry, jiffies);
+        work.history.note(&state.registry, scanned.result.jiffies);
         work.scans += 1;
         work.scanned = Some(scanned);
         Ok(new)
