@@ -4,12 +4,12 @@ use anyhow::{Context, Result, ensure};
 use images::leaky;
 use serde_json::Value;
 use std::process::ExitCode;
-use tests::{Guest, RUN_TIMEOUT, kernel, module, no_kernel_complaint, sizes, test};
+use tests::{Guest, RUN_TIMEOUT, kernel, long_test, module, no_kernel_complaint, sizes, test};
 
 fn main() -> ExitCode {
     let mut trials = vec![test("all_cases_6.1-cloud", || all_cases("6.1-cloud"))];
     trials.push(test("all_cases_6.12-cloud", || all_cases("6.12-cloud")));
-    trials.push(test("what_a_system_call_holds_6.1-cloud", || blocked("6.1-cloud")));
+    trials.push(long_test("what_a_system_call_holds_6.1-cloud", || blocked("6.1-cloud")));
     trials.push(test("what_a_system_call_holds_6.12-cloud", || blocked("6.12-cloud")));
     trials.push(test("what_holds_an_object_6.1-cloud", || held("6.1-cloud")));
     trials.push(test("one_line_finds_a_lost_list", lost_list));

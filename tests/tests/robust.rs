@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use tests::{Guest, RUN_TIMEOUT, Session, kernel, module, run, test};
+use tests::{Guest, RUN_TIMEOUT, Session, kernel, long_test, module, run, test};
 
 /// How long a list stays broken, seconds of the guest.
 const BROKEN_S: u32 = 8;
@@ -12,8 +12,10 @@ const BROKEN_S: u32 = 8;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
-    let lines = ["6.1-cloud", "6.12-cloud"];
-    tests::main(lines.map(|line| test(format!("damaged_lists_{line}"), move || damaged_lists(line))).into())
+    tests::main(vec![
+        test("damaged_lists_6.1-cloud", || damaged_lists("6.1-cloud")),
+        long_test("damaged_lists_6.12-cloud", || damaged_lists("6.12-cloud")),
+    ])
 }
 
 fn damaged_lists(line: &str) -> Result<()> {

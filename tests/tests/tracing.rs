@@ -3,12 +3,12 @@
 
 use anyhow::{Result, ensure};
 use std::process::ExitCode;
-use tests::{Guest, kernel, long_test, module, no_kernel_complaint, test};
+use tests::{Guest, kernel, long_test, module, no_kernel_complaint};
 
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     for line in ["6.1-cloud", "6.12-cloud"] {
-        trials.push(test(format!("ftrace_and_kprobes_{line}"), move || traced(line)));
+        trials.push(long_test(format!("ftrace_and_kprobes_{line}"), move || traced(line)));
         trials.push(long_test(format!("a_hundred_modules_{line}"), move || modules(line)));
     }
     tests::main(trials)
@@ -40,6 +40,7 @@ fn traced(line: &str) -> Result<()> {
     guest.script(&format!(
         "{WORK}
          t=/sys/kernel/tracing; [ -e $t/trace ] || mount -t tracefs none $t; cd $t || exit 1
+         echo 64 > buffer_size_kb
          work; {}
          for f in kfree kmem_cache_free kmem_cache_alloc kmem_cache_alloc_noprof vfree; do
              echo $f >> set_ftrace_filter; done 2> /dev/null
