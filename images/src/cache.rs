@@ -4,7 +4,6 @@
 use std::collections::hash_map::DefaultHasher;
 use std::fs::{self, File};
 use std::hash::{Hash, Hasher};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -85,22 +84,24 @@ impl Cache {
         Some(self.folder.join(entry_name(name, key))).filter(|place| place.is_dir())
     }
 
-    /// Waits for whoever makes the same entry now. The kernel gives the lock back when the file is closed, also when
-    /// its process is killed.
+    /// Waits for whoever makes the same entry now.
     fn lock(&self, name: &str) -> Result<File> {
-        let path = self.folder.join("locks").join(name);
-        let place = path.parent().unwrap_or(&self.folder);
-        fs::create_dir_all(place).with_context(|| format!("Cannot create {}", place.display()))?;
-        let file = File::create(&path).with_context(|| format!("Cannot create {}", path.display()))?;
-        // SAFETY: an open file; no memory is involved.
-        while unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
-            let error = std::io::Error::last_os_error();
-            if error.kind() != std::io::ErrorKind::Interrupted {
-                return Err(error).with_context(|| format!("Cannot lock {}", path.display()));
-            }
-        }
-        Ok(file)
+        let place = self.folder.join("locks");
+        fs::create_dir_all(&place).with_context(|| format!("Cannot create {}", place.display()))?;
+        lock_file(&place.join(name))
     }
+}
+
+/// Locks a file, which is made when needed, against everybody else who does. The lock goes with the value, and with its
+/// process.
+pub(crate) fn lock_file(path: &Path) -> Result<File> {
+    let file = File::create(path).with_context(|| format!("Cannot create {}", path.display()))?;
+    while let Err(error) = file.lock() {
+        if error.kind() != std::io::ErrorKind::Interrupted {
+            return Err(error).with_context(|| format!("Cannot lock {}", path.display()));
+        }
+    }
+    Ok(file)
 }
 
 fn entry_name(name: &str, key: impl Hash) -> String {

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::cache::lock_file;
+
 /// Architecture of packages that name none.
 pub const DEFAULT_ARCH: &str = "amd64";
 
@@ -186,13 +188,17 @@ impl PackageCache {
     fn refresh_lists(&self, max_age: Duration) -> Result<()> {
         let folder = self.lists_folder();
         let stamp = folder.join("fetched");
-        let age = fs::metadata(&stamp).and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
-        if age.is_some_and(|age| age < max_age) {
+        if age_of(&stamp).is_some_and(|age| age < max_age) {
             return Ok(());
         }
         for sub in ["partial", "archives/partial"] {
             let sub = folder.join(sub);
             fs::create_dir_all(&sub).with_context(|| format!("creating {}", sub.display()))?;
+        }
+        let _lock = lock_file(&folder.join("fetching"))?;
+        if age_of(&stamp).is_some_and(|age| age < max_age) {
+            // Whoever held the lock has fetched them.
+            return Ok(());
         }
         // One unreachable third-party source fails the whole command although Debian's own lists came.
         let outcome = self.apt("apt-get", &["update"], None);
@@ -223,6 +229,11 @@ impl PackageCache {
         }
         Ok(String::from_utf8_lossy(&run(&mut command)?.stdout).into_owned())
     }
+}
+
+/// How long ago a file was written; None when it does not exist.
+fn age_of(path: &Path) -> Option<Duration> {
+    fs::metadata(path).and_then(|meta| meta.modified()).ok()?.elapsed().ok()
 }
 
 /// A folder beside the packages for what is not whole yet; gone with the value.

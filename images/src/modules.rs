@@ -32,7 +32,10 @@ fn build_files(cache: &Cache, headers: &Headers, files: &[(String, Vec<u8>)], na
     Ok(built.join(format!("{name}.ko")))
 }
 
-/// One of our own modules: `leaky`, `clean`.
+/// Our own modules.
+pub const OWN: [&str; 4] = ["breaking", "clean", "growing", "leaky"];
+
+/// One of [`OWN`].
 ///
 /// # Errors
 /// As [`build`].

@@ -8,6 +8,9 @@ use anyhow::{Context, Result};
 use crate::cache::{Cache, workspace};
 use crate::command::run;
 
+/// All of them.
+pub const ALL: [&str; 2] = ["blocked", "io_uring_setup"];
+
 /// The program `name`, from `images/programs/NAME.c`.
 ///
 /// # Errors

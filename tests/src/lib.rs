@@ -212,10 +212,18 @@ impl Session {
     /// # Errors
     /// The process ended or `timeout` passed before.
     pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<()> {
+        self.wait_for_times(text, 1, timeout)
+    }
+
+    /// The same until it was printed `times` times.
+    ///
+    /// # Errors
+    /// As [`Session::wait_for`].
+    pub fn wait_for_times(&self, text: &str, times: usize, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
         let mut state = self.stdout.lock();
         loop {
-            if state.0.contains(text) {
+            if state.0.matches(text).count() >= times {
                 return Ok(());
             }
             let now = Instant::now();
@@ -372,12 +380,21 @@ impl Guest {
     /// # Errors
     /// No scratch directory to be had.
     pub fn new(kernel: &KernelPackage, cpus: u32) -> Result<Self> {
+        Self::of_image(&kernel.vmlinuz, cpus)
+    }
+
+    /// The same with any kernel image.
+    ///
+    /// # Errors
+    /// No scratch directory to be had.
+    pub fn of_image(kernel: &Path, cpus: u32) -> Result<Self> {
         let scratch = Scratch::new()?;
         let timeout_s = RUN_TIMEOUT.as_secs() - 60;
-        // Warnings and worse: each character on the console is two exits, a quarter of the time of a boot in the lab.
-        let cmdline = "loglevel=5".to_owned();
+        // Warnings and worse: each character on the console is two exits, a quarter of the time of a boot in the lab. And a
+        // CPU that an emulator gives no time for half a minute is no lockup of the guest's.
+        let cmdline = "loglevel=5 watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120".to_owned();
         let mut guest = Self { arguments: vec!["run".into()], cmdline, timeout_s, scratch };
-        guest.option("--kernel", &kernel.vmlinuz).option("--cpus", cpus.to_string());
+        guest.option("--kernel", kernel).option("--cpus", cpus.to_string());
         let (socket, report) = (guest.socket(), guest.report_path());
         guest.option("--control", socket).option("--report", report);
         Ok(guest)

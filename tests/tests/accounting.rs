@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::process::ExitCode;
 use std::time::Duration;
 use tests::{Guest, RUN_TIMEOUT, kernel, no_kernel_complaint, test};
@@ -15,6 +15,40 @@ const ENTRIES_OF_OTHERS: i64 = 100;
 const SLABS_OF_READERS: i64 = 2;
 /// One cache in so many may be further off: a burst (RCU frees maple nodes late) fits between two readings.
 const ONE_IN_A_BURST: usize = 20;
+/// Pages by which an amount may differ from the guest's own two readings: the process that reads is there only while it
+/// does, and is given back late.
+const PAGES_OF_READERS: i64 = 200;
+/// Lines of /proc/meminfo in which that process counts itself each time.
+const OF_READERS: [&str; 5] = ["AnonPages", "KernelStack", "PageTables", "Committed_AS", "VmallocUsed"];
+/// Areas of the vmalloc space that may differ: kernel stacks of those processes.
+const STACKS_OF_READERS: usize = 6;
+/// Lines of /proc/vmstat without a counter behind them.
+const NO_COUNTERS: [&str; 3] = ["nr_dirty_threshold", "nr_dirty_background_threshold", "nr_unstable"];
+/// Lines of /proc/meminfo that both kernels must have an answer for.
+const LINES: [&str; 22] = [
+    "MemTotal",
+    "MemFree",
+    "MemAvailable",
+    "Buffers",
+    "Cached",
+    "SwapCached",
+    "Active",
+    "Inactive",
+    "Unevictable",
+    "SwapTotal",
+    "Dirty",
+    "AnonPages",
+    "Mapped",
+    "Shmem",
+    "Slab",
+    "SReclaimable",
+    "SUnreclaim",
+    "KernelStack",
+    "PageTables",
+    "Committed_AS",
+    "VmallocUsed",
+    "Percpu",
+];
 
 fn main() -> ExitCode {
     let lines = ["6.1-cloud", "6.12-cloud"];
@@ -25,7 +59,11 @@ fn as_proc_says(line: &str) -> Result<()> {
     let mut guest = Guest::new(&kernel(line)?, 2)?;
     guest.script(&format!(
         "show() {{ echo \"== $1\"; cat /proc/slabinfo; echo '== stat'; cat /proc/[0-9]*/stat; echo == end; }}
+         memory() {{ cat /proc/sys/vm/stat_refresh
+             for f in vmallocinfo buddyinfo meminfo vmstat; do echo \"== $f $1\"; cat /proc/$f; echo == end; done; }}
+         echo 1 > /proc/sys/kernel/kptr_restrict
          show before; echo READY; read -r go; show after
+         memory before; echo COUNTED; read -r go; memory after
          echo MARKED; read -r go
          mkdir -p /tmp/many; i=0; while [ $i -lt {FILES} ]; do : > /tmp/many/f$i; i=$((i+1)); done
          echo MADE; read -r go"
@@ -38,6 +76,10 @@ fn as_proc_says(line: &str) -> Result<()> {
     ensure!(trace.contains("kthreadd+0x") && trace.contains("ret_from_fork"), "{trace}");
     ensure!(!trace.contains("not complete"), "{trace}");
     held(&guest)?;
+    session.type_line("go")?;
+    session.wait_for("\nCOUNTED", RUN_TIMEOUT)?;
+    let [vmallocinfo, buddyinfo, meminfo, vmstat] =
+        ["vmallocinfo", "buddyinfo", "meminfo", "vmstat"].map(|command| json(&guest, command));
     session.type_line("go")?;
     session.wait_for("\nMARKED", RUN_TIMEOUT)?;
     guest.ctl("mark")?;
@@ -54,7 +96,11 @@ fn as_proc_says(line: &str) -> Result<()> {
         rest.and_then(|r| r.split_once("== end")).map(|(part, _)| part).with_context(|| name.to_owned())
     };
     compare_slabs(&slabs["slabinfo"], part("before")?, part("after")?)?;
-    compare_tasks(&tasks["ps"], part("before")?, part("after")?)
+    compare_tasks(&tasks["ps"], part("before")?, part("after")?)?;
+    compare_areas(&vmallocinfo?, part("vmallocinfo before")?, part("vmallocinfo after")?)?;
+    compare_blocks(&buddyinfo?, part("buddyinfo before")?, part("buddyinfo after")?)?;
+    compare_meminfo(&meminfo?, part("meminfo before")?, part("meminfo after")?)?;
+    compare_vmstat(&vmstat?, part("vmstat before")?, part("vmstat after")?)
 }
 
 fn json(guest: &Guest, command: &str) -> Result<Value> {
@@ -83,6 +129,7 @@ fn growth(guest: &Guest) -> Result<()> {
     let dentries = changes.iter().find(|row| row["name"] == "dentry").context("no dentry")?;
     let grown = dentries["active"].as_i64().context("active")?;
     ensure!(grown >= FILES as i64 - ENTRIES_OF_OTHERS, "{dentries}");
+    changes_of_memory(guest)?;
     let calls = json(guest, "alloc_calls=dentry")?;
     let calls = calls["alloc_calls"].as_array().context("calls")?;
     let counted: u64 = calls.iter().filter_map(|call| call["objects"].as_u64()).sum();
@@ -169,5 +216,164 @@ fn compare_tasks(ours: &Value, before: &str, after: &str) -> Result<()> {
     ensure!(compared > 20, "only {compared} tasks compared");
     let init = ours.iter().find(|row| row["pid"] == 1).context("no init")?;
     ensure!(init["state"] == "S" && init["stack_bytes"].as_i64() > Some(0), "{init}");
+    Ok(())
+}
+
+/// The same growth in the page allocator's terms: files without data are slabs, and making them is work that is counted.
+fn changes_of_memory(guest: &Guest) -> Result<()> {
+    let change = |command: &str, name: &str, member: &str| -> Result<i64> {
+        let reply = json(guest, &format!("{command} diff"))?;
+        let row = rows(&reply, command)?.iter().find(|row| row["name"] == name);
+        row.and_then(|row| row[member].as_i64()).with_context(|| format!("no {name} in {reply}"))
+    };
+    let slab_kb = change("meminfo", "Slab", "kB")?;
+    ensure!((100..4000).contains(&slab_kb), "{slab_kb} kB of slabs");
+    ensure!(change("vmstat", "nr_slab_reclaimable", "value")? > 0);
+    ensure!(change("vmstat", "pgfault", "value")? > 0);
+    let blocks = json(guest, "buddyinfo diff")?;
+    let pages: i64 = rows(&blocks, "buddyinfo")?.iter().filter_map(|row| row["pages"].as_i64()).sum();
+    ensure!(pages < 0, "{blocks}");
+    rows(&json(guest, "vmallocinfo diff")?, "vmallocinfo")?;
+    Ok(())
+}
+
+fn rows<'a>(reply: &'a Value, command: &str) -> Result<&'a Vec<Value>> {
+    reply[command].as_array().with_context(|| format!("{command}: {reply}"))
+}
+
+/// How far a value is from the range between two others.
+fn off(value: i64, one: i64, other: i64) -> i64 {
+    let (least, most) = (one.min(other), one.max(other));
+    (least - value).max(value - most).max(0)
+}
+
+/// Names and values of `name value` or `name: value kB`, in order.
+fn values(text: &str) -> Vec<(&str, i64)> {
+    text.lines()
+        .filter_map(|line| {
+            let mut words = line.split_whitespace();
+            Some((words.next()?.trim_end_matches(':'), words.next()?.parse().ok()?))
+        })
+        .collect()
+}
+
+fn compare_vmstat(ours: &Value, before: &str, after: &str) -> Result<()> {
+    let ours = rows(ours, "vmstat")?;
+    let (before, after) = (values(before), values(after));
+    ensure!(before.len() > 100 && before.len() == after.len(), "{} counters in /proc/vmstat", before.len());
+    let theirs: Vec<&str> =
+        before.iter().map(|&(name, _)| name).filter(|n| !NO_COUNTERS.contains(n)).collect();
+    let names: Vec<&str> = ours.iter().filter_map(|row| row["name"].as_str()).collect();
+    ensure!(names == theirs, "{names:?}\n{theirs:?}");
+    let first_event = names.iter().position(|&name| name == "pgpgin").context("no events")?;
+    let (mut steady, mut equal) = (0, 0);
+    for (at, row) in ours.iter().enumerate() {
+        let find = |all: &[(&str, i64)]| all.iter().find(|(name, _)| row["name"] == *name).map(|&(_, v)| v);
+        let value = row["value"].as_i64().with_context(|| row.to_string())?;
+        let (before, after) = find(&before).zip(find(&after)).with_context(|| row.to_string())?;
+        // Events and placements only grow, and the file has every CPU's.
+        let exact = at >= first_event || names[at].starts_with("numa_");
+        let bound = if exact { 0 } else { PAGES_OF_READERS };
+        ensure!(off(value, before, after) <= bound, "{row}, theirs {before} and {after}");
+        steady += usize::from(before == after);
+        equal += usize::from(before == after && value == before);
+    }
+    ensure!(steady > 50 && equal * 10 >= steady * 9, "{equal} of {steady} steady counters are equal");
+    Ok(())
+}
+
+fn compare_meminfo(ours: &Value, before: &str, after: &str) -> Result<()> {
+    let ours = rows(ours, "meminfo")?;
+    let (before, after): (HashMap<_, _>, HashMap<_, _>) =
+        (values(before).into_iter().collect(), values(after).into_iter().collect());
+    for line in LINES {
+        ensure!(ours.iter().any(|row| row["name"] == line), "no {line}");
+    }
+    let (mut steady, mut equal) = (0, 0);
+    for row in ours {
+        let name = row["name"].as_str().with_context(|| row.to_string())?;
+        let value = row["kB"].as_i64().with_context(|| row.to_string())?;
+        let theirs = before.get(name).zip(after.get(name));
+        let (&before, &after) = theirs.with_context(|| format!("/proc/meminfo has no {name}"))?;
+        ensure!(off(value, before, after) <= 4 * PAGES_OF_READERS, "{row}, theirs {before} and {after}");
+        let is_steady = before == after && !OF_READERS.contains(&name);
+        steady += usize::from(is_steady);
+        equal += usize::from(is_steady && value == before);
+    }
+    ensure!(steady > 10 && equal * 10 >= steady * 9, "{equal} of {steady} steady lines are equal");
+    Ok(())
+}
+
+/// Zone and free blocks by order, of /proc/buddyinfo.
+fn buddyinfo(text: &str) -> Vec<(&str, Vec<i64>)> {
+    let lines = text.lines().filter_map(|line| line.strip_prefix("Node 0, zone "));
+    lines
+        .filter_map(|line| {
+            let mut words = line.split_whitespace();
+            Some((words.next()?, words.filter_map(|word| word.parse().ok()).collect()))
+        })
+        .collect()
+}
+
+fn compare_blocks(ours: &Value, before: &str, after: &str) -> Result<()> {
+    let by_type = rows(ours, "pagetypeinfo")?;
+    let ours = rows(ours, "buddyinfo")?;
+    let (before, after) = (buddyinfo(before), buddyinfo(after));
+    ensure!(!before.is_empty() && before.len() == ours.len(), "{ours:?}, theirs {before:?}");
+    let pages = |blocks: &[i64]| -> i64 { (0..).zip(blocks).map(|(order, blocks)| blocks << order).sum() };
+    for (row, ((zone, before), (_, after))) in ours.iter().zip(before.iter().zip(&after)) {
+        ensure!(row["node"] == 0 && row["zone"] == *zone, "{row}, theirs {zone}");
+        let count = |row: &Value, order: usize| row[order.to_string()].as_i64();
+        let blocks: Vec<i64> = (0..).map_while(|order| count(row, order)).collect();
+        ensure!(blocks.len() == before.len(), "{row}, theirs {before:?}");
+        let (total, least, most) = (pages(&blocks), pages(before), pages(after));
+        ensure!(off(total, least, most) <= PAGES_OF_READERS, "{row}, theirs {before:?} and {after:?}");
+        ensure!(row["pages"] == total, "{row}");
+        ensure!(before != after || blocks == *before, "{row}, theirs {before:?} twice");
+        // The allocator's count and the lists it is of.
+        for (order, blocks) in blocks.into_iter().enumerate() {
+            let of_zone = by_type.iter().filter(|ty| ty["zone"] == *zone);
+            let listed: i64 = of_zone.filter_map(|ty| count(ty, order)).sum();
+            ensure!(listed == blocks, "order {order} of {zone}: {blocks} counted, {listed} listed");
+        }
+    }
+    Ok(())
+}
+
+/// Lines of /proc/vmallocinfo, without what is being given back and without the nodes pages are on.
+fn vmallocinfo(text: &str) -> HashSet<String> {
+    let lines = text.lines().filter(|line| line.starts_with("0x") && !line.contains("unpurged"));
+    let words = |line: &str| -> Vec<String> {
+        let on_node = |word: &str| word.starts_with('N') && word.contains('=');
+        line.split_whitespace().filter(|word| !on_node(word)).map(str::to_owned).collect()
+    };
+    lines.map(|line| words(line).join(" ")).collect()
+}
+
+fn compare_areas(ours: &Value, before: &str, after: &str) -> Result<()> {
+    let ours = rows(ours, "vmallocinfo")?;
+    let (before, after) = (vmallocinfo(before), vmallocinfo(after));
+    ensure!(before.len() > 30 && after.len() > 30, "{} areas in /proc/vmallocinfo", before.len());
+    let lines: HashSet<String> = ours
+        .iter()
+        .map(|row| {
+            let text = |member: &str| row[member].as_str().unwrap_or_default().to_owned();
+            let pages = row["pages"].as_i64().filter(|&pages| pages != 0);
+            let parts = [
+                text("range"),
+                row["bytes"].to_string(),
+                Some(text("caller")).filter(|caller| caller != "-").unwrap_or_default(),
+                pages.map(|pages| format!("pages={pages}")).unwrap_or_default(),
+                text("flags"),
+            ];
+            parts.iter().filter(|part| !part.is_empty()).cloned().collect::<Vec<_>>().join(" ")
+        })
+        .collect();
+    let missing: Vec<&String> = before.intersection(&after).filter(|line| !lines.contains(*line)).collect();
+    let unknown: Vec<&String> = lines.iter().filter(|&l| !before.contains(l) && !after.contains(l)).collect();
+    ensure!(
+        missing.len() <= STACKS_OF_READERS && unknown.len() <= STACKS_OF_READERS,
+        "missing {missing:#?}\nunknown {unknown:#?}"
+    );
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use std::process::ExitCode;
-use tests::{Finished, Guest, RUN_TIMEOUT, kernel, test};
+use tests::{Finished, Guest, RUN_TIMEOUT, kernel, report, test};
 
 fn main() -> ExitCode {
     tests::main(vec![
@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         test("a_reboot_ends_the_run", reboot),
         test("quit_from_the_socket_ends_the_run", quit),
         test("a_command_that_fails_is_said", failing_command),
+        test("a_guest_out_of_memory_says_who_holds_it", out_of_memory),
     ])
 }
 
@@ -40,9 +41,27 @@ fn failed(script: &str, words: &[&str]) -> Result<()> {
 
 fn triple_fault() -> Result<()> {
     let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
-    guest.cmdline("reboot=triple").script("reboot -f")?;
+    guest.option("--tracer", "off").cmdline("reboot=triple").script("reboot -f")?;
     // KVM resets the vCPU before it says so on AMD, so where it was is lost there.
     diagnosed(&guest.start()?.finish()?, &["triple fault"])
+}
+
+fn out_of_memory() -> Result<()> {
+    let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
+    let place = guest.report_path().with_file_name("reports");
+    std::fs::create_dir(&place)?;
+    guest.option("--mem", "160M").option("--scan-on", "oom,exit").option("--report-dir", &place);
+    // Until the kernel kills it; then there is time to look around.
+    guest.script("tail /dev/zero; sleep 4; echo survived")?;
+    let finished = guest.boot(0)?;
+    ensure!(finished.stdout.contains("survived"), "{}", finished.stdout);
+    ensure!(finished.stderr.contains("the guest has run out of memory"), "{}", finished.stderr);
+    let text = std::fs::read_to_string(place.join("scan-0001.txt")).context("the report as text")?;
+    ensure!(text.lines().any(|line| line.starts_with("# ") && line.contains("alloc_inode+")), "{text}");
+    let json = report(&place.join("scan-0001.json"))?;
+    let holders = |what: &str| json["holders"][what].as_array().map_or(0, Vec::len);
+    ensure!(holders("sites") > 5 && holders("caches") > 5, "{:#}", json["holders"]);
+    Ok(())
 }
 
 fn timeout() -> Result<()> {
@@ -54,7 +73,7 @@ fn timeout() -> Result<()> {
 
 fn reboot() -> Result<()> {
     let mut guest = Guest::new(&kernel("6.12-cloud")?, 1)?;
-    guest.script("reboot -f")?.boot(0)?;
+    guest.option("--tracer", "off").script("reboot -f")?.boot(0)?;
     Ok(())
 }
 
@@ -73,7 +92,7 @@ fn quit() -> Result<()> {
 
 fn failing_command() -> Result<()> {
     let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
-    guest.option("--exec", "exit 7");
+    guest.option("--tracer", "off").option("--exec", "exit 7");
     let finished = guest.start()?.finish()?;
     finished.expect_code(3)?;
     ensure!(finished.stderr.contains('7'), "{}", finished.stderr);

@@ -51,7 +51,11 @@ pub fn run(options: &Options) -> Result<()> {
     let cache = Cache::of_workspace();
     for name in names {
         match name {
-            "programs" => line("program", &programs::build(&cache, "io_uring_setup")?),
+            "programs" => {
+                for name in programs::ALL {
+                    line("program", &programs::build(&cache, name)?);
+                }
+            }
             "lab" => line("lab", &lab::prepare_svm(&cache.folder().join("lab"))?.kernel),
             "oracle" => prepare_oracle(&cache)?,
             kernel => prepare_kernel(&cache, kernel)?,
@@ -91,7 +95,7 @@ fn prepare_oracle(cache: &Cache) -> Result<()> {
 }
 
 fn prepare_modules(cache: &Cache, headers: &Headers) -> Result<()> {
-    for module in ["leaky", "clean"] {
+    for module in modules::OWN {
         line("module", &modules::own(cache, headers, module)?);
     }
     line("module", &modules::kmemleak_test(cache, headers)?);

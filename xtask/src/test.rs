@@ -10,8 +10,8 @@ use std::process::Command;
 
 /// Kernels that the tests boot, and the modules built for each.
 const GUESTS: [(&str, &[&str]); 7] = [
-    ("6.1-cloud", &["leaky", "clean"]),
-    ("6.12-cloud", &["leaky", "clean"]),
+    ("6.1-cloud", &modules::OWN),
+    ("6.12-cloud", &modules::OWN),
     ("6.1", &[]),
     ("6.1-rt", &[]),
     ("6.12", &[]),
@@ -33,6 +33,9 @@ pub struct Options {
 /// Prepares what the tests need and runs them.
 pub fn run(options: &Options) -> Result<()> {
     setup::install(&[Purpose::Guests])?;
+    if options.full {
+        setup::install(&[Purpose::Oracle])?;
+    }
     let cache = Cache::of_workspace();
     for (name, own) in GUESTS {
         let kernel = KernelPackage::fetch(&cache, name)?;

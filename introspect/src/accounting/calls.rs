@@ -93,28 +93,31 @@ impl Default for Sum {
     }
 }
 
-/// Live objects by backtrace, most objects first; those of one cache, or all. `now` is the guest's jiffies.
-pub fn by_backtrace(
-    registry: &Registry,
-    cache: Option<Va>,
-    now: u64,
-    symbolize: Symbolize<'_>,
-) -> Vec<Calls> {
+/// Live objects of one backtrace, not yet named.
+pub struct Group {
+    frames: Vec<Va>,
+    sum: Sum,
+}
+
+/// Live objects by backtrace; those of one cache, or all. `now` is the guest's jiffies.
+pub fn by_backtrace(registry: &Registry, cache: Option<Va>, now: u64) -> Vec<Group> {
     let mut sums: FxHashMap<StackId, Sum> = FxHashMap::default();
     let wanted = |o: &Object| cache.is_none_or(|cache| o.kind == Kind::Slab && o.cache == cache);
     for object in registry.objects().filter(wanted) {
         sums.entry(object.stack).or_default().add(&object, now);
     }
-    let named = |(stack, sum): (StackId, Sum)| {
-        let frames = registry.stacks.get(stack);
+    let frames = |stack| registry.stacks.get(stack).to_vec();
+    sums.into_iter().map(|(stack, sum)| Group { frames: frames(stack), sum }).collect()
+}
+
+/// Names the groups, most objects first.
+pub fn named(groups: Vec<Group>, symbolize: Symbolize<'_>) -> Vec<Calls> {
+    let named = |Group { frames, sum }| {
         let names: Vec<Option<Resolved<'_>>> =
             frames.iter().map(|&frame| symbolize(frame, sum.newest)).collect();
         let backtrace: Vec<String> =
             frames.iter().zip(&names).map(|(frame, name)| describe(*frame, name.as_ref())).collect();
-        let is_allocator = |name: &Option<Resolved<'_>>| {
-            name.as_ref().is_some_and(|n| ALLOCATORS.iter().any(|a| n.name.starts_with(a)))
-        };
-        let site = names.iter().position(|name| !is_allocator(name)).unwrap_or(0);
+        let site = site_of(&names);
         Calls {
             objects: sum.objects,
             bytes: sum.bytes,
@@ -124,9 +127,24 @@ pub fn by_backtrace(
             backtrace,
         }
     };
-    let mut calls: Vec<Calls> = sums.into_iter().map(named).collect();
+    let mut calls: Vec<Calls> = groups.into_iter().map(named).collect();
     calls.sort_by(|a, b| b.objects.cmp(&a.objects).then_with(|| a.backtrace.cmp(&b.backtrace)));
     calls
+}
+
+/// Index of the first frame that is no allocator's.
+fn site_of(names: &[Option<Resolved<'_>>]) -> usize {
+    let is_allocator = |name: &Option<Resolved<'_>>| {
+        name.as_ref().is_some_and(|n| ALLOCATORS.iter().any(|a| n.name.starts_with(a)))
+    };
+    names.iter().position(|name| !is_allocator(name)).unwrap_or(0)
+}
+
+/// The site of a backtrace as [`Calls::site`] has it; `at` is the event it is of.
+pub fn site(frames: &[Va], at: u64, symbolize: Symbolize<'_>) -> String {
+    let names: Vec<Option<Resolved<'_>>> = frames.iter().map(|&frame| symbolize(frame, at)).collect();
+    let site = site_of(&names);
+    frames.get(site).map_or_else(|| "unknown".to_owned(), |&frame| describe(frame, names[site].as_ref()))
 }
 
 fn describe(frame: Va, name: Option<&Resolved<'_>>) -> String {
@@ -236,7 +254,7 @@ mod tests {
 
     #[test]
     fn objects_of_a_cache_by_backtrace() {
-        let calls = by_backtrace(&registry(), Some(CACHES[0]), 110, &symbolize);
+        let calls = named(by_backtrace(&registry(), Some(CACHES[0]), 110), &symbolize);
         let wanted = "\
 #  count caller age=min/mean/max in jiffies, pid=min-max
        2 my_open+0x4/0x10 [my] age=10/40/70 pid=7-9
@@ -254,7 +272,7 @@ mod tests {
 
     #[test]
     fn sites_are_behind_the_allocators() {
-        let calls = by_backtrace(&registry(), None, 110, &symbolize);
+        let calls = named(by_backtrace(&registry(), None, 110), &symbolize);
         let wanted = "bytes  objects  site\n 9000        1  unknown\n  500        1  0x4\n   96        3  my_open+0x4/0x10 [my]\n";
         assert_eq!(sites(&calls).text(), wanted);
     }

@@ -30,7 +30,7 @@ pub fn table(map: &SlabMap) -> Table {
         let active = page.allocated.iter().map(|word| u64::from(word.count_ones())).sum();
         let bytes = slab_bytes(page.objects, cache.size);
         for (sum, more) in sum.iter_mut().zip([active, page.objects.into(), 1, bytes]) {
-            *sum += more;
+            *sum = sum.saturating_add(more);
         }
     }
     let mut table = Table::new(columns, 6);
@@ -45,7 +45,7 @@ pub fn table(map: &SlabMap) -> Table {
 /// Bytes of a slab: the smallest block of pages that holds its objects. A block of half the size would hold fewer than
 /// half of them, so this is the block it was made of, also where SLUB fell back to a smaller one.
 fn slab_bytes(objects: u32, size: u64) -> u64 {
-    (u64::from(objects) * size).max(PAGE_SIZE).checked_next_power_of_two().unwrap_or(u64::MAX)
+    u64::from(objects).saturating_mul(size).max(PAGE_SIZE).checked_next_power_of_two().unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

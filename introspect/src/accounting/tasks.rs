@@ -6,7 +6,7 @@ use crate::linux::Linux;
 use crate::linux::tasks::Task;
 use crate::memory::{MemoryError, PhysicalMemory, Va};
 use crate::unwind::{End, ModuleTables, SleepingFrame, Start, Unwinder};
-use anyhow::Context;
+use anyhow::{Context, ensure};
 
 /// Most frames of a backtrace that is shown.
 const MAX_FRAMES: usize = 64;
@@ -82,6 +82,17 @@ pub fn backtrace(
         }
         Some(cpu) => Start::running(&cpu.registers),
         None => {
+            ensure!(
+                task.stack != Va(0),
+                "The task with pid {} has ended and has no kernel stack any more",
+                task.pid
+            );
+            ensure!(
+                task.saved_sp - task.stack < task.stack_size,
+                "The stack pointer {} of the task with pid {} is not on its stack",
+                task.saved_sp,
+                task.pid
+            );
             let kernel = &linux.kernel;
             let types = kernel.types.as_ref().context("The kernel has no BTF")?;
             let sleeping = SleepingFrame::recover(types, &kernel.symbols)

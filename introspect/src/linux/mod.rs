@@ -6,12 +6,16 @@
 
 #[cfg(test)]
 mod accounting_tests;
+pub mod counters;
+#[cfg(test)]
+mod counters_tests;
 mod lookup;
 mod module_map;
 pub mod modules;
 mod page_structs;
 pub mod pages;
 pub mod percpu;
+pub mod processes;
 mod read;
 mod roots;
 pub mod slab;
@@ -21,7 +25,10 @@ mod synthetic;
 pub mod tasks;
 #[cfg(test)]
 mod tests;
+pub mod totals;
 pub mod vmalloc;
+pub mod vmalloc_info;
+pub mod zones;
 
 pub use module_map::ModuleMap;
 pub use page_structs::{PageChunk, PageStructs};
@@ -68,6 +75,7 @@ pub struct Linux {
     percpu: percpu::Layout,
     vmalloc: vmalloc::Layout,
     modules: modules::Layout,
+    processes: Option<processes::Layout>,
 }
 
 /// Variables that everything else starts from; run-time addresses.
@@ -106,9 +114,15 @@ impl Linux {
             percpu: percpu::Layout::new(&lookup)?,
             vmalloc: vmalloc::Layout::new(&lookup)?,
             modules: modules::Layout::new(&lookup)?,
+            processes: processes::Layout::new(&lookup),
             placement,
             kernel,
         })
+    }
+
+    /// For what only some commands ask for: looked up when they do, so that a kernel without it has the others.
+    fn lookup(&self) -> anyhow::Result<Lookup<'_>> {
+        Lookup::new(&self.kernel, self.placement.slide)
     }
 
     /// Run-time address of a text or data symbol.
@@ -168,6 +182,7 @@ impl Addresses {
                 va: start + placement.slide,
                 pa: Pa(start - KERNEL_MAP) + placement.phys_base,
                 size: end - start,
+                special: false,
             },
             page_offset_base: lookup.symbol_if_any("page_offset_base"),
             vmemmap_base: lookup.symbol_if_any("vmemmap_base"),

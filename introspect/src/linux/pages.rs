@@ -185,7 +185,7 @@ impl Linux {
     ) -> Result<(), MemoryError> {
         let layout = &self.zones;
         for node in self.nodes(memory)? {
-            for zone in (0..layout.zones).map(|z| node + layout.node_zones + z * layout.zone_size) {
+            for zone in self.zones_of(node) {
                 let pagesets = self.read_va(memory, zone + layout.per_cpu_pageset)?;
                 // Zones without pages keep the shared boot page set or none.
                 if pagesets == Va(0) {
@@ -221,8 +221,14 @@ impl Linux {
         Ok(())
     }
 
+    /// `zone` of every zone of a node, unused ones among them.
+    pub(super) fn zones_of(&self, node: Va) -> impl Iterator<Item = Va> + use<> {
+        let Layout { node_zones, zone_size, zones, .. } = self.zones;
+        (0..zones).map(move |zone| node + node_zones + zone * zone_size)
+    }
+
     /// `pglist_data` of every memory node.
-    fn nodes(&self, memory: &impl PhysicalMemory) -> Result<Vec<Va>, MemoryError> {
+    pub(super) fn nodes(&self, memory: &impl PhysicalMemory) -> Result<Vec<Va>, MemoryError> {
         match self.zones.nodes {
             Nodes::One(node) => Ok(vec![node]),
             Nodes::Many { array, count } => {

@@ -197,7 +197,7 @@ impl Linux {
         }
         if walk.direct_map.size == 0 {
             let size = physical_end(memory);
-            walk.direct_map = Leaf { va: self.direct_map_base(memory)?, pa: Pa(0), size };
+            walk.direct_map = Leaf { va: self.direct_map_base(memory)?, pa: Pa(0), size, special: false };
             if va - walk.direct_map.va < size {
                 return Ok(walk.direct_map);
             }

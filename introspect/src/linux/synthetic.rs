@@ -29,6 +29,8 @@ const STRUCTS_AT: u64 = 0x1_0000;
 const TABLES: u64 = 0x2000;
 /// The one CPU's area.
 pub(super) const PERCPU: u64 = 0x8000;
+/// Offset of `vm_event_states` in it.
+pub(super) const EVENTS: u32 = 0x40;
 /// From here on RAM is free for a test's structures.
 pub(super) const HEAP: u64 = 0x20_0000;
 
@@ -42,7 +44,7 @@ pub(super) enum Era {
 }
 
 /// Symbols by offset in the variables page, 64 bytes apart.
-const SYMBOLS: [&str; 27] = [
+const SYMBOLS: [&str; 40] = [
     "jiffies_64",
     "__per_cpu_offset",
     "nr_cpu_ids",
@@ -70,6 +72,19 @@ const SYMBOLS: [&str; 27] = [
     "pcpu_chunk_lists",
     "pcpu_nr_slots",
     "pcpu_unit_offsets",
+    "vmstat_text",
+    "vm_zone_stat",
+    "vm_numa_event",
+    "vm_node_stat",
+    "nr_memmap_pages",
+    "_totalram_pages",
+    "totalreserve_pages",
+    "nr_vmalloc_pages",
+    "vm_committed_as",
+    "blockdev_superblock",
+    "pcpu_nr_populated",
+    "pcpu_nr_units",
+    "migratetype_names",
 ];
 
 /// Where `init_task` is, offset in the image; a stack's worth behind it is `init_stack`.
@@ -299,8 +314,6 @@ fn types(era: Era) -> Vec<u8> {
             ("page_type", half, 48),
         ],
     );
-    structure(&mut b, "pglist_data", 64, &[("node_zones", word, 0)]);
-    structure(&mut b, "zone", 64, &[("per_cpu_pageset", word, 0)]);
     structure(&mut b, "per_cpu_pages", 256, &[("lists", lists, 16)]);
     structure(
         &mut b,
@@ -314,7 +327,19 @@ fn types(era: Era) -> Vec<u8> {
             ("vm", word, 56),
         ],
     );
-    structure(&mut b, "vm_struct", 64, &[("size", word, 16), ("flags", word, 24)]);
+    structure(
+        &mut b,
+        "vm_struct",
+        64,
+        &[
+            ("size", word, 16),
+            ("flags", word, 24),
+            ("pages", word, 32),
+            ("nr_pages", half, 40),
+            ("phys_addr", word, 48),
+            ("caller", word, 56),
+        ],
+    );
     structure(
         &mut b,
         "mod_kallsyms",
@@ -335,8 +360,55 @@ fn types(era: Era) -> Vec<u8> {
             ("bound_map", word, 48),
         ],
     );
+    counter_types(&mut b, &mut structure, [word, half, byte, list]);
     era_types(&mut b, era, &mut structure, [word, half, list, name]);
     b.bytes()
+}
+
+/// A node of one zone with three orders and two migrate types, and what is counted of it.
+fn counter_types(
+    b: &mut Builder,
+    structure: &mut impl FnMut(&mut Builder, &str, u32, &[(&str, u32, u32)]) -> u32,
+    [word, half, byte, list]: [u32; 4],
+) {
+    let [one, two, four] = [1, 2, 4].map(|n| b.array(word, n));
+    let (byte1, byte2, lists) = (b.array(byte, 1), b.array(byte, 2), b.array(list, 2));
+    let area = structure(b, "free_area", 40, &[("free_list", lists, 0), ("nr_free", word, 32)]);
+    let areas = b.array(area, 3);
+    structure(
+        b,
+        "zone",
+        256,
+        &[
+            ("per_cpu_pageset", word, 0),
+            ("name", word, 8),
+            ("present_pages", word, 16),
+            ("vm_stat", one, 24),
+            ("vm_numa_event", one, 32),
+            ("per_cpu_zonestats", word, 40),
+            ("_watermark", four, 48),
+            ("watermark_boost", word, 80),
+            ("free_area", areas, 96),
+        ],
+    );
+    structure(
+        b,
+        "pglist_data",
+        512,
+        &[
+            ("node_zones", word, 0),
+            ("node_id", half, 256),
+            ("vm_stat", two, 264),
+            ("per_cpu_nodestats", word, 280),
+        ],
+    );
+    structure(b, "per_cpu_zonestat", 16, &[("vm_stat_diff", byte1, 0), ("vm_numa_event", one, 8)]);
+    structure(b, "per_cpu_nodestat", 8, &[("vm_node_stat_diff", byte2, 1)]);
+    structure(b, "vm_event_state", 16, &[("event", two, 0)]);
+    structure(b, "percpu_counter", 32, &[("count", word, 8), ("counters", word, 16)]);
+    structure(b, "super_block", 16, &[("s_inodes", list, 0)]);
+    structure(b, "inode", 32, &[("i_sb_list", list, 0), ("i_mapping", word, 16)]);
+    structure(b, "address_space", 8, &[("nrpages", word, 0)]);
 }
 
 /// What the two generations describe differently.
@@ -347,10 +419,10 @@ fn era_types(
     [word, half, list, name]: [u32; 4],
 ) {
     let flags = [("PG_reserved", 12), ("PG_lru", 4), ("PG_swapbacked", 19), ("PG_head", 16)];
-    let common = [("__MAX_NR_ZONES", 1), ("MIGRATE_PCPTYPES", 3)];
+    let common = [("__MAX_NR_ZONES", 1), ("MIGRATE_PCPTYPES", 3), ("WMARK_LOW", 1)];
     let mut values: Vec<(&str, u32)> = flags.into_iter().chain(common).collect();
     let module = [("list", list, 0), ("name", name, 16), ("kallsyms", word, 72)];
-    let mut percpu = vec!["current_task", "__preempt_count"];
+    let mut percpu = vec![("vm_event_states", EVENTS), ("current_task", 0), ("__preempt_count", 8)];
     match era {
         Era::Flags => {
             values.push(("PG_slab", 9));
@@ -371,12 +443,12 @@ fn era_types(
             let rb_list = structure(b, "rb_list", 24, &[("root", word, 0), ("head", list, 8)]);
             structure(b, "vmap_node", 32, &[("busy", rb_list, 0)]);
             structure(b, "pcpu_hot", 64, &[("current_task", word, 0), ("preempt_count", half, 8)]);
-            percpu = vec!["pcpu_hot"];
+            percpu = vec![("vm_event_states", EVENTS), ("pcpu_hot", 0)];
         }
     }
     enumeration(b, &values);
     let mut section = Vec::new();
-    for (name, at) in percpu.into_iter().zip([0, 8]) {
+    for (name, at) in percpu {
         let variable = b.add(14, false, name, word, 0, &[1]);
         section.extend([variable, at, 8]);
     }

@@ -39,10 +39,11 @@ pub struct Task {
 }
 
 impl Task {
-    /// `comm` as text; what is not UTF-8 is replaced.
+    /// `comm` as text; what is not UTF-8 is replaced, and so are control characters: a task may call itself anything.
     pub fn name(&self) -> String {
         let end = self.comm.iter().position(|&b| b == 0).unwrap_or(self.comm.len());
-        String::from_utf8_lossy(&self.comm[..end]).into_owned()
+        let text = String::from_utf8_lossy(&self.comm[..end]);
+        text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
     }
 }
 
@@ -212,8 +213,11 @@ impl Linux {
             found.add(leader);
             let signal = self.read_va(memory, leader + layout.signal)?;
             if signal != Va(0) {
-                let threads =
-                    self.list(memory, signal + layout.thread_head, MAX_TASKS - found.order.len())?;
+                let threads = self.list(
+                    memory,
+                    signal + layout.thread_head,
+                    MAX_TASKS.saturating_sub(found.order.len()),
+                )?;
                 threads.into_iter().for_each(|node| found.add(node - layout.thread_node));
             }
         }

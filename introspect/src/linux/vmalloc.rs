@@ -82,13 +82,13 @@ enum Trees {
 }
 
 /// A `vmap_area` and what its `vm_struct` adds.
-struct Extent {
-    start: Va,
-    end: Va,
+pub(super) struct Extent {
+    pub start: Va,
+    pub end: Va,
     /// Without guard page.
-    size: u64,
-    vm: Option<Va>,
-    flags: u64,
+    pub size: u64,
+    pub vm: Option<Va>,
+    pub flags: u64,
 }
 
 impl Layout {
@@ -128,17 +128,24 @@ impl Linux {
     /// # Errors
     /// A damaged list, with its address.
     pub fn vmalloc_areas(&self, memory: &impl PhysicalMemory) -> Result<Vec<Area>, MemoryError> {
+        let busy = self.busy_vmap_areas(memory)?;
+        let mut areas: Vec<Area> =
+            busy.into_iter().map(|area| self.area(memory, area)).collect::<Result<_, _>>()?;
+        areas.sort_by_key(|a| a.start);
+        Ok(areas)
+    }
+
+    /// The `vmap_area`s in use, unsorted, bounded.
+    pub(super) fn busy_vmap_areas(&self, memory: &impl PhysicalMemory) -> Result<Vec<Va>, MemoryError> {
         let mut areas = Vec::new();
         for (list, _) in self.vmap_trees(memory)? {
             // Before vmalloc_init a node's list is not set up.
             if self.read_va(memory, list)? == Va(0) {
                 continue;
             }
-            for node in self.list(memory, list, MAX_AREAS - areas.len())? {
-                areas.push(self.area(memory, node - self.vmalloc.list)?);
-            }
+            let nodes = self.list(memory, list, MAX_AREAS - areas.len())?;
+            areas.extend(nodes.into_iter().map(|node| node - self.vmalloc.list));
         }
-        areas.sort_by_key(|a| a.start);
         Ok(areas)
     }
 
@@ -222,7 +229,7 @@ impl Linux {
         Ok(Area { start, size, vm, vmap_area, flags, frames })
     }
 
-    fn extent(&self, memory: &impl PhysicalMemory, vmap_area: Va) -> Result<Extent, MemoryError> {
+    pub(super) fn extent(&self, memory: &impl PhysicalMemory, vmap_area: Va) -> Result<Extent, MemoryError> {
         let layout = &self.vmalloc;
         let start = self.read_va(memory, vmap_area + layout.va_start)?;
         let end = self.read_va(memory, vmap_area + layout.va_end)?;

@@ -16,6 +16,15 @@ pub struct Extent {
     pub len: u64,
 }
 
+/// An extent and where the kernel sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mapping {
+    /// Kernel address of its first byte.
+    pub va: Va,
+    /// The memory there.
+    pub extent: Extent,
+}
+
 /// A frozen guest's memory by kernel virtual address.
 pub struct GuestMemory<'m, M> {
     linux: &'m Linux,
@@ -65,21 +74,28 @@ impl<'m, M: FrozenMemory> GuestMemory<'m, M> {
     /// What is mapped at a range of kernel addresses, in its order; holes are left out. No more than all of RAM,
     /// whatever length a confused guest claims.
     pub fn extents(&self, range: Range<Va>) -> Vec<Extent> {
+        self.mappings(range).into_iter().map(|mapping| mapping.extent).collect()
+    }
+
+    /// [`GuestMemory::extents`] with their addresses.
+    pub fn mappings(&self, range: Range<Va>) -> Vec<Mapping> {
         let len = range.end.0.saturating_sub(range.start.0);
         if self.direct.contains(&range.start.0) {
             let len = len.min(self.direct.end - range.start.0);
-            return if len == 0 { Vec::new() } else { vec![self.direct_extent(range.start.0, len)] };
+            let mapping = Mapping { va: range.start, extent: self.direct_extent(range.start.0, len) };
+            return if len == 0 { Vec::new() } else { vec![mapping] };
         }
-        let mut extents: Vec<Extent> = Vec::new();
+        let mut mappings: Vec<Mapping> = Vec::new();
         let mut total = 0;
         let end = range.start.0.saturating_add(len);
         let add = |leaf: Leaf| {
-            let first = leaf.va.max(range.start);
-            let (start, len) =
-                (leaf.pa + (first - leaf.va), (leaf.size - (first - leaf.va)).min(end - first.0));
-            match extents.last_mut() {
-                Some(last) if last.start + last.len == start => last.len += len,
-                _ => extents.push(Extent { start, len }),
+            let va = leaf.va.max(range.start);
+            let (start, len) = (leaf.pa + (va - leaf.va), (leaf.size - (va - leaf.va)).min(end - va.0));
+            let follows =
+                |m: &&mut Mapping| m.extent.start + m.extent.len == start && m.va + m.extent.len == va;
+            match mappings.last_mut().filter(follows) {
+                Some(last) => last.extent.len += len,
+                None => mappings.push(Mapping { va, extent: Extent { start, len } }),
             }
             total += len;
             if total > self.direct.end - self.direct.start {
@@ -90,7 +106,15 @@ impl<'m, M: FrozenMemory> GuestMemory<'m, M> {
         };
         // A damaged table ends what can be read, as a hole would.
         let _ = self.linux.space.leaves(self.memory, range.start, len, add);
-        extents
+        mappings
+    }
+
+    /// Where in a range of kernel addresses the memory at `pa` is mapped.
+    pub fn address_in(&self, range: Range<Va>, pa: Pa) -> Option<Va> {
+        self.mappings(range).into_iter().find_map(|Mapping { va, extent }| {
+            let inside = pa.0.checked_sub(extent.start.0).filter(|&inside| inside < extent.len)?;
+            Some(va + inside)
+        })
     }
 
     /// Bytes of an extent; None when it is no RAM (device memory mapped by the guest).
@@ -104,15 +128,18 @@ impl<'m, M: FrozenMemory> GuestMemory<'m, M> {
 }
 
 impl<M: FrozenMemory> Contents for GuestMemory<'_, M> {
-    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(&'a [u8])) {
+    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8])) {
         if self.direct.contains(&va)
             && let Some(bytes) = self.bytes(self.direct_extent(va, len))
         {
-            return visit(bytes);
+            return visit(va, bytes);
         }
         for copy in self.copies(Va(va)) {
-            let range = copy..Va(copy.0.saturating_add(len));
-            self.extents(range).into_iter().filter_map(|extent| self.bytes(extent)).for_each(&mut *visit);
+            for mapping in self.mappings(copy..Va(copy.0.saturating_add(len))) {
+                if let Some(bytes) = self.bytes(mapping.extent) {
+                    visit(va + (mapping.va - copy), bytes);
+                }
+            }
         }
     }
 }

@@ -12,10 +12,54 @@ use std::ops::Range;
 
 /// Lends the memory of objects.
 pub trait Contents {
-    /// Calls `visit` with the memory at `va`, piece by piece in ascending order; every piece but the last is a
-    /// multiple of 8 bytes long. Memory that cannot be read is left out. `va` is a multiple of 8. An object that has a
-    /// copy for each CPU is all its copies, one after the other.
-    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(&'a [u8]));
+    /// Calls `visit` with the memory at `va`, piece by piece in ascending order, and each piece's address; every piece
+    /// but the last is a multiple of 8 bytes long. Memory that cannot be read is left out. `va` is a multiple of 8. An
+    /// object that has a copy for each CPU is all its copies, one after the other, each at the object's address.
+    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8]));
+}
+
+/// What is not reached from an object, but marking begins there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Origin {
+    /// Region of the roots, by its number.
+    Region(usize),
+    /// Registers of the CPU with this index.
+    Register(usize),
+    /// The object itself: it is gray.
+    Gray,
+    /// The object itself: it is too young to be reported.
+    Young,
+    /// The object itself: it is lost, and nothing lost outside its cycle refers to it.
+    Lost,
+}
+
+/// Is told of every object when it is first reached. `()` does not listen, which costs nothing.
+pub trait Witness {
+    /// Until the next call, what is reached from outside of objects is reached from here.
+    fn enter(&mut self, _origin: Origin) {}
+
+    /// `object` was reached by a word of the object in slot `from`, or from outside of objects.
+    fn reached(&mut self, _object: Hit, _from: Option<u32>) {}
+}
+
+impl Witness for () {}
+
+/// A word that reaches an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reference {
+    /// Where the word is, bytes from the start of its holder.
+    pub offset: u64,
+    /// The word.
+    pub word: u64,
+    /// What it reaches.
+    pub target: Block,
+}
+
+impl Reference {
+    /// Where in the target the word points; None when it points to what stands for the target.
+    pub fn entry(&self) -> Option<u64> {
+        self.word.checked_sub(self.target.start).filter(|&inside| inside < self.target.size)
+    }
 }
 
 /// What makes an object different from plain memory.
@@ -44,7 +88,7 @@ const NO_SCAN: u8 = 8;
 const STAGE: usize = 64;
 
 /// One marking run over one frozen heap.
-pub struct Marker<'a, C> {
+pub struct Marker<'a, C, W = ()> {
     index: &'a Index,
     contents: &'a C,
     /// One byte per slot.
@@ -54,17 +98,19 @@ pub struct Marker<'a, C> {
     stage: Vec<u64>,
     /// Bytes read so far.
     pub bytes: u64,
+    /// Who is told.
+    pub witness: W,
 }
 
-impl<'a, C: Contents> Marker<'a, C> {
+impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
     /// A marker with nothing reached. `slots` are the taken ones.
-    pub fn new(index: &'a Index, contents: &'a C, slots: &[u32]) -> Self {
+    pub fn new(index: &'a Index, contents: &'a C, slots: &[u32], witness: W) -> Self {
         let mut state = vec![0; index.slots()];
         for &slot in slots {
             state[slot as usize] = OBJECT;
         }
-        let stage = Vec::with_capacity(STAGE);
-        Self { index, contents, state, specials: FxHashMap::default(), work: Vec::new(), stage, bytes: 0 }
+        let (specials, work, stage) = (FxHashMap::default(), Vec::new(), Vec::with_capacity(STAGE));
+        Self { index, contents, state, specials, work, stage, bytes: 0, witness }
     }
 
     /// Says what is special about the object that starts at `va`; ignored when none does.
@@ -92,7 +138,7 @@ impl<'a, C: Contents> Marker<'a, C> {
     /// Takes the object that starts at `va` as reached; [`Marker::run`] reads it.
     pub fn set_gray(&mut self, va: u64) {
         if let Some(hit) = self.object_at(va) {
-            self.reach(hit);
+            self.reach(hit, None);
         }
     }
 
@@ -109,10 +155,16 @@ impl<'a, C: Contents> Marker<'a, C> {
     /// Reads everything reached but not yet read.
     pub fn run(&mut self) {
         while let Some(hit) = self.work.pop() {
-            if self.state[hit.slot as usize] & SPECIAL != 0 {
-                self.read_special(hit);
-            } else {
-                self.read_block(hit, 0..hit.block.size);
+            self.read_reached(hit);
+        }
+    }
+
+    /// As [`Marker::run`], nearest first: an object that fewer references separate from where the run began is read
+    /// before all others, so that the witness sees shortest chains.
+    pub fn run_nearest_first(&mut self) {
+        while !self.work.is_empty() {
+            for hit in std::mem::take(&mut self.work) {
+                self.read_reached(hit);
             }
         }
     }
@@ -122,39 +174,69 @@ impl<'a, C: Contents> Marker<'a, C> {
         self.object_at(va).is_none_or(|hit| self.state[hit.slot as usize] & MARKED != 0)
     }
 
-    /// Calls `found` with every object that the contents of the object at `va` refer to, itself excluded, by the same
-    /// rules as marking. An object may come more than once.
-    pub fn references(&self, va: u64, mut found: impl FnMut(Block)) {
+    /// Slot of the object that starts at `va`; None when none does, or when it has no bytes.
+    pub fn slot(&self, va: u64) -> Option<u32> {
+        self.object_at(va).map(|hit| hit.slot)
+    }
+
+    /// Calls `found` with every reference in the contents of the object at `va`, those to itself excluded, by the same
+    /// rules as marking.
+    pub fn references(&self, va: u64, mut found: impl FnMut(Reference)) {
         let Some(hit) = self.object_at(va) else { return };
         if self.state[hit.slot as usize] & NO_SCAN != 0 {
             return;
         }
         let special = self.specials.get(&hit.slot);
-        let areas = areas(hit.block, special);
-        let weak = special.and_then(|s| s.weak).map(|offset| offset..offset + 8);
-        let mut refer = |target: Hit| {
-            if self.state[target.slot as usize] & OBJECT != 0 && target.slot != hit.slot {
-                found(target.block);
-            }
-        };
-        for area in areas.into_iter().chain(weak.clone()) {
-            self.visit(hit.block, area.clone(), |bytes| {
-                candidates(bytes, self.index.windows(), |_, word| {
-                    let Some(target) = self.index.find(word) else { return };
-                    refer(target);
-                    let stands_for = self.specials.get(&target.slot).and_then(|s| s.stands_for);
-                    let surplus = target.slot != hit.slot && weak.as_ref() != Some(&area);
-                    if let Some(other) = stands_for.filter(|_| surplus).and_then(|va| self.index.find(va)) {
-                        refer(other);
-                    }
+        let weak = special.and_then(|s| s.weak).map(|offset| (offset..offset.saturating_add(8), false));
+        let areas = areas(hit.block, special).into_iter().map(|area| (area, true));
+        for (area, strong) in areas.chain(weak) {
+            visit(self.contents, hit.block, area, |at, bytes| {
+                let at = at - hit.block.start;
+                candidates(bytes, self.index.windows(), |offset, word| {
+                    let offset = at + offset as u64;
+                    self.targets(word, Some(hit.slot), strong, |target| {
+                        if target.slot != hit.slot {
+                            found(Reference { offset, word, target: target.block });
+                        }
+                    });
                 });
             });
+        }
+    }
+
+    /// The same for root memory that starts at an aligned address.
+    pub fn root_references(&self, bytes: &[u8], mut found: impl FnMut(Reference)) {
+        candidates(bytes, self.index.windows(), |offset, word| {
+            let offset = offset as u64;
+            self.targets(word, None, true, |t| found(Reference { offset, word, target: t.block }));
+        });
+    }
+
+    /// What `word`, read from the object in slot `source`, reaches. Not `strong`: without what its target stands for.
+    fn targets(&self, word: u64, source: Option<u32>, strong: bool, mut found: impl FnMut(Hit)) {
+        let is_object = |hit: &Hit| self.state[hit.slot as usize] & OBJECT != 0;
+        let Some(target) = self.index.find(word).filter(is_object) else { return };
+        found(target);
+        if strong && source != Some(target.slot) {
+            let stands_for = self.specials.get(&target.slot).and_then(|s| s.stands_for);
+            if let Some(other) = stands_for.and_then(|va| self.index.find(va)).filter(is_object) {
+                found(other);
+            }
         }
     }
 
     fn object_at(&self, va: u64) -> Option<Hit> {
         let hit = self.index.find(va)?;
         (hit.block.start == va && self.state[hit.slot as usize] & OBJECT != 0).then_some(hit)
+    }
+
+    #[inline]
+    fn read_reached(&mut self, hit: Hit) {
+        if self.state[hit.slot as usize] & SPECIAL != 0 {
+            self.read_special(hit);
+        } else {
+            self.read_block(hit, 0..hit.block.size);
+        }
     }
 
     fn read_special(&mut self, hit: Hit) {
@@ -165,22 +247,19 @@ impl<'a, C: Contents> Marker<'a, C> {
         }
         if let Some(offset) = weak {
             let mut word = None;
-            self.visit(hit.block, offset..offset + 8, |bytes| word = bytes.first_chunk().copied());
+            let area = offset..offset.saturating_add(8);
+            visit(self.contents, hit.block, area, |_, bytes| word = bytes.first_chunk().copied());
             if let Some(target) = word.and_then(|w| self.index.find(u64::from_le_bytes(w))) {
-                self.reach(target);
+                self.reach(target, Some(hit.slot));
             }
         }
     }
 
     fn read_block(&mut self, hit: Hit, area: Range<u64>) {
         let contents = self.contents;
-        visit(contents, hit.block, area, |bytes| {
+        visit(contents, hit.block, area, |_, bytes| {
             self.read(bytes, Some(hit.slot));
         });
-    }
-
-    fn visit(&self, block: Block, area: Range<u64>, read: impl FnMut(&'a [u8])) {
-        visit(self.contents, block, area, read);
     }
 
     fn read(&mut self, bytes: &[u8], source: Option<u32>) -> u64 {
@@ -215,17 +294,17 @@ impl<'a, C: Contents> Marker<'a, C> {
         if state & SPECIAL != 0 && source != Some(hit.slot) {
             let stands_for = self.specials.get(&hit.slot).and_then(|s| s.stands_for);
             if let Some(other) = stands_for.and_then(|va| self.index.find(va)) {
-                self.reach(other);
+                self.reach(other, source);
             }
         }
         if state & MARKED == 0 {
-            self.reach(hit);
+            self.reach(hit, source);
         }
         true
     }
 
     #[inline]
-    fn reach(&mut self, hit: Hit) {
+    fn reach(&mut self, hit: Hit, source: Option<u32>) {
         let state = &mut self.state[hit.slot as usize];
         if *state & (OBJECT | MARKED) != OBJECT {
             return;
@@ -234,6 +313,7 @@ impl<'a, C: Contents> Marker<'a, C> {
         if *state & NO_SCAN == 0 {
             self.work.push(hit);
         }
+        self.witness.reached(hit, source);
     }
 }
 
@@ -245,11 +325,16 @@ fn areas(block: Block, special: Option<&Special>) -> Vec<Range<u64>> {
     }
 }
 
-/// Lends the aligned words of `area` (bytes from the start of `block`), cut to the block.
-fn visit<'a>(contents: &'a impl Contents, block: Block, area: Range<u64>, mut read: impl FnMut(&'a [u8])) {
-    let start = block.start.saturating_add(area.start).next_multiple_of(8);
+/// Lends the aligned words of `area` (bytes from the start of `block`), cut to the block, with their addresses.
+fn visit<'a>(
+    contents: &'a impl Contents,
+    block: Block,
+    area: Range<u64>,
+    mut read: impl FnMut(u64, &'a [u8]),
+) {
+    let start = block.start.saturating_add(area.start).checked_next_multiple_of(8);
     let end = block.start.saturating_add(area.end.min(block.size));
-    if start < end {
+    if let Some(start) = start.filter(|&start| start < end) {
         contents.pieces(start, end - start, &mut read);
     }
 }

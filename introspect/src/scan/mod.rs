@@ -23,18 +23,26 @@
 //!   chunk are small numbers, so that an equal number anywhere may hide a lost one.
 //! - Memblock and ioremap objects are never reported: their memory is among the roots or is no RAM.
 
+mod coverage;
 pub mod dead_words;
 mod graph;
 pub mod guest;
 pub mod index;
 pub mod mark;
+mod path;
+mod path_text;
+mod places;
 mod referrers;
 pub mod roots;
 #[cfg(test)]
 mod tests;
+mod trail;
 mod treatment;
 pub mod words;
 
+pub use coverage::{Coverage, NotRead, RootShare, coverage};
+pub use path::{Hop, Path, Start, path};
+pub use places::{Owner, Place};
 pub use referrers::{Referrer, addresses, referrers};
 pub use treatment::{Function, Treatments};
 
@@ -46,7 +54,7 @@ use anyhow::Context;
 use guest::{Extent, GuestMemory};
 use guest_profiles::annotations::Action;
 use index::{Block, Index};
-use mark::{Contents, Marker, Special};
+use mark::{Contents, Marker, Origin, Special, Witness};
 use roots::{RootInput, Roots};
 use rustc_hash::FxHashMap;
 use std::ops::Range;
@@ -149,41 +157,22 @@ impl ScanResult {
 /// A structure of the guest that is damaged, or a kernel without the types that scans need.
 pub fn scan<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<ScanResult> {
     let start = Instant::now();
-    let ScanInput { linux, memory, registry, .. } = *input;
-    let guest =
-        GuestMemory::new(linux, memory).context("Cannot find the guest's direct map and per-CPU memory")?;
-    let root_input = RootInput {
-        linux,
-        cpus: input.cpus,
-        modules: input.modules,
-        stack: input.stack,
-        objects: &page_objects(registry, &guest),
-        percpu: &percpu_objects(registry),
-    };
-    let roots =
-        Roots::collect(&root_input, &guest, memory).context("Cannot collect the roots of the scan")?;
-    let mut blocks: Vec<Block> = heap(registry).map(|o| block(&o)).collect();
-    blocks.sort_unstable();
-    let (index, slots) = Index::new(&blocks, guest.direct());
-    let mut marker = Marker::new(&index, &guest, &slots);
-    set_vmalloc_specials(input, &mut marker)?;
-    let caches = linux.caches(memory).context("Cannot read the guest's list of slab caches")?;
-    let caches: FxHashMap<Va, String> = caches.into_iter().map(|c| (c.va, c.name)).collect();
-    let young = set_treatments(input, &caches, &mut marker);
+    let (frozen, slots) = Frozen::collect(input)?;
+    let (mut marker, treated) = frozen.marker(input, &slots, ())?;
+    drop(slots);
     let mut result = ScanResult {
         jiffies: input.now_jiffies,
-        objects: blocks.len() as u64,
-        object_bytes: blocks.iter().map(|b| b.size).sum(),
+        objects: frozen.objects,
+        object_bytes: frozen.object_bytes,
         prepare: start.elapsed(),
         ..ScanResult::default()
     };
-    drop((blocks, slots));
 
     let start = Instant::now();
-    roots.stacks.iter().for_each(|stack| marker.set_black(stack.0));
-    result.roots = read_roots(input, &roots, &guest, &mut marker);
+    result.roots = read_roots(input, &frozen, &mut marker);
+    treated.gray.iter().for_each(|&va| marker.set_gray(va));
     marker.run();
-    for va in young {
+    for va in treated.young {
         result.young += u64::from(!marker.is_reached(va));
         marker.set_gray(va);
     }
@@ -192,9 +181,86 @@ pub fn scan<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<ScanRes
     result.mark = start.elapsed();
 
     let start = Instant::now();
-    result.leaks = leaks(registry, &caches, &guest, &marker);
+    let leak = |(object, standing)| leak(&frozen, object, standing);
+    result.leaks = unreached(input.registry, &frozen.guest, &marker).into_iter().map(leak).collect();
     result.graph = start.elapsed();
     Ok(result)
+}
+
+/// A frozen heap, ready to be marked.
+struct Frozen<'a, M> {
+    guest: GuestMemory<'a, M>,
+    roots: Roots,
+    index: Index,
+    /// Names of slab caches.
+    caches: FxHashMap<Va, String>,
+    objects: u64,
+    object_bytes: u64,
+}
+
+/// What marking begins with, beside the roots.
+#[derive(Default)]
+struct Treated {
+    /// Starts of gray objects.
+    gray: Vec<u64>,
+    /// Starts of objects that are too young to be reported.
+    young: Vec<u64>,
+}
+
+impl<'a, M: FrozenMemory> Frozen<'a, M> {
+    /// Finds roots and objects; also returns the slots that are taken.
+    fn collect(input: &ScanInput<'a, M>) -> anyhow::Result<(Self, Vec<u32>)> {
+        let ScanInput { linux, memory, registry, .. } = *input;
+        let guest = GuestMemory::new(linux, memory).context("Cannot find the guest's direct map and per-CPU memory")?;
+        let roots = collect_roots(input, &guest)?;
+        let mut blocks: Vec<Block> = heap(registry).map(|o| block(&o)).collect();
+        blocks.sort_unstable();
+        let (index, slots) = Index::new(&blocks, guest.direct());
+        let caches = linux.caches(memory).context("Cannot read the guest's list of slab caches")?;
+        let frozen = Self {
+            guest,
+            roots,
+            index,
+            caches: caches.into_iter().map(|c| (c.va, c.name)).collect(),
+            objects: blocks.len() as u64,
+            object_bytes: blocks.iter().map(|b| b.size).fold(0, u64::saturating_add),
+        };
+        Ok((frozen, slots))
+    }
+
+    /// A marker that knows how every object is to be treated, with nothing reached yet.
+    fn marker<'s, W: Witness>(
+        &'s self,
+        input: &ScanInput<'_, M>,
+        slots: &[u32],
+        witness: W,
+    ) -> anyhow::Result<(Marker<'s, GuestMemory<'a, M>, W>, Treated)> {
+        let mut marker = Marker::new(&self.index, &self.guest, slots, witness);
+        set_vmalloc_specials(input, &mut marker)?;
+        let treated = set_treatments(input, &self.caches, &mut marker);
+        self.roots.stacks.iter().for_each(|stack| marker.set_black(stack.0));
+        Ok((marker, treated))
+    }
+
+    /// Name of an object's slab cache; empty when it has none.
+    fn cache_of(&self, object: &Object) -> &str {
+        self.caches.get(&object.cache).map_or("", String::as_str)
+    }
+}
+
+fn collect_roots<M: FrozenMemory>(
+    input: &ScanInput<'_, M>,
+    guest: &GuestMemory<'_, M>,
+) -> anyhow::Result<Roots> {
+    let root_input = RootInput {
+        linux: input.linux,
+        cpus: input.cpus,
+        modules: input.modules,
+        stack: input.stack,
+        objects: &page_objects(input.registry, guest),
+        percpu: &percpu_objects(input.registry),
+    };
+    Roots::collect(&root_input, guest, input.memory).context("Cannot collect the roots of the scan")
 }
 
 /// Objects that scans know how to treat.
@@ -238,9 +304,9 @@ fn percpu_objects(registry: &Registry) -> Vec<Range<Va>> {
 }
 
 /// Tells the marker of every `vm_struct` and `vmap_area` (mm/vmalloc.c): see the module description.
-fn set_vmalloc_specials<M: FrozenMemory, C: Contents>(
+fn set_vmalloc_specials<M: FrozenMemory, C: Contents, W: Witness>(
     input: &ScanInput<'_, M>,
-    marker: &mut Marker<'_, C>,
+    marker: &mut Marker<'_, C, W>,
 ) -> anyhow::Result<()> {
     let types = input.linux.kernel.types.as_ref().context("The kernel has no BTF")?;
     let offset = |structure, member| {
@@ -274,15 +340,15 @@ fn set_vmalloc_specials<M: FrozenMemory, C: Contents>(
     Ok(())
 }
 
-/// Tells the marker how every object is to be treated; returns the young ones that may still turn out unreachable.
-fn set_treatments<M: FrozenMemory, C: Contents>(
+/// Tells the marker how every object is to be treated, but for those that marking begins with.
+fn set_treatments<M: FrozenMemory, C: Contents, W: Witness>(
     input: &ScanInput<'_, M>,
     caches: &FxHashMap<Va, String>,
-    marker: &mut Marker<'_, C>,
-) -> Vec<u64> {
+    marker: &mut Marker<'_, C, W>,
+) -> Treated {
     // As msecs_to_jiffies, which rounds up.
     let min_age = (input.min_age_ms * input.linux.hz()).div_ceil(1000);
-    let mut young = Vec::new();
+    let mut treated = Treated::default();
     for object in heap(input.registry) {
         let va = object.address.0;
         if object.no_scan {
@@ -292,7 +358,7 @@ fn set_treatments<M: FrozenMemory, C: Contents>(
         let rule = input.treatments.of(&object, cache);
         match (object.paint, rule.map(|r| r.action)) {
             (Paint::Black, _) | (Paint::Normal, Some(Action::Black)) => marker.set_black(va),
-            (Paint::Gray, _) | (_, Some(Action::Gray)) => marker.set_gray(va),
+            (Paint::Gray, _) | (_, Some(Action::Gray)) => treated.gray.push(va),
             (_, Some(Action::NoScan)) => marker.set_no_scan(va),
             (_, Some(Action::Area)) => {
                 let area =
@@ -305,51 +371,55 @@ fn set_treatments<M: FrozenMemory, C: Contents>(
             (Paint::Normal, None) => {}
         }
         if input.now_jiffies.saturating_sub(object.jiffies) < min_age {
-            young.push(va);
+            treated.young.push(va);
         }
     }
     for region in input.modules.live().flat_map(|m| &m.regions) {
         marker.set_black(region.range.start);
     }
-    young
+    treated
 }
 
 /// Reads all roots.
-fn read_roots<M: FrozenMemory, C: Contents>(
+fn read_roots<M: FrozenMemory, C: Contents, W: Witness>(
     input: &ScanInput<'_, M>,
-    roots: &Roots,
-    guest: &GuestMemory<'_, M>,
-    marker: &mut Marker<'_, C>,
+    frozen: &Frozen<'_, M>,
+    marker: &mut Marker<'_, C, W>,
 ) -> Vec<RootStatistics> {
     let mut statistics = Vec::new();
-    for region in &roots.regions {
+    for (number, region) in frozen.roots.regions.iter().enumerate() {
+        marker.witness.enter(Origin::Region(number));
         let (mut bytes, mut references) = (0, 0);
-        for part in region.extents.iter().filter_map(|&extent| guest.bytes(extent)) {
+        for part in region.extents.iter().filter_map(|&extent| frozen.guest.bytes(extent)) {
             bytes += part.len() as u64;
             references += marker.root(part);
         }
         statistics.push(RootStatistics { name: region.name.clone(), bytes, references });
     }
-    let words: Vec<u64> = input.cpus.iter().filter(|c| c.online).flat_map(|c| c.registers.words()).collect();
-    let references = words.iter().filter(|&&word| marker.root_word(word)).count() as u64;
-    statistics.push(RootStatistics { name: "registers".into(), bytes: words.len() as u64 * 8, references });
+    let (mut bytes, mut references) = (0, 0);
+    for cpu in input.cpus.iter().filter(|c| c.online) {
+        marker.witness.enter(Origin::Register(cpu.index));
+        let words = cpu.registers.words();
+        bytes += words.len() as u64 * 8;
+        references += words.iter().filter(|&&word| marker.root_word(word)).count() as u64;
+    }
+    statistics.push(RootStatistics { name: "registers".into(), bytes, references });
     statistics
 }
 
-/// Sorts out what was not reached.
-fn leaks<M: FrozenMemory, C: Contents>(
+/// What was not reached, in allocation order, sorted out.
+fn unreached<M: FrozenMemory, C: Contents, W: Witness>(
     registry: &Registry,
-    caches: &FxHashMap<Va, String>,
     guest: &GuestMemory<'_, M>,
-    marker: &Marker<'_, C>,
-) -> Vec<Leak> {
+    marker: &Marker<'_, C, W>,
+) -> Vec<(Object, graph::Standing)> {
     let mut white: Vec<Object> = heap(registry).filter(|o| !marker.is_reached(o.address.0)).collect();
     white.sort_unstable_by_key(|o| o.sequence);
     let numbers: FxHashMap<u64, u32> = (0..).zip(&white).map(|(n, o)| (o.address.0, n)).collect();
     let mut edges = Vec::new();
     for (from, object) in (0..).zip(&white) {
-        marker.references(object.address.0, |target| {
-            if let Some(&to) = numbers.get(&target.start) {
+        marker.references(object.address.0, |reference| {
+            if let Some(&to) = numbers.get(&reference.target.start) {
                 edges.push((from, to));
             }
         });
@@ -357,13 +427,14 @@ fn leaks<M: FrozenMemory, C: Contents>(
     let memory = |o: &Object| o.size.saturating_mul(guest.copies(o.address).len() as u64);
     let sizes: Vec<u64> = white.iter().map(memory).collect();
     let standings = graph::classify(&sizes, &edges);
-    let leak = |(object, standing): (Object, graph::Standing)| {
-        let (head, checksum) = fingerprints(guest, &object);
-        let graph::Standing { direct, component, retained } = standing;
-        let cache = caches.get(&object.cache).cloned();
-        Leak { object, cache, direct, component, retained, head, checksum }
-    };
-    white.into_iter().zip(standings).map(leak).collect()
+    white.into_iter().zip(standings).collect()
+}
+
+fn leak<M: FrozenMemory>(frozen: &Frozen<'_, M>, object: Object, standing: graph::Standing) -> Leak {
+    let (head, checksum) = fingerprints(&frozen.guest, &object);
+    let graph::Standing { direct, component, retained } = standing;
+    let cache = frozen.caches.get(&object.cache).cloned();
+    Leak { object, cache, direct, component, retained, head, checksum }
 }
 
 /// First bytes of an object's first copy, and the checksums of all, as kmemleak joins them (6.12 and newer).
@@ -380,7 +451,7 @@ fn fingerprint(contents: &impl Contents, block: Block) -> (Vec<u8>, u32) {
     let mut head = Vec::new();
     // crc32fast inverts before and after; the kernel's crc32(0, ...) does neither.
     let mut checksum = crc32fast::Hasher::new_with_initial(!0);
-    contents.pieces(start, block.size + skip as u64, &mut |bytes| {
+    contents.pieces(start, block.size + skip as u64, &mut |_, bytes| {
         let bytes = &bytes[skip.min(bytes.len())..];
         skip = 0;
         head.extend(&bytes[..bytes.len().min(HEAD_BYTES - head.len())]);

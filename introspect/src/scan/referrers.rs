@@ -2,9 +2,8 @@
 //!
 //! Slow next to a scan (it looks at everything once for one object), so it is for `dump=`.
 
-use super::guest::GuestMemory;
-use super::roots::{RootInput, Roots};
-use super::{ScanInput, heap, page_objects, percpu_objects};
+use super::guest::{GuestMemory, Mapping};
+use super::{ScanInput, collect_roots, heap};
 use crate::memory::{FrozenMemory, Va};
 use crate::registry::Object;
 use anyhow::Context;
@@ -67,15 +66,7 @@ pub fn referrers<M: FrozenMemory>(
 ) -> anyhow::Result<Vec<Referrer>> {
     let guest = GuestMemory::new(input.linux, input.memory)
         .context("Cannot find the guest's direct map and per-CPU memory")?;
-    let root_input = RootInput {
-        linux: input.linux,
-        cpus: input.cpus,
-        modules: input.modules,
-        stack: input.stack,
-        objects: &page_objects(input.registry, &guest),
-        percpu: &percpu_objects(input.registry),
-    };
-    let roots = Roots::collect(&root_input, &guest, input.memory).context("Cannot collect the roots")?;
+    let roots = collect_roots(input, &guest)?;
     let mut found = Vec::new();
     for region in &roots.regions {
         for &extent in &region.extents {
@@ -91,12 +82,10 @@ pub fn referrers<M: FrozenMemory>(
     }
     for object in heap(input.registry).filter(|o| !target.contains(&o.address.0)) {
         for copy in guest.copies(object.address) {
-            let mut base = 0;
-            for extent in guest.extents(copy..copy + object.size) {
+            for Mapping { va, extent } in guest.mappings(copy..copy + object.size) {
                 for offset in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, target)) {
-                    found.push(Referrer::Object { object, offset: base + offset });
+                    found.push(Referrer::Object { object, offset: (va - copy) + offset });
                 }
-                base += extent.len;
             }
         }
         if found.len() >= MAX {

@@ -17,6 +17,9 @@ use std::ops::Range;
 /// Stacks of dead tasks kept by each CPU for reuse (`NR_CACHED_STACKS`, kernel/fork.c).
 const CACHED_STACKS: u64 = 2;
 
+/// Uses of pages that hold no roots; slab pages are read object by object.
+const UNREAD_USES: [Use; 6] = [Use::Free, Use::User, Use::PageTable, Use::Text, Use::Slab, Use::None];
+
 /// A part of the roots, named for statistics.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Region {
@@ -26,6 +29,15 @@ pub struct Region {
     pub extents: Vec<Extent>,
 }
 
+/// Memory next to the roots that is no root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unread {
+    /// What it is.
+    pub name: &'static str,
+    /// Kernel addresses.
+    pub ranges: Vec<Range<Va>>,
+}
+
 /// All roots in memory, and the stacks found on the way.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Roots {
@@ -33,6 +45,10 @@ pub struct Roots {
     pub regions: Vec<Region>,
     /// Starts of kernel stacks, of live tasks and kept for reuse: objects that are read as stacks or not at all.
     pub stacks: Vec<Va>,
+    /// Parts of stacks and of tables that are left out.
+    pub unread: Vec<Unread>,
+    /// RAM of each use of pages that is left out, in bytes; pages that are read as something else do not count.
+    pub unread_pages: Vec<(Use, u64)>,
 }
 
 /// What [`Roots::collect`] needs to know.
@@ -68,13 +84,16 @@ impl Roots {
         claims.take(input.objects);
         roots.add_page_structs(linux, guest, memory, &uses, &mut claims)?;
         roots.add_stacks(input, guest, memory, &mut claims)?;
+        let mut records = Vec::new();
         for root in linux.static_roots(memory)? {
             let parts = root.parts().into_iter().flat_map(|part| guest.extents(aligned(part)));
             let extents = claims.without(&parts.collect::<Vec<_>>());
             // With what is not read: it shall not come back as reserved pages.
             claims.take(&guest.extents(aligned(root.range)));
             roots.add(root.name, extents);
+            records.extend(root.unread);
         }
+        roots.leave("records of the in-kernel kmemleak", records);
         roots.add_percpu(input, guest, &mut claims);
         for (name, range) in input.modules.data() {
             let range = Va(range.start)..Va(range.end);
@@ -82,7 +101,12 @@ impl Roots {
         }
         roots.add("reserved pages".into(), claims.pages(&uses, Use::Reserved));
         roots.add("kernel pages".into(), claims.pages(&uses, Use::Kernel));
+        roots.unread_pages = UNREAD_USES.map(|usage| (usage, claims.ram(&uses, usage, memory))).into();
         Ok(roots)
+    }
+
+    fn leave(&mut self, name: &'static str, ranges: Vec<Range<Va>>) {
+        self.unread.push(Unread { name, ranges });
     }
 
     fn add(&mut self, name: String, extents: Vec<Extent>) {
@@ -100,26 +124,25 @@ impl Roots {
         claims: &mut Claims,
     ) -> Result<(), MemoryError> {
         let structs = linux.page_structs(memory)?;
-        let mut used = Vec::new();
+        let (mut used, mut unused) = (Vec::new(), Vec::new());
+        let entries = |frames: Range<u64>| {
+            structs.base + frames.start * structs.size..structs.base + frames.end * structs.size
+        };
         for range in memory.ranges() {
             let first = range.start.0 >> PAGE_SHIFT;
-            let frames = range.len >> PAGE_SHIFT;
-            let entries = structs.base + first * structs.size..structs.base + (first + frames) * structs.size;
-            for extent in guest.extents(entries.clone()) {
-                claims.take(&[extent]);
-            }
+            let frames = first..first + (range.len >> PAGE_SHIFT);
+            claims.take(&guest.extents(entries(frames.clone())));
             let in_use = |frame: &u64| {
                 matches!(
                     uses.get(*frame),
                     Use::User | Use::PageTable | Use::Reserved | Use::Text | Use::Kernel
                 )
             };
-            for run in runs((first..first + frames).filter(in_use)) {
-                let entries = structs.base + run.start * structs.size..structs.base + run.end * structs.size;
-                used.extend(guest.extents(entries));
-            }
+            used.extend(runs(frames.clone().filter(in_use)).flat_map(|run| guest.extents(entries(run))));
+            unused.extend(runs(frames.filter(|frame| !in_use(frame))).map(entries));
         }
         self.add("page structs".into(), used);
+        self.leave("page structs of pages that are free or slabs", unused);
         Ok(())
     }
 
@@ -130,20 +153,27 @@ impl Roots {
         guest: &GuestMemory<'_, M>,
         claims: &mut Claims,
     ) {
-        let mut untracked = Vec::new();
+        let (mut untracked, mut free) = (Vec::new(), Vec::new());
         for chunk in guest.percpu() {
+            let allocated: Vec<Range<Va>> =
+                chunk.objects().map(|(cookie, size)| cookie..cookie + size).collect();
             let parts: Vec<Range<Va>> = chunk
                 .objects()
                 .flat_map(|(cookie, size)| without(cookie..cookie + size, near(input.percpu, cookie, size)))
                 .collect();
+            let unused = without(chunk.cookie..chunk.cookie + chunk.size, &allocated);
             for &copy in &chunk.copies {
                 claims.take(&guest.extents(copy..copy + chunk.size));
-                let place = |cookie: Va| copy + (cookie - chunk.cookie);
-                let parts = parts.iter().map(|part| place(part.start)..place(part.end));
-                untracked.extend(parts.flat_map(|part| guest.extents(aligned(part))));
+                let place = |part: &Range<Va>| {
+                    let at = |cookie: Va| copy + (cookie - chunk.cookie);
+                    aligned(at(part.start)..at(part.end))
+                };
+                free.extend(unused.iter().map(place));
+                untracked.extend(parts.iter().flat_map(|part| guest.extents(place(part))));
             }
         }
         self.add("percpu chunks".into(), untracked);
+        self.leave("percpu chunks, not allocated", free);
     }
 
     fn add_stacks<M: FrozenMemory>(
@@ -156,29 +186,43 @@ impl Roots {
         let tasks = input.linux.tasks(memory)?;
         let cpus: Vec<Cpu> = input.cpus.iter().map(|c| Cpu::new(input.linux, memory, c)).collect();
         let words = DeadWords::of(input.linux);
-        let mut live = Vec::new();
+        let (mut live, mut idle, mut dead) = (Vec::new(), Vec::new(), Vec::new());
         for task in tasks.iter().filter(|t| t.stack != Va(0)) {
             claims.take(&guest.extents(task.stack..task.stack + task.stack_size));
             self.stacks.push(task.stack);
-            let Some(part) = live_part(task, &cpus) else { continue };
+            let stack = stack_of(task);
+            let part = live_part(task, &cpus).unwrap_or(stack.end..stack.end);
             let sleeping = words.as_ref().filter(|_| !task.on_cpu);
-            let dead = sleeping.map_or_else(Vec::new, |words| words.of_task(memory, task.saved_sp));
-            live.extend(without(part, &dead).into_iter().flat_map(|part| guest.extents(part)));
+            let holes = sleeping.map_or_else(Vec::new, |words| words.of_task(memory, task.saved_sp));
+            idle.extend(without(stack, std::slice::from_ref(&part)));
+            dead.extend(within(&part, &holes));
+            live.extend(without(part, &holes));
         }
-        let mut interrupt = Vec::new();
+        let (mut interrupt, mut idle_interrupt) = (Vec::new(), Vec::new());
         for cpu in &cpus {
             claims.take(&guest.extents(cpu.interrupt_stack.clone()));
-            interrupt.extend(guest.extents(cpu.live_interrupt_stack(&tasks)));
+            let part = cpu.live_interrupt_stack(&tasks);
+            idle_interrupt.extend(without(cpu.interrupt_stack.clone(), std::slice::from_ref(&part)));
+            interrupt.push(part);
         }
-        let size = tasks.first().map_or(0, |t| t.stack_size);
+        let (size, mut kept) = (tasks.first().map_or(0, |t| t.stack_size), Vec::new());
         for stack in cached_stacks(input.linux, memory)? {
             claims.take(&guest.extents(stack..stack + size));
             self.stacks.push(stack);
+            kept.push(stack..stack + size);
         }
         if input.stack {
-            self.add("task stacks".into(), live);
-            self.add("interrupt stacks".into(), interrupt);
+            let extents =
+                |ranges: Vec<Range<Va>>| ranges.into_iter().flat_map(|r| guest.extents(r)).collect();
+            self.add("task stacks".into(), extents(live));
+            self.add("interrupt stacks".into(), extents(interrupt));
+        } else {
+            self.leave("stacks in use: stack=off", live.into_iter().chain(interrupt).collect());
         }
+        self.leave("dead words of sleeping tasks' stacks", dead);
+        self.leave("task stacks, not in use", idle);
+        self.leave("interrupt stacks, not in use", idle_interrupt);
+        self.leave("stacks kept for new tasks", kept);
         Ok(())
     }
 }
@@ -266,6 +310,12 @@ fn without(range: Range<Va>, holes: &[Range<Va>]) -> Vec<Range<Va>> {
     left
 }
 
+/// The parts of `holes` inside `range`.
+fn within(range: &Range<Va>, holes: &[Range<Va>]) -> impl Iterator<Item = Range<Va>> {
+    let cut = |hole: &Range<Va>| hole.start.max(range.start)..hole.end.min(range.end);
+    holes.iter().map(cut).filter(|part| part.start < part.end)
+}
+
 fn stack_of(task: &Task) -> Range<Va> {
     task.stack..task.stack + task.stack_size
 }
@@ -346,6 +396,16 @@ impl Claims {
         left
     }
 
+    /// RAM in frames of one use that are not taken, bytes.
+    fn ram(&self, uses: &PageMap, wanted: Use, memory: &impl FrozenMemory) -> u64 {
+        let taken = |frame: u64| self.taken.get(frame as usize).copied().unwrap_or(false);
+        let frames = memory.ranges().iter().flat_map(|ram| {
+            let first = ram.start.0 >> PAGE_SHIFT;
+            first..first + (ram.len >> PAGE_SHIFT)
+        });
+        frames.filter(|&frame| uses.get(frame) == wanted && !taken(frame)).count() as u64 * PAGE_SIZE
+    }
+
     /// Frames of one use that are not taken.
     fn pages(&self, uses: &PageMap, wanted: Use) -> Vec<Extent> {
         let frames = uses.uses.iter().zip(&self.taken).enumerate();
@@ -374,13 +434,14 @@ fn runs(numbers: impl Iterator<Item = u64>) -> impl Iterator<Item = Range<u64>> 
 
 /// Aligned words lie at multiples of 8.
 fn aligned(range: Range<Va>) -> Range<Va> {
-    Va(range.start.0.next_multiple_of(8)).min(range.end)..range.end
+    Va(range.start.0.checked_next_multiple_of(8).unwrap_or(u64::MAX)).min(range.end)..range.end
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::arch::Registers;
+    use crate::memory::FlatMemory;
 
     const STACK: Va = Va(0xffff_c900_0001_0000);
 
@@ -414,6 +475,20 @@ mod tests {
         assert_eq!(live_part(&task(true, 0), &[cpu(0x9000, false, sp)]), live);
         assert_eq!(live_part(&task(true, 0), &[cpu(0x20, false, sp)]), Some(STACK..top));
         assert_eq!(live_part(&task(true, 0), &[cpu(0x20, true, sp)]), None);
+    }
+
+    #[test]
+    fn what_is_read_and_what_is_not_make_up_the_stack() {
+        let part = |from, to| STACK + from..STACK + to;
+        let holes = [part(0x100, 0x200), part(0x300, 0x310), part(0x3f00, 0x4100)];
+        let live = part(0x180, 0x4000);
+        assert_eq!(without(live.clone(), &holes), [part(0x200, 0x300), part(0x310, 0x3f00)]);
+        let dead: Vec<_> = within(&live, &holes).collect();
+        assert_eq!(dead, [part(0x180, 0x200), part(0x300, 0x310), part(0x3f00, 0x4000)]);
+        assert_eq!(without(part(0, 0x4000), std::slice::from_ref(&live)), [part(0, 0x180)]);
+        let none = part(0x4000, 0x4000);
+        assert_eq!(without(part(0, 0x4000), std::slice::from_ref(&none)), [part(0, 0x4000)]);
+        assert_eq!(within(&none, &holes).count(), 0);
     }
 
     #[test]
@@ -451,6 +526,9 @@ mod tests {
         let uses = PageMap {
             uses: vec![Use::Kernel, Use::Kernel, Use::Free, Use::Kernel, Use::Kernel, Use::Kernel],
         };
+        let memory = FlatMemory::new(vec![0; 0x5000]);
+        let ram = [Use::Kernel, Use::Free, Use::User].map(|usage| claims.ram(&uses, usage, &memory));
+        assert_eq!(ram, [0x3000, 0, 0], "frame 2 is taken, frame 5 no RAM");
         let pages = claims.pages(&uses, Use::Kernel);
         assert_eq!(pages, [(0, 0x1000), (0x3000, 0x2000)].map(|(s, len)| Extent { start: Pa(s), len }));
     }

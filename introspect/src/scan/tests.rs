@@ -2,7 +2,9 @@
 
 use super::graph::{Standing, classify};
 use super::index::{Block, Index};
-use super::mark::{Contents, Marker, Special};
+use super::mark::{Contents, Marker, Origin, Special, Witness};
+use super::path::{link, root_link};
+use super::trail::Trail;
 use super::words::{Windows, candidates};
 use super::{HEAD_BYTES, fingerprint};
 use proptest::prelude::*;
@@ -45,13 +47,13 @@ impl Flat {
 }
 
 impl Contents for Flat {
-    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(&'a [u8])) {
+    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8])) {
         let (mut va, end) = (va, va + len);
         while va < end {
             let next = (va / 4096 * 4096 + 4096).min(end);
             let (direct, at) = self.place(va);
             let memory = if direct { &self.direct } else { &self.vmalloc };
-            visit(&memory[at..at + (next - va) as usize]);
+            visit(va, &memory[at..at + (next - va) as usize]);
             va = next;
         }
     }
@@ -97,6 +99,28 @@ fn heap() -> impl Strategy<Value = Vec<Block>> {
             blocks
         },
     )
+}
+
+/// A reference: from an object, to an object, which word of the one, where in the other.
+type Edge = (prop::sample::Index, prop::sample::Index, u64, u64);
+
+fn edges() -> impl Strategy<Value = Vec<Edge>> {
+    let object = any::<prop::sample::Index>;
+    proptest::collection::vec((object(), object(), 0..600u64, 0..70u64), 0..80)
+}
+
+/// Memory with these references in it.
+fn plant(blocks: &[Block], edges: &[Edge]) -> Flat {
+    let mut memory = Flat::new();
+    for (from, to, word, inside) in edges {
+        let (from, to) = (from.get(blocks), to.get(blocks));
+        let first = from.start.next_multiple_of(8);
+        let words = (from.start + from.size).saturating_sub(first) / 8;
+        if words > 0 {
+            memory.put(first + word % words * 8, to.start + inside);
+        }
+    }
+    memory
 }
 
 fn naive_find(blocks: &[Block], word: u64) -> Option<Block> {
@@ -155,26 +179,18 @@ proptest! {
     #[test]
     fn marking_reaches_exactly_what_can_be_reached(
         blocks in heap(),
-        edges in proptest::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0..600u64, 0..70u64), 0..80),
+        edges in edges(),
         roots in proptest::collection::vec((any::<prop::sample::Index>(), 0..70u64), 0..4),
         no_scan in proptest::collection::vec(any::<prop::sample::Index>(), 0..3),
         area in (any::<prop::sample::Index>(), 0..8u64, 0..8u64),
     ) {
         prop_assume!(!blocks.is_empty());
-        let mut memory = Flat::new();
-        for (from, to, word, inside) in &edges {
-            let (from, to) = (from.get(&blocks), to.get(&blocks));
-            let first = from.start.next_multiple_of(8);
-            let words = (from.start + from.size).saturating_sub(first) / 8;
-            if words > 0 {
-                memory.put(first + word % words * 8, to.start + inside);
-            }
-        }
+        let memory = plant(&blocks, &edges);
         let roots: Vec<u64> = roots.iter().map(|(to, inside)| to.get(&blocks).start + inside).collect();
         let no_scan: BTreeSet<u64> = no_scan.iter().map(|i| i.get(&blocks).start).collect();
         let area = (area.0.get(&blocks).start, area.1 * 8..(area.1 + area.2) * 8);
         let (index, slots) = index(&blocks);
-        let mut marker = Marker::new(&index, &memory, &slots);
+        let mut marker = Marker::new(&index, &memory, &slots, ());
         no_scan.iter().for_each(|&va| marker.set_no_scan(va));
         marker.set_special(area.0, Special { areas: Some(vec![area.1.clone()]), ..Special::default() });
         let bytes: Vec<u8> = roots.iter().flat_map(|w| w.to_le_bytes()).collect();
@@ -201,9 +217,41 @@ proptest! {
         for block in &blocks {
             prop_assert_eq!(marker.is_reached(block.start), reached.contains(block), "{:x?}", block);
             let mut found = BTreeSet::new();
-            marker.references(block.start, |b| { found.insert(b); });
+            marker.references(block.start, |r| { found.insert(r.target); });
             let expected: BTreeSet<_> = contents(block).into_iter().filter(|b| b != block).collect();
             prop_assert_eq!(found, expected);
+        }
+    }
+
+    #[test]
+    fn the_trail_leads_by_a_shortest_way_to_everything_reached(
+        blocks in heap(), edges in edges(), roots in proptest::collection::vec((any::<prop::sample::Index>(), 0..70u64), 0..4)
+    ) {
+        prop_assume!(!blocks.is_empty());
+        let memory = plant(&blocks, &edges);
+        let roots: Vec<u64> = roots.iter().map(|(to, inside)| to.get(&blocks).start + inside).collect();
+        let (index, slots) = index(&blocks);
+        let mut marker = Marker::new(&index, &memory, &slots, Trail::default());
+        for (number, word) in roots.iter().enumerate() {
+            marker.witness.enter(Origin::Region(number));
+            marker.root(&word.to_le_bytes());
+        }
+        marker.run_nearest_first();
+        let distances = distances(&blocks, &memory, &roots);
+        for block in &blocks {
+            let way = marker.slot(block.start).and_then(|slot| marker.witness.to(slot));
+            prop_assert_eq!(way.as_ref().map(|(_, way)| way.len()), distances.get(block).copied(), "{:x?}", block);
+            let Some((origin, way)) = way else { continue };
+            prop_assert_eq!(way.last(), Some(block));
+            let Origin::Region(number) = origin else { panic!("{origin:?}") };
+            let root = root_link(&marker, &roots[number].to_le_bytes(), way[0]);
+            prop_assert_eq!(root.map(|r| (r.offset, r.word)), Some((0, roots[number])));
+            for pair in way.windows(2) {
+                let reference = link(&marker, pair[0], pair[1]).expect("a word that refers to the next");
+                prop_assert_eq!(memory.word(pair[0].start + reference.offset), reference.word);
+                prop_assert_eq!(naive_find(&blocks, reference.word), Some(pair[1]));
+                prop_assert_eq!(reference.entry(), Some(reference.word - pair[1].start));
+            }
         }
     }
 
@@ -239,6 +287,25 @@ proptest! {
     }
 }
 
+/// By object, how many objects there are on a shortest way to it: rounds over all references until none is new.
+fn distances(blocks: &[Block], memory: &Flat, roots: &[u64]) -> BTreeMap<Block, usize> {
+    let mut found: BTreeMap<Block, usize> = BTreeMap::new();
+    let mut next: BTreeSet<Block> = roots.iter().filter_map(|&w| naive_find(blocks, w)).collect();
+    for distance in 1.. {
+        next.retain(|block| !found.contains_key(block));
+        if next.is_empty() {
+            break;
+        }
+        found.extend(next.iter().map(|&block| (block, distance)));
+        let words = next.iter().flat_map(|b| {
+            let words = (b.start.next_multiple_of(8)..).step_by(8);
+            words.take_while(move |va| va + 8 <= b.start + b.size)
+        });
+        next = words.filter_map(|va| naive_find(blocks, memory.word(va))).collect();
+    }
+    found
+}
+
 /// A `vm_struct`-like object standing for a block, and the `vmap_area` that always refers to it.
 fn vmalloc_heap() -> (Vec<Block>, Flat) {
     let blocks = [(DIRECT, 64), (DIRECT + 64, 64), (DIRECT + 128, 64), (VMALLOC, 8192)];
@@ -253,7 +320,7 @@ fn vmalloc_heap() -> (Vec<Block>, Flat) {
 
 fn mark_vmalloc(memory: &Flat, blocks: &[Block], root: u64) -> (bool, bool) {
     let (index, slots) = index(blocks);
-    let mut marker = Marker::new(&index, memory, &slots);
+    let mut marker = Marker::new(&index, memory, &slots, ());
     marker.set_special(
         DIRECT,
         Special { areas: Some(vec![16..24, 24..56]), weak: Some(56), ..Special::default() },
@@ -285,12 +352,48 @@ fn second_reference_to_a_vm_struct_keeps_its_block() {
     assert_eq!(mark_vmalloc(&memory, &blocks, DIRECT + 128), (true, true));
 }
 
+#[test]
+fn a_chain_goes_through_what_stands_for_an_object() {
+    let (blocks, mut memory) = vmalloc_heap();
+    memory.put(DIRECT + 128 + 24, DIRECT + 64);
+    let (index, slots) = index(&blocks);
+    let mut marker = Marker::new(&index, &memory, &slots, Trail::default());
+    let special = Special { areas: Some(vec![0..8, 16..64]), stands_for: Some(VMALLOC), weak: None };
+    marker.set_special(DIRECT + 64, special);
+    marker.witness.enter(Origin::Register(1));
+    marker.root_word(DIRECT + 130);
+    marker.run_nearest_first();
+    let slot = marker.slot(VMALLOC).expect("the area");
+    assert_eq!(marker.witness.to(slot), Some((Origin::Register(1), vec![blocks[2], blocks[3]])));
+    let reference = link(&marker, blocks[2], blocks[3]).expect("the word");
+    assert_eq!((reference.offset, reference.word, reference.entry()), (24, DIRECT + 64, None));
+}
+
+#[test]
+fn chains_begin_at_gray_objects_and_never_at_black_ones() {
+    let blocks = [0, 64, 128, 192].map(|at| Block { start: DIRECT + at, size: 64 });
+    let mut memory = Flat::new();
+    memory.put(DIRECT + 8, DIRECT + 64);
+    memory.put(DIRECT + 128, DIRECT + 192);
+    let (index, slots) = index(&blocks);
+    let mut marker = Marker::new(&index, &memory, &slots, Trail::default());
+    marker.set_black(DIRECT + 128);
+    marker.witness.enter(Origin::Gray);
+    marker.set_gray(DIRECT);
+    marker.run_nearest_first();
+    let ways: Vec<_> = slots.iter().map(|&slot| marker.witness.to(slot)).collect();
+    let gray = |way: &[Block]| Some((Origin::Gray, way.to_vec()));
+    assert_eq!(ways, [gray(&blocks[..1]), gray(&blocks[..2]), None, None]);
+    assert!(marker.is_reached(DIRECT + 128) && !marker.is_reached(DIRECT + 192));
+}
+
 /// Lends a buffer that starts at address 0, in pieces of 16 bytes.
 struct Buffer(Vec<u8>);
 
 impl Contents for Buffer {
-    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(&'a [u8])) {
-        self.0[va as usize..(va + len) as usize].chunks(16).for_each(visit);
+    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8])) {
+        let pieces = self.0[va as usize..(va + len) as usize].chunks(16);
+        (va..).step_by(16).zip(pieces).for_each(|(va, piece)| visit(va, piece));
     }
 }
 

@@ -101,9 +101,9 @@ pub enum End {
 }
 
 impl End {
-    /// True when no frame is missing, but those that did not fit.
-    pub fn is_proper(self) -> bool {
-        matches!(self, Self::Complete | Self::User | Self::Full)
+    /// True when no frame is missing.
+    pub fn is_whole(self) -> bool {
+        matches!(self, Self::Complete | Self::User)
     }
 }
 

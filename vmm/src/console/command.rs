@@ -23,6 +23,12 @@ pub enum Command {
     ScanPeriod(u64),
     /// What is known of the object at, or around, an address.
     Dump(Va),
+    /// Treat the object at, or around, an address otherwise from now on.
+    Annotate(Annotation, Va),
+    /// A shortest chain of references to the object at, or around, an address.
+    Path(Va),
+    /// What each part of the roots contributes, and what is not read.
+    Roots,
     /// Tracer, hooks, objects, events.
     Status,
     /// Registry against the guest's slab and per-CPU metadata.
@@ -31,12 +37,16 @@ pub enum Command {
     Top(TopBy),
     /// Live objects of a slab cache by backtrace.
     AllocCalls(String),
+    /// What keeps growing from scan to scan.
+    Growth,
     /// The guest's accounting, or what changed in it since the last mark.
     Accounting(Account, When),
     /// Remember the accounting of now.
     Mark,
     /// Tasks.
     Ps,
+    /// Processes by the memory they map.
+    Procrank,
     /// Backtrace of the tasks with this pid, or of those that run.
     Backtrace(Option<i32>),
     /// Registers of every vCPU.
@@ -49,6 +59,30 @@ pub enum Command {
     Help(Option<&'static Entry>),
     /// End the virtual machine.
     Quit,
+}
+
+/// What kmemleak's functions of these names do to an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Annotation {
+    /// Never reported, always scanned.
+    NotLeak,
+    /// Never reported, never scanned.
+    Ignore,
+    /// Reported, never scanned.
+    NoScan,
+}
+
+impl Annotation {
+    const ALL: [Self; 3] = [Self::NotLeak, Self::Ignore, Self::NoScan];
+
+    /// The command's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NotLeak => "not_leak",
+            Self::Ignore => "ignore",
+            Self::NoScan => "no_scan",
+        }
+    }
 }
 
 /// What `top` adds up by.
@@ -65,16 +99,29 @@ pub enum TopBy {
 pub enum Account {
     /// Slab caches.
     Slabinfo,
+    /// Areas of the vmalloc space.
+    Vmallocinfo,
+    /// Memory by use.
+    Meminfo,
+    /// Free blocks of the page allocator.
+    Buddyinfo,
+    /// Counters of the memory management.
+    Vmstat,
 }
 
 impl Account {
     /// All of them: what `mark` remembers.
-    pub const ALL: &[Self] = &[Self::Slabinfo];
+    pub const ALL: &[Self] =
+        &[Self::Slabinfo, Self::Vmallocinfo, Self::Meminfo, Self::Buddyinfo, Self::Vmstat];
 
     /// The command's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Slabinfo => "slabinfo",
+            Self::Vmallocinfo => "vmallocinfo",
+            Self::Meminfo => "meminfo",
+            Self::Buddyinfo => "buddyinfo",
+            Self::Vmstat => "vmstat",
         }
     }
 
@@ -176,6 +223,22 @@ pub const COMMANDS: &[Entry] = &[
         completions: &["dump="],
     },
     Entry {
+        name: "path",
+        usage: "path=ADDR",
+        summary: "a shortest chain of references from a root to the object at ADDR",
+        detail: "ADDR is as for dump. An object that nothing refers to is unreachable; one that only lost objects refer to\n\
+                 has a chain from the first of them. The machine is paused for as long as a scan takes.",
+        completions: &["path="],
+    },
+    Entry {
+        name: "roots",
+        usage: "roots",
+        summary: "what each part of the roots refers to, and what is not read",
+        detail: "Bytes, words that point into objects, and objects it was the first to point into, in reading order. The\n\
+                 machine is paused for as long as a scan takes.",
+        completions: &["roots"],
+    },
+    Entry {
         name: "status",
         usage: "status",
         summary: "tracer, hooks, objects, events, last scan",
@@ -205,12 +268,73 @@ pub const COMMANDS: &[Entry] = &[
         completions: &["alloc_calls="],
     },
     Entry {
+        name: "growth",
+        usage: "growth",
+        summary: "sites and caches whose live count keeps growing from scan to scan",
+        detail: "Leaks that stay referenced: a list never pruned, a count never dropped. It takes five scans at least, and\n\
+                 lists what rises without plateau or falling back: rates an hour, the confidence that the trend is none\n\
+                 of chance, and who has freed objects of the same site.",
+        completions: &["growth"],
+    },
+    Entry {
+        name: "not_leak",
+        usage: "not_leak=ADDR",
+        summary: "never report the object, but scan it",
+        detail: "As kmemleak_not_leak(); the address may be anywhere in the object.",
+        completions: &["not_leak="],
+    },
+    Entry {
+        name: "ignore",
+        usage: "ignore=ADDR",
+        summary: "neither report nor scan the object",
+        detail: "As kmemleak_ignore(); the address may be anywhere in the object.",
+        completions: &["ignore="],
+    },
+    Entry {
+        name: "no_scan",
+        usage: "no_scan=ADDR",
+        summary: "do not look for references in the object",
+        detail: "As kmemleak_no_scan(); the address may be anywhere in the object.",
+        completions: &["no_scan="],
+    },
+    Entry {
         name: "slabinfo",
         usage: "slabinfo [diff]",
         summary: "slab caches: objects, slabs, bytes; or their change since mark",
         detail: "From the guest's slab metadata, at a pause. Active objects are those really allocated: /proc/slabinfo\n\
                  counts as active what lies free in a CPU's own slabs, too.",
         completions: &["slabinfo", "slabinfo diff"],
+    },
+    Entry {
+        name: "vmallocinfo",
+        usage: "vmallocinfo [diff]",
+        summary: "vmalloc areas: addresses, bytes, pages, caller, kind; or their change",
+        detail: "As /proc/vmallocinfo. Bytes are of address space and include the guard page. diff lists the areas that\n\
+                 came and went since mark.",
+        completions: &["vmallocinfo", "vmallocinfo diff"],
+    },
+    Entry {
+        name: "meminfo",
+        usage: "meminfo [diff]",
+        summary: "memory by use in kB, as /proc/meminfo; or its change since mark",
+        detail: "What CPUs have counted and not added to the sums yet is included, as after a refresh of the guest's\n\
+                 statistics. Lines that no counter stands behind are left out.",
+        completions: &["meminfo", "meminfo diff"],
+    },
+    Entry {
+        name: "buddyinfo",
+        usage: "buddyinfo [diff]",
+        summary: "free blocks by zone and order, and by migrate type; or their change",
+        detail: "The second table counts the blocks on the free lists of each type, as /proc/pagetypeinfo does.",
+        completions: &["buddyinfo", "buddyinfo diff"],
+    },
+    Entry {
+        name: "vmstat",
+        usage: "vmstat [diff]",
+        summary: "counters of the memory management, as /proc/vmstat; or their change",
+        detail: "What CPUs have counted and not added to the sums yet is included, as after a refresh of the guest's\n\
+                 statistics. The two limits of dirty pages are left out: the kernel works them out when asked.",
+        completions: &["vmstat", "vmstat diff"],
     },
     Entry {
         name: "mark",
@@ -226,6 +350,14 @@ pub const COMMANDS: &[Entry] = &[
         detail: "States are those of /proc/PID/stat. The idle tasks of all CPUs have pid 0. stack_bytes is 0 for a task\n\
                  that runs user code.",
         completions: &["ps"],
+    },
+    Entry {
+        name: "procrank",
+        usage: "procrank",
+        summary: "processes by memory: VSS, RSS, PSS, USS in KiB",
+        detail: "From the page tables, at a pause. VSS: address space. RSS: pages mapped. PSS: each divided among those who\n\
+                 map it. USS: those that nobody else maps.",
+        completions: &["procrank"],
     },
     Entry {
         name: "bt",
@@ -332,6 +464,8 @@ impl Command {
         }
         let command = match name {
             "ps" => Self::Ps,
+            "growth" => Self::Growth,
+            "procrank" => Self::Procrank,
             "regs" => Self::Regs,
             "pause" => Self::Pause,
             "resume" => Self::Resume,
@@ -342,11 +476,14 @@ impl Command {
             "off" => Self::Off,
             "on" => Self::On,
             "status" => Self::Status,
+            "roots" => Self::Roots,
             "audit" => Self::Audit,
             "quit" => Self::Quit,
             "stack" => return Err("stack takes a value: stack=on or stack=off".into()),
             "alloc_calls" => return Err("alloc_calls takes a slab cache: alloc_calls=CACHE".into()),
-            "dump" => return Err("dump takes an address: dump=ADDR".into()),
+            "dump" | "path" | "not_leak" | "ignore" | "no_scan" => {
+                return Err(format!("{name} takes an address: {name}=ADDR"));
+            }
             "" => return Err("empty command: try help".into()),
             _ => return Err(unknown(name)),
         };
@@ -357,6 +494,13 @@ impl Command {
     }
 
     fn parse_assignment(name: &str, value: &str) -> Result<Self, String> {
+        let address = || {
+            let expected = || format!("{name}= takes a hexadecimal address, not {}", quote(value));
+            parse_address(value).ok_or_else(expected)
+        };
+        if let Some(annotation) = Annotation::ALL.into_iter().find(|annotation| annotation.name() == name) {
+            return Ok(Self::Annotate(annotation, address()?));
+        }
         match (name, value) {
             ("stack", "on") => Ok(Self::Stack(true)),
             ("stack", "off") => Ok(Self::Stack(false)),
@@ -366,9 +510,8 @@ impl Command {
             ("scan", _) => decimal(value)
                 .map(Self::ScanPeriod)
                 .ok_or_else(|| format!("scan= takes on, off or a number of seconds, not {}", quote(value))),
-            ("dump", _) => parse_address(value)
-                .map(Self::Dump)
-                .ok_or_else(|| format!("dump= takes a hexadecimal address, not {}", quote(value))),
+            ("dump", _) => Ok(Self::Dump(address()?)),
+            ("path", _) => Ok(Self::Path(address()?)),
             ("alloc_calls", "") => Err("alloc_calls= takes the name of a slab cache".into()),
             // No name has white space (`kmem_cache_sanity_check`, mm/slab_common.c); a line of help has.
             ("alloc_calls", name) if name.contains(char::is_whitespace) => {
@@ -435,6 +578,9 @@ pub fn complete(prefix: &str) -> Vec<String> {
 pub fn help(entry: Option<&Entry>) -> String {
     match entry {
         Some(entry) => format!("{}: {}\n{}\n", entry.usage, entry.summary, entry.detail),
-        None => COMMANDS.iter().map(|entry| format!("{:<18}{}\n", entry.usage, entry.summary)).collect(),
+        None => {
+            let width = COMMANDS.iter().map(|entry| entry.usage.len()).max().unwrap_or(0) + 2;
+            COMMANDS.iter().map(|entry| format!("{:<width$}{}\n", entry.usage, entry.summary)).collect()
+        }
     }
 }

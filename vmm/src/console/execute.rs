@@ -110,6 +110,8 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
             automatic_scans(*seconds)
         }
         Command::Dump(address) => target.dump(*address)?,
+        Command::Path(address) => target.path(*address)?.text,
+        Command::Roots => target.roots()?.text,
         Command::Status => {
             target.status()?.iter().map(|(key, value)| format!("{key}: {}\n", plain(value))).collect()
         }
@@ -124,9 +126,12 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         }
         Command::Top(by) => target.top(*by)?.text,
         Command::AllocCalls(cache) => target.alloc_calls(cache)?.text,
+        Command::Growth => target.growth()?.text,
+        Command::Annotate(how, address) => target.annotate(*how, *address)?.text,
         Command::Accounting(account, when) => target.accounting(*account, *when)?.text,
         Command::Mark => target.mark().map(|()| "marked: diff compares with now".to_owned())?,
         Command::Ps => target.ps()?.text,
+        Command::Procrank => target.procrank()?.text,
         Command::Backtrace(pid) => target.backtrace(*pid)?.text,
         Command::Regs => target.regs()?.text,
         Command::Pause if target.pause()? => "paused: resume lets the guest go on".to_owned(),
@@ -152,13 +157,18 @@ fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
             target.set_scan_period(*seconds).map(|()| json!({ "scan_period": seconds }))?
         }
         Command::Dump(address) => json!({ "dump": target.dump(*address)? }),
+        Command::Path(address) => target.path(*address)?.json,
+        Command::Roots => target.roots()?.json,
         Command::Status => Value::Object(target.status()?.into_iter().collect()),
         Command::Audit => serde_json::to_value(target.audit()?)?,
         Command::Top(by) => target.top(*by)?.json,
         Command::AllocCalls(cache) => target.alloc_calls(cache)?.json,
+        Command::Growth => target.growth()?.json,
+        Command::Annotate(how, address) => target.annotate(*how, *address)?.json,
         Command::Accounting(account, when) => target.accounting(*account, *when)?.json,
         Command::Mark => target.mark().map(|()| json!({ "marked": true }))?,
         Command::Ps => target.ps()?.json,
+        Command::Procrank => target.procrank()?.json,
         Command::Backtrace(pid) => target.backtrace(*pid)?.json,
         Command::Regs => target.regs()?.json,
         Command::Pause => json!({ "paused": true, "changed": target.pause()? }),

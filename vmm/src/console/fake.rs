@@ -1,6 +1,6 @@
 //! A target for tests: counts what is asked of it, and fails where told to.
 
-use super::{Account, Answer, Audit, Target, TopBy, When};
+use super::{Account, Annotation, Answer, Audit, Target, TopBy, When};
 use introspect::memory::Va;
 use serde_json::{Value, json};
 use std::sync::Mutex;
@@ -77,6 +77,13 @@ impl Target for FakeTarget {
     fn dump(&self, address: Va) -> anyhow::Result<String> {
         self.called("dump", format!("object {address} (size 64)\n  comm \"evil\x1b[2J\x04\"\n"))
     }
+    fn path(&self, address: Va) -> anyhow::Result<Answer> {
+        let text = format!("unreachable: not referenced: lost\n  -> {address} (size 64): slab");
+        self.called("path", answer(&text, json!({ "path": { "state": "lost" } })))
+    }
+    fn roots(&self) -> anyhow::Result<Answer> {
+        self.called("roots", answer("name  bytes\ndata      8", json!({ "roots": [] })))
+    }
     fn status(&self) -> anyhow::Result<Vec<(String, Value)>> {
         self.called("status", vec![("tracer".into(), json!("breakpoint")), ("objects".into(), json!(12))])
     }
@@ -92,6 +99,12 @@ impl Target for FakeTarget {
     fn alloc_calls(&self, cache: &str) -> anyhow::Result<Answer> {
         self.called(&format!("alloc_calls {cache}"), answer(cache, json!({ "alloc_calls": [] })))
     }
+    fn growth(&self) -> anyhow::Result<Answer> {
+        self.called("growth", answer("objects  what", json!({ "growth": [] })))
+    }
+    fn annotate(&self, how: Annotation, address: Va) -> anyhow::Result<Answer> {
+        self.called(how.name(), answer(&format!("{how:?} {address}"), json!({ how.name(): "done" })))
+    }
     fn accounting(&self, account: Account, when: When) -> anyhow::Result<Answer> {
         let text = format!("{account:?} {when:?}");
         self.called(&text, answer(&format!("# {text}"), json!({ account.name(): [] })))
@@ -101,6 +114,9 @@ impl Target for FakeTarget {
     }
     fn ps(&self) -> anyhow::Result<Answer> {
         self.called("ps", answer("pid  comm", json!({ "ps": [] })))
+    }
+    fn procrank(&self) -> anyhow::Result<Answer> {
+        self.called("procrank", answer("pid  pss_kib", json!({ "procrank": [] })))
     }
     fn backtrace(&self, pid: Option<i32>) -> anyhow::Result<Answer> {
         self.called("bt", answer(&format!("pid {pid:?}"), json!({ "bt": [] })))

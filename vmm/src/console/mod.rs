@@ -25,7 +25,7 @@ mod socket_tests;
 #[cfg(test)]
 mod tests;
 
-pub use command::{Account, Command, Request, TopBy, When};
+pub use command::{Account, Annotation, Command, Request, TopBy, When};
 pub use execute::{Commands, Executor, Reply, execute};
 pub use guest_port::GuestPort;
 pub use mux::ConsoleMux;
@@ -57,6 +57,10 @@ pub trait Target: Send + Sync {
     fn set_periodic_scan(&self, on: bool) -> anyhow::Result<u64>;
     /// Everything known of the object at or around `address`.
     fn dump(&self, address: Va) -> anyhow::Result<String>;
+    /// A shortest chain of references to the object at or around `address`.
+    fn path(&self, address: Va) -> anyhow::Result<Answer>;
+    /// What each part of the roots contributes, and what is not read.
+    fn roots(&self) -> anyhow::Result<Answer>;
     /// Tracer, hooks, objects, bytes, events, last scan, dropped events, as key and value in print order.
     fn status(&self) -> anyhow::Result<Vec<(String, serde_json::Value)>>;
     /// Registry against the guest's slab and per-CPU metadata.
@@ -65,12 +69,18 @@ pub trait Target: Send + Sync {
     fn top(&self, by: TopBy) -> anyhow::Result<Answer>;
     /// Live objects of the slab cache of this name, by backtrace.
     fn alloc_calls(&self, cache: &str) -> anyhow::Result<Answer>;
+    /// What keeps growing from scan to scan.
+    fn growth(&self) -> anyhow::Result<Answer>;
+    /// Treats the object at or around `address` otherwise.
+    fn annotate(&self, how: Annotation, address: Va) -> anyhow::Result<Answer>;
     /// The guest's accounting.
     fn accounting(&self, account: Account, when: When) -> anyhow::Result<Answer>;
     /// Remembers the accounting of now.
     fn mark(&self) -> anyhow::Result<()>;
     /// Tasks.
     fn ps(&self) -> anyhow::Result<Answer>;
+    /// Processes by the memory they map.
+    fn procrank(&self) -> anyhow::Result<Answer>;
     /// Backtrace of the tasks with this pid, or of those that run.
     fn backtrace(&self, pid: Option<i32>) -> anyhow::Result<Answer>;
     /// Registers of every vCPU.

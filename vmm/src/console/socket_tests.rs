@@ -91,6 +91,25 @@ fn several_clients_at_once_and_one_that_stalls_and_one_that_vanishes() {
 }
 
 #[test]
+fn ten_thousand_commands_in_a_row() {
+    const COMMANDS: usize = 10_000;
+    let scratch = Scratch::new();
+    let (_server, _) = serve(&scratch);
+    let mut stream = UnixStream::connect(scratch.socket()).unwrap();
+    let mut source = stream.try_clone().unwrap();
+    // Nobody waits for a reply before the next command.
+    let reader = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        source.read_to_end(&mut all).map(|_| all.iter().filter(|byte| **byte == 4).count())
+    });
+    for _ in 0..COMMANDS {
+        stream.write_all(b"scan\n").unwrap();
+    }
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(reader.join().unwrap().unwrap(), COMMANDS);
+}
+
+#[test]
 fn an_endless_line_ends_the_connection() {
     let scratch = Scratch::new();
     let (_server, target) = serve(&scratch);

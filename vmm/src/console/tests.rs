@@ -27,6 +27,8 @@ fn every_form_of_a_command_parses() {
         ("scan=90", Command::ScanPeriod(90)),
         ("dump=0xffff888003a8e000", Command::Dump(Va(0xffff_8880_03a8_e000))),
         ("dump=FFFF888003A8E010", Command::Dump(Va(0xffff_8880_03a8_e010))),
+        ("path=ffff888003a8e010", Command::Path(Va(0xffff_8880_03a8_e010))),
+        ("roots", Command::Roots),
         ("status", Command::Status),
         ("audit", Command::Audit),
         ("top", Command::Top(TopBy::Sites)),
@@ -34,9 +36,18 @@ fn every_form_of_a_command_parses() {
         ("top  caches", Command::Top(TopBy::Caches)),
         ("alloc_calls=kmalloc-64", Command::AllocCalls("kmalloc-64".into())),
         ("alloc_calls = dentry", Command::AllocCalls("dentry".into())),
+        ("growth", Command::Growth),
+        ("not_leak=0xffff888000001000", Command::Annotate(Annotation::NotLeak, Va(0xffff_8880_0000_1000))),
+        ("ignore = ffff888000001000", Command::Annotate(Annotation::Ignore, Va(0xffff_8880_0000_1000))),
+        ("no_scan=0xffff888000001000", Command::Annotate(Annotation::NoScan, Va(0xffff_8880_0000_1000))),
         ("slabinfo", Command::Accounting(Account::Slabinfo, When::Now)),
         ("slabinfo  diff", Command::Accounting(Account::Slabinfo, When::SinceMark)),
+        ("vmallocinfo", Command::Accounting(Account::Vmallocinfo, When::Now)),
+        ("meminfo diff", Command::Accounting(Account::Meminfo, When::SinceMark)),
+        ("buddyinfo", Command::Accounting(Account::Buddyinfo, When::Now)),
+        ("vmstat diff", Command::Accounting(Account::Vmstat, When::SinceMark)),
         ("mark", Command::Mark),
+        ("procrank", Command::Procrank),
         ("ps", Command::Ps),
         ("bt", Command::Backtrace(None)),
         ("bt 17", Command::Backtrace(Some(17))),
@@ -78,8 +89,12 @@ fn a_refusal_is_one_line_that_names_what_was_expected() {
         ("dump=0x", "error: dump= takes a hexadecimal address, not \"0x\"\n"),
         ("dump=+12", "error: dump= takes a hexadecimal address, not \"+12\"\n"),
         ("dump=11112222333344445", "error: dump= takes a hexadecimal address, not \"11112222333344445\"\n"),
+        ("path", "error: path takes an address: path=ADDR\n"),
+        ("path=x", "error: path= takes a hexadecimal address, not \"x\"\n"),
+        ("roots=1", "error: roots takes no value\n"),
         ("top foo", "error: top takes sites or caches, not \"foo\"\n"),
         ("slabinfo foo", "error: slabinfo takes nothing or diff, not \"foo\"\n"),
+        ("vmstat mark", "error: vmstat takes nothing or diff, not \"mark\"\n"),
         ("slabinfo=1", "error: slabinfo takes no value\n"),
         ("alloc_calls", "error: alloc_calls takes a slab cache: alloc_calls=CACHE\n"),
         ("alloc_calls=a b", "error: alloc_calls= takes the name of one slab cache, not \"a b\"\n"),
@@ -111,10 +126,16 @@ fn replies_in_text() {
         ("scan=5", "automatic scans every 5 s\n"),
         ("scan=0", "automatic scans off\n"),
         ("dump=10", "object 0x10 (size 64)\n  comm \"evil.[2J.\"\n"),
+        ("path=10", "unreachable: not referenced: lost\n  -> 0x10 (size 64): slab\n"),
+        ("roots", "name  bytes\ndata      8\n"),
         ("status", "tracer: breakpoint\nobjects: 12\n"),
         ("audit", "audit: tracked 10, missing 1, stale 0\n  missing 0xffff888000001000\n"),
         ("slabinfo", "# Slabinfo Now\n"),
         ("slabinfo diff", "# Slabinfo SinceMark\n"),
+        ("vmallocinfo diff", "# Vmallocinfo SinceMark\n"),
+        ("meminfo", "# Meminfo Now\n"),
+        ("buddyinfo", "# Buddyinfo Now\n"),
+        ("vmstat diff", "# Vmstat SinceMark\n"),
         ("alloc_calls=dentry", "dentry\n"),
         ("bt 3", "pid Some(3)\n"),
         ("pause", "paused: resume lets the guest go on\n"),
@@ -146,9 +167,15 @@ fn replies_in_json_are_one_line() {
         ("json scan=off", r#"{"scan_period":0}"#),
         ("json scan=7", r#"{"scan_period":7}"#),
         ("json status", r#"{"objects":12,"tracer":"breakpoint"}"#),
+        ("json path=10", r#"{"path":{"state":"lost"}}"#),
+        ("json roots", r#"{"roots":[]}"#),
         ("json top", r#"{"top":[]}"#),
         ("json alloc_calls=dentry", r#"{"alloc_calls":[]}"#),
         ("json slabinfo diff", r#"{"slabinfo":[]}"#),
+        ("json vmallocinfo", r#"{"vmallocinfo":[]}"#),
+        ("json meminfo diff", r#"{"meminfo":[]}"#),
+        ("json buddyinfo diff", r#"{"buddyinfo":[]}"#),
+        ("json vmstat", r#"{"vmstat":[]}"#),
         ("json bt", r#"{"bt":[]}"#),
         ("json pause", r#"{"changed":true,"paused":true}"#),
         ("json resume", r#"{"changed":false,"paused":false}"#),
@@ -194,7 +221,7 @@ fn completion_offers_each_spelling() {
     assert_eq!(complete("st"), ["stack=off", "stack=on", "status"]);
     assert_eq!(complete("scan"), ["scan", "scan=", "scan=off", "scan=on"]);
     assert_eq!(complete("json cl"), ["json clear"]);
-    assert_eq!(complete("help r"), ["help regs", "help report", "help resume"]);
+    assert_eq!(complete("help r"), ["help regs", "help report", "help resume", "help roots"]);
     assert_eq!(complete("json j"), Vec::<String>::new());
     assert!(complete("x").is_empty());
     assert!(complete("").len() > COMMANDS.len());
@@ -222,7 +249,7 @@ fn no_line_of_a_reply_is_a_command() {
                 format!("json {}", entry.name),
             ]
         })
-        .chain(["stack=on", "scan=off", "scan=9", "dump=1", "foo", ""].map(str::to_owned))
+        .chain(["stack=on", "scan=off", "scan=9", "dump=1", "path=1", "foo", ""].map(str::to_owned))
         .collect();
     for line in lines {
         for reply_line in answer(&line).body.lines() {

@@ -1,12 +1,13 @@
 //! The console's accounting: the guest's memory by cache, by site, by zone, read at a pause.
 
-use super::Detector;
 use super::reporting::resolve;
+use super::{Detector, Parts};
 use crate::console::{Account, Answer, TopBy, When};
 use crate::machine::FrozenRam;
 use anyhow::{Context, Result, bail};
 use introspect::accounting::calls::{self, Calls};
-use introspect::accounting::{Table, slabs};
+use introspect::accounting::{Table, areas, counters, growth, slabs, zones};
+use introspect::linux::slab::Cache;
 use introspect::memory::Va;
 use rustc_hash::FxHashMap;
 use serde_json::{Map, Value, json};
@@ -15,8 +16,11 @@ use std::sync::PoisonError;
 /// Rows that `top` shows.
 const TOP: usize = 30;
 
-/// What `mark` remembered: a table for each part of the accounting.
-pub(super) type Mark = FxHashMap<Account, Table>;
+/// What a command shows: tables with their names in JSON, the same ones each time.
+type Tables = Vec<(&'static str, Table)>;
+
+/// What `mark` remembered.
+pub(super) type Mark = FxHashMap<Account, Tables>;
 
 impl Detector {
     pub(super) fn top_now(&self, by: TopBy) -> Result<Answer> {
@@ -24,8 +28,7 @@ impl Detector {
         let (word, mut table) = match by {
             TopBy::Sites => ("sites", calls::sites(&self.calls(None)?)),
             TopBy::Caches => {
-                let caches = self.parts.linux.caches(self.ram());
-                let caches = caches.context("Cannot read the guest's list of slab caches")?;
+                let caches = self.caches()?;
                 let names: FxHashMap<Va, String> = caches.into_iter().map(|c| (c.va, c.name)).collect();
                 let name = |va: Va| names.get(&va).cloned().unwrap_or_else(|| format!("cache at {va}"));
                 ("caches", calls::caches(&self.parts.recorder.state().registry, name))
@@ -37,10 +40,9 @@ impl Detector {
 
     pub(super) fn alloc_calls_of(&self, name: &str) -> Result<Answer> {
         let _work = self.work();
-        let caches = self.parts.linux.caches(self.ram());
-        let caches = caches.context("Cannot read the guest's list of slab caches")?;
+        let caches = self.caches()?;
         let Some(cache) = caches.iter().find(|cache| cache.name == name) else {
-            bail!("The guest has no slab cache of this name; slabinfo lists them");
+            bail!("The guest has no slab cache {name:?}; slabinfo lists them");
         };
         let calls = self.calls(Some(cache.va))?;
         Ok(Answer { text: calls::text(&calls), json: json!({ "cache": name, "alloc_calls": calls }) })
@@ -50,44 +52,133 @@ impl Detector {
         let now = self.parts.linux.jiffies(self.ram()).context("Cannot read the guest's clock")?;
         let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
         let symbolize = |va, at| resolve(&self.parts.linux, &modules, va, at);
-        let state = self.parts.recorder.state();
-        Ok(calls::by_backtrace(&state.registry, cache, now, &symbolize))
+        // Names take their time, and a CPU that allocates waits for the registry.
+        let groups = calls::by_backtrace(&self.parts.recorder.state().registry, cache, now);
+        Ok(calls::named(groups, &symbolize))
+    }
+
+    /// The guest's slab caches, read at a pause: the list changes when modules come and go.
+    fn caches(&self) -> Result<Vec<Cache>> {
+        let paused = self.parts.machine.pause()?;
+        self.parts.linux.caches(&paused.memory()).context("Cannot read the guest's list of slab caches")
+    }
+
+    /// Who holds the guest's memory: the largest sites and caches, and what grows.
+    pub fn holders(&self) -> Result<Answer> {
+        let (sites, caches) = (self.top_now(TopBy::Sites)?, self.top_now(TopBy::Caches)?);
+        let mut text = format!("{}\n{}", sites.text, caches.text);
+        let mut members = Map::new();
+        for part in [sites.json, caches.json] {
+            let Value::Object(part) = part else { continue };
+            members.extend(part.into_iter().filter(|(name, _)| name != "omitted"));
+        }
+        // Too few scans to tell are no news.
+        if let Ok(growth) = self.growth_now() {
+            text.push_str(&format!("\n{}", growth.text));
+            members.insert("growth".into(), growth.json["growth"].clone());
+        }
+        Ok(Answer { text, json: Value::Object(members) })
+    }
+
+    pub(super) fn growth_now(&self) -> Result<Answer> {
+        let work = self.work();
+        let scans = work.history.len();
+        if scans < growth::MIN_SAMPLES {
+            bail!("growth compares {} scans at least, and there were {scans}", growth::MIN_SAMPLES);
+        }
+        let caches = self.caches()?;
+        let cache_names: FxHashMap<Va, String> = caches.into_iter().map(|c| (c.va, c.name)).collect();
+        let Parts { linux, recorder, .. } = &self.parts;
+        let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
+        let symbolize = |va, at| resolve(linux, &modules, va, at);
+        let function = |va| symbolize(va, u64::MAX).map_or_else(|| va.to_string(), |at| at.name.to_owned());
+        let names = growth::Names {
+            site: &|stack| {
+                let frames = recorder.state().registry.stacks.get(stack).to_vec();
+                calls::site(&frames, u64::MAX, &symbolize)
+            },
+            cache: &|va| cache_names.get(&va).cloned().unwrap_or_else(|| format!("cache at {va}")),
+            freed: &|stack| {
+                let callers = recorder.state().freed_by.of(stack).to_vec();
+                callers.into_iter().map(|(caller, times)| (function(caller), times)).collect()
+            },
+        };
+        let growing = work.history.growing(linux.hz(), &names);
+        let text = match growing.is_empty() {
+            true => format!("nothing grows: {scans} scans compared\n"),
+            false => growth::table(&growing).text(),
+        };
+        Ok(Answer { text, json: json!({ "growth": growth::json(&growing), "scans": scans }) })
     }
 
     pub(super) fn account(&self, account: Account, when: When) -> Result<Answer> {
         let work = self.work();
-        if when == When::SinceMark && work.mark.is_none() {
-            bail!("Nothing to compare with: mark remembers the present for diff");
-        }
+        let name = account.name();
+        let before = match (when, &work.mark) {
+            (When::Now, _) => None,
+            (When::SinceMark, None) => bail!("Nothing to compare with: mark remembers the present for diff"),
+            (When::SinceMark, Some(mark)) => Some(
+                mark.get(&account).with_context(|| format!("{name} could not be read at the last mark"))?,
+            ),
+        };
         let paused = self.parts.machine.pause()?;
-        let mut table = self.table(account, &paused.memory())?;
+        let mut tables = self.tables(account, &paused.memory())?;
         drop(paused);
-        if when == When::SinceMark
-            && let Some(before) = work.mark.as_ref().and_then(|mark| mark.get(&account))
-        {
-            table = table.since(before);
+        for ((_, table), (_, before)) in tables.iter_mut().zip(before.into_iter().flatten()) {
+            *table = table.since(before);
         }
-        let mut members = Map::new();
-        members.insert(account.name().to_owned(), table.json());
-        Ok(Answer { text: table.text(), json: Value::Object(members) })
+        let texts: Vec<String> = tables.iter().map(|(_, table)| table.text()).collect();
+        let members = tables.iter().map(|(name, table)| ((*name).to_owned(), table.json()));
+        Ok(Answer { text: texts.join("\n"), json: Value::Object(members.collect()) })
     }
 
+    /// Remembers what this kernel has of the accounting.
     pub(super) fn mark_now(&self) -> Result<()> {
         let mut work = self.work();
         let paused = self.parts.machine.pause()?;
         let memory = &paused.memory();
-        let tables = Account::ALL.iter().map(|&account| Ok((account, self.table(account, memory)?)));
-        work.mark = Some(tables.collect::<Result<Mark>>()?);
-        Ok(())
-    }
-
-    fn table(&self, account: Account, memory: &FrozenRam<'_>) -> Result<Table> {
-        let linux = &self.parts.linux;
-        match account {
-            Account::Slabinfo => {
-                let map = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
-                Ok(slabs::table(&map))
+        let mut mark = Mark::default();
+        let mut reason = None;
+        for &account in Account::ALL {
+            match self.tables(account, memory) {
+                Ok(tables) => {
+                    mark.insert(account, tables);
+                }
+                Err(error) => reason = Some(error),
             }
         }
+        match reason {
+            Some(error) if mark.is_empty() => Err(error),
+            _ => {
+                work.mark = Some(mark);
+                Ok(())
+            }
+        }
+    }
+
+    fn tables(&self, account: Account, memory: &FrozenRam<'_>) -> Result<Tables> {
+        let linux = &self.parts.linux;
+        let counters = || linux.counters(memory).context("Cannot read the guest's counters");
+        let table = match account {
+            Account::Slabinfo => {
+                let map = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
+                slabs::table(&map)
+            }
+            Account::Vmallocinfo => {
+                let areas = linux.vmalloc_info(memory).context("Cannot read the guest's vmalloc areas")?;
+                areas::table(&areas, &|va| self.name(va))
+            }
+            Account::Meminfo => {
+                let totals = linux.totals(memory).context("Cannot read the guest's amounts of memory")?;
+                counters::meminfo(&counters()?, &totals)
+            }
+            Account::Vmstat => counters::vmstat(&counters()?),
+            Account::Buddyinfo => {
+                let zones = linux.memory_zones(memory).context("Cannot read the guest's memory zones")?;
+                let by_type = ("pagetypeinfo", zones::blocks_by_type(&zones));
+                return Ok(vec![(account.name(), zones::blocks(&zones)), by_type]);
+            }
+        };
+        Ok(vec![(account.name(), table)])
     }
 }

@@ -1,7 +1,7 @@
 //! The console's commands on the detector.
 
 use super::Detector;
-use crate::console::{Account, Answer, Audit, Target, TopBy, When};
+use crate::console::{Account, Annotation, Answer, Audit, Target, TopBy, When};
 use anyhow::{Result, bail};
 use introspect::memory::Va;
 use introspect::registry::{Kind, Paint};
@@ -38,6 +38,7 @@ impl Target for Detector {
         let _paused = self.parts.machine.pause()?;
         self.parts.recorder.enable(false);
         self.parts.recorder.state().reset();
+        work.history.clear();
         work.scanned = None;
         Ok(())
     }
@@ -123,6 +124,14 @@ impl Target for Detector {
         Ok(text)
     }
 
+    fn path(&self, address: Va) -> Result<Answer> {
+        self.path_to(address)
+    }
+
+    fn roots(&self) -> Result<Answer> {
+        self.roots_now()
+    }
+
     fn status(&self) -> Result<Vec<(String, Value)>> {
         let work = self.work();
         let parts = &self.parts;
@@ -190,6 +199,27 @@ impl Target for Detector {
         self.alloc_calls_of(cache)
     }
 
+    fn growth(&self) -> Result<Answer> {
+        self.growth_now()
+    }
+
+    fn annotate(&self, how: Annotation, address: Va) -> Result<Answer> {
+        let _work = self.work();
+        let registry = &mut self.parts.recorder.state().registry;
+        let Some(object) = registry.containing(address) else {
+            bail!("No tracked object at {address}");
+        };
+        match how {
+            Annotation::NotLeak => registry.paint(object.address, Paint::Gray),
+            Annotation::Ignore => registry.paint(object.address, Paint::Black),
+            Annotation::NoScan => registry.set_no_scan(object.address),
+        };
+        let text = format!("{}: object {:#018x} (size {})", how.name(), object.address.0, object.size);
+        let json =
+            json!({ how.name(): { "address": format!("{:#x}", object.address.0), "size": object.size } });
+        Ok(Answer { text, json })
+    }
+
     fn accounting(&self, account: Account, when: When) -> Result<Answer> {
         self.account(account, when)
     }
@@ -200,6 +230,10 @@ impl Target for Detector {
 
     fn ps(&self) -> Result<Answer> {
         self.tasks_now()
+    }
+
+    fn procrank(&self) -> Result<Answer> {
+        self.procrank_now()
     }
 
     fn backtrace(&self, pid: Option<i32>) -> Result<Answer> {

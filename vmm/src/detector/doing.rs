@@ -4,6 +4,7 @@ use super::Detector;
 use super::reporting::resolve;
 use crate::console::Answer;
 use anyhow::{Context, Result, bail};
+use introspect::accounting::processes;
 use introspect::accounting::tasks::{self, Doing};
 use introspect::arch::{CpuState, Registers};
 use introspect::linux::ModuleMap;
@@ -48,6 +49,16 @@ impl Detector {
         Ok(Answer { text: table.text(), json: json!({ "ps": table.json() }) })
     }
 
+    pub(super) fn procrank_now(&self) -> Result<Answer> {
+        let linux = &self.parts.linux;
+        let paused = self.parts.machine.pause()?;
+        let memory = &paused.memory();
+        let tasks = linux.tasks(memory).context("Cannot read the guest's list of tasks")?;
+        let processes = linux.processes(memory, &tasks).context("Cannot read the guest's processes")?;
+        let table = processes::table(&processes);
+        Ok(Answer { text: table.text(), json: json!({ "procrank": table.json() }) })
+    }
+
     pub(super) fn backtrace_of(&self, pid: Option<i32>) -> Result<Answer> {
         let linux = &self.parts.linux;
         let paused = self.parts.machine.pause()?;
@@ -74,12 +85,21 @@ impl Detector {
         let unwinder = self.parts.recorder.unwinder();
         let (mut text, mut json) = (String::new(), Vec::new());
         for task in &wanted {
-            let doing = tasks::backtrace(linux, memory, &unwinder, &*modules, task, paused.cpus())?;
+            let doing = match tasks::backtrace(linux, memory, &unwinder, &*modules, task, paused.cpus()) {
+                Ok(doing) => doing,
+                // One damaged stack of several hides none of the others.
+                Err(error) if wanted.len() > 1 => {
+                    let _ = writeln!(text, "pid {} \"{}\": {error:#}", task.pid, task.name());
+                    json.push(json!({ "pid": task.pid, "comm": task.name(), "error": format!("{error:#}") }));
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             self.describe(task, &doing, &modules, &mut text);
             let frames: Vec<Value> = doing.frames.iter().map(|&ip| self.frame(ip, &modules)).collect();
             json.push(json!({
                 "pid": task.pid, "comm": task.name(), "state": task.state.to_string(), "cpu": doing.cpu,
-                "complete": doing.end.is_proper(), "backtrace": frames,
+                "complete": doing.end.is_whole(), "backtrace": frames,
             }));
         }
         Ok(Answer { text, json: json!({ "bt": json }) })
@@ -94,7 +114,7 @@ impl Detector {
         if doing.frames.is_empty() {
             text.push_str("  in user code\n");
         }
-        if !doing.end.is_proper() {
+        if !doing.end.is_whole() {
             let _ = writeln!(text, "  the trace is not complete: {:?}", doing.end);
         }
     }

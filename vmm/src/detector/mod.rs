@@ -3,13 +3,15 @@
 mod accounting;
 mod commands;
 mod doing;
+mod explain;
 mod quiet;
 mod reporting;
 
-use crate::machine::{Machine, Paused};
+use crate::machine::{FrozenRam, Machine, Paused};
 use crate::tracer::{Recorder, breakpoint::Breakpoints};
 use anyhow::{Context, Result, bail};
 use guest_profiles::annotations::Rules;
+use introspect::accounting::growth::History;
 use introspect::hooks::Plan;
 use introspect::linux::Linux;
 use introspect::linux::percpu::PercpuChunk;
@@ -87,6 +89,7 @@ struct Work {
     scanned: Option<Scanned>,
     audit: Option<Audit>,
     mark: Option<accounting::Mark>,
+    history: History,
 }
 
 /// See the module.
@@ -111,6 +114,7 @@ impl Detector {
             scanned: None,
             audit: None,
             mark: None,
+            history: History::default(),
         };
         Self { parts, allocator, work: Mutex::new(work), started: Instant::now() }
     }
@@ -151,57 +155,62 @@ impl Detector {
     }
 
     fn scan_paused(&self, work: &mut Work, paused: &Paused<'_>, begin: Instant) -> Result<usize> {
-        let Parts { linux, recorder, .. } = &self.parts;
-        let memory = &paused.memory();
-        let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let mut state = recorder.state();
-        if work.treatments_modules != modules.seen() {
-            work.treatments = Treatments::of_guest(&self.parts.rules.annotations, linux, &modules);
-            work.treatments_modules = modules.seen();
-        }
-        work.treatments.refresh(&state.registry.stacks);
-        let jiffies = linux.jiffies(memory).context("Cannot read the guest's clock")?;
-        let input = ScanInput {
-            linux,
-            memory,
-            registry: &state.registry,
-            cpus: paused.cpus(),
-            modules: &modules,
-            treatments: &work.treatments,
-            now_jiffies: jiffies,
-            min_age_ms: work.options.min_age_ms,
-            stack: work.options.stack,
-        };
-        let result = scan(&input).context("The scan failed")?;
-        let scanned = Scanned { result, pause: Duration::ZERO, took: begin.elapsed() };
-        let new = self.report_of(work, &scanned, &state.registry, &modules).new_leaks();
+        self.refresh_treatments(work);
+        let (scanned, new) = self.frozen(work, paused, |input| {
+            let result = scan(input).context("The scan failed")?;
+            let scanned = Scanned { result, pause: Duration::ZERO, took: begin.elapsed() };
+            let new = self.report_of(work, &scanned, input.registry, input.modules).new_leaks();
+            Ok((scanned, new))
+        })?;
+        let mut state = self.parts.recorder.state();
         for leak in &scanned.result.leaks {
             state.registry.set_reported(leak.object.address);
         }
+        work.history.note(&state.registry, scanned.result.jiffies);
         work.scans += 1;
         work.scanned = Some(scanned);
         Ok(new)
     }
 
-    /// Pauses the machine and lists who refers to `object`.
-    fn referrers(&self, work: &Work, object: &Object) -> Result<Vec<Referrer>> {
-        let Parts { linux, recorder, machine, .. } = &self.parts;
-        let paused = machine.pause()?;
+    /// Compares the annotations with what was loaded and recorded since the last scan.
+    fn refresh_treatments(&self, work: &mut Work) {
+        let Parts { linux, recorder, .. } = &self.parts;
+        let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
+        if work.treatments_modules != modules.seen() {
+            work.treatments = Treatments::of_guest(&self.parts.rules.annotations, linux, &modules);
+            work.treatments_modules = modules.seen();
+        }
+        work.treatments.refresh(&recorder.state().registry.stacks);
+    }
+
+    /// Calls `look` with all that a pass over the paused machine's heap looks at.
+    fn frozen<T>(
+        &self,
+        work: &Work,
+        paused: &Paused<'_>,
+        look: impl FnOnce(&ScanInput<'_, FrozenRam<'_>>) -> Result<T>,
+    ) -> Result<T> {
+        let Parts { linux, recorder, .. } = &self.parts;
         let memory = &paused.memory();
         let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
         let state = recorder.state();
-        let input = ScanInput {
+        look(&ScanInput {
             linux,
             memory,
             registry: &state.registry,
             cpus: paused.cpus(),
             modules: &modules,
             treatments: &work.treatments,
-            now_jiffies: 0,
-            min_age_ms: 0,
+            now_jiffies: linux.jiffies(memory).context("Cannot read the guest's clock")?,
+            min_age_ms: work.options.min_age_ms,
             stack: work.options.stack,
-        };
-        referrers(&input, &addresses(object))
+        })
+    }
+
+    /// Pauses the machine and lists who refers to `object`.
+    fn referrers(&self, work: &Work, object: &Object) -> Result<Vec<Referrer>> {
+        let paused = self.parts.machine.pause()?;
+        self.frozen(work, &paused, |input| referrers(input, &addresses(object)))
     }
 
     /// Plants lost traps again and says so: allocations may have been missed.
@@ -231,7 +240,10 @@ impl Detector {
         Ok(audit)
     }
 
-    /// Pauses the machine at a moment when nobody is inside the allocator; after many tries, at any.
+    /// Pauses the machine at a moment when nobody is inside the allocator: at any other, registry and guest rightly
+    /// disagree on the object that is just being allocated or freed.
+    ///
+    /// Fails when there is no such moment.
     fn pause_when_quiet(&self) -> Result<Paused<'_>> {
         let Parts { machine, linux, recorder, .. } = &self.parts;
         for _ in 0..QUIET_TRIES {
@@ -239,16 +251,18 @@ impl Detector {
             if self.allocator.is_quiet(linux, &paused.memory(), recorder, paused.cpus())? {
                 return Ok(paused);
             }
-            if machine.held() {
-                return Ok(paused);
-            }
             if machine.outcome().is_some() {
                 bail!("The machine ended while the allocator was at work");
+            }
+            if machine.held() {
+                bail!("The machine is held while the allocator is at work; resume it, and pause it again");
             }
             drop(paused);
             std::thread::sleep(QUIET_STEP);
         }
-        machine.pause()
+        bail!(
+            "The allocator was at work at each of {QUIET_TRIES} moments; try again when the guest has less to do"
+        )
     }
 
     /// Forgets everything, takes what the guest's metadata lists as allocated, and tracks from there. Such objects
@@ -261,13 +275,14 @@ impl Detector {
         let slabs = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
         let areas = linux.vmalloc_areas(memory).context("Cannot read the guest's vmalloc areas")?;
         let percpu = linux.percpu_chunks(memory).context("Cannot read the guest's per-CPU chunks")?;
+        // When they were allocated nobody knows: their age counts from here.
+        let jiffies = linux.jiffies(memory).context("Cannot read the guest's clock")?;
         let mut state = recorder.state();
         state.reset();
         // What is found is no event.
         let allocs = state.registry.counters.allocs;
         let mut seed = |address, size, kind, cache| {
-            let event =
-                AllocEvent { address, size, kind, cache, comm: [0; 16], pid: 0, jiffies: 0, stack: &[] };
+            let event = AllocEvent { address, size, kind, cache, comm: [0; 16], pid: 0, jiffies, stack: &[] };
             state.registry.alloc(&event);
             state.registry.paint(address, Paint::Gray);
         };

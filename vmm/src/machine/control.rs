@@ -202,6 +202,8 @@ impl Control {
         let mut state = self.lock();
         state.outcome.get_or_insert(outcome);
         state.wish = Wish::Stop;
+        // Nothing is left to hold.
+        state.held = false;
         kick_running(&state);
         self.changed.notify_all();
     }
@@ -242,9 +244,12 @@ impl Control {
         self.changed.notify_all();
     }
 
-    /// Makes a pause that is open outlast [`Control::resume`], or no longer so; what it was before.
+    /// Makes a pause that is open outlast [`Control::resume`], or no longer so; what it was before. A machine that has
+    /// ended is not held.
     pub fn hold(&self, on: bool) -> bool {
-        std::mem::replace(&mut self.lock().held, on)
+        let mut state = self.lock();
+        let on = on && state.outcome.is_none();
+        std::mem::replace(&mut state.held, on)
     }
 
     /// True between [`Control::hold`] and its end.

@@ -67,7 +67,12 @@ fn track(
 ) -> Result<(Arc<Detector>, Option<Traps>)> {
     let rules = guest::rules(options)?;
     let recorder = Arc::new(Recorder::new(Arc::clone(linux), machine.ram().clone())?);
-    let instruction = choose_trap(options, probe)?;
+    let instruction = match options.tracer {
+        // None will be planted: a host without a trap that works may still boot.
+        TracerChoice::Off => TrapInstruction::Int3,
+        TracerChoice::Auto | TracerChoice::Breakpoint => choose_trap(options, probe)?,
+    };
+    say_placement(options, machine, instruction);
     let plan = match options.tracer {
         TracerChoice::Off => Plan::default(),
         TracerChoice::Auto | TracerChoice::Breakpoint => plan(&linux.kernel, &rules.hooks, instruction.len()),
@@ -75,6 +80,7 @@ fn track(
     for gap in plan.gaps.iter().filter(|_| !options.quiet) {
         eprintln!("kleak-vmm: warning: Not tracked on this kernel: {}: {}", gap.cover, gap.why);
     }
+    say_plan(options, &plan);
     let ram = machine.ram().clone();
     let traps = Breakpoints::plant(Arc::clone(&recorder), Arc::clone(linux), ram, &plan, instruction)?;
     let traps = Arc::new(traps);
@@ -83,10 +89,7 @@ fn track(
     let host = HostFacts {
         kvm: kvm_name(),
         tracer: if tracing { "breakpoint" } else { "off" },
-        trap: match instruction {
-            TrapInstruction::Int3 => "int3",
-            TrapInstruction::Pio => "pio",
-        },
+        trap: trap_name(instruction),
         lab: lab::inside(),
     };
     let parts = Parts {
@@ -101,6 +104,44 @@ fn track(
     let scan = ScanOptions { min_age_ms: options.min_age_ms, stack: options.stack };
     let detector = Arc::new(Detector::new(parts, scan, options.scan_period_s));
     Ok((detector, tracing.then(|| Traps { instruction, handler: traps })))
+}
+
+/// With -v: where the kernel is and how it is trapped.
+fn say_placement(options: &RunOptions, machine: &Machine, instruction: TrapInstruction) {
+    if options.verbose > 0 {
+        let placement = machine.placement();
+        eprintln!(
+            "kleak-vmm: the kernel is {:#x} above its link address, {} levels of page tables; traps by {}",
+            placement.slide,
+            placement.levels,
+            trap_name(instruction)
+        );
+    }
+}
+
+/// With -v the functions that are trapped; twice: every place.
+fn say_plan(options: &RunOptions, plan: &Plan) {
+    match options.verbose {
+        0 => {}
+        1 => {
+            let mut names: Vec<&str> = plan.traps.iter().map(|trap| trap.function.as_str()).collect();
+            names.dedup();
+            eprintln!("kleak-vmm: {} traps in {}", plan.traps.len(), names.join(", "));
+        }
+        _ => {
+            for trap in &plan.traps {
+                let point = if trap.entry { "entry" } else { "return" };
+                eprintln!("kleak-vmm: {:?} at the {point} of {}, {}", trap.role, trap.function, trap.site.va);
+            }
+        }
+    }
+}
+
+fn trap_name(instruction: TrapInstruction) -> &'static str {
+    match instruction {
+        TrapInstruction::Int3 => "int3",
+        TrapInstruction::Pio => "pio",
+    }
 }
 
 fn choose_trap(options: &RunOptions, probe: &Probe) -> Result<TrapInstruction> {

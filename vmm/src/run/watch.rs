@@ -40,22 +40,33 @@ pub fn until_end(
         if due || oom {
             last_scan = Instant::now();
             reports += 1;
-            if let Err(error) = scan_and_keep(detector, options, reports) {
+            if let Err(error) = scan_and_keep(detector, options, reports, oom) {
                 eprintln!("kleak-vmm: warning: {error:#}");
             }
         }
     }
 }
 
-/// One automatic scan: says what is new, keeps its report, clears when asked.
-fn scan_and_keep(detector: &Detector, options: &RunOptions, number: u32) -> Result<()> {
+/// One automatic scan: says what is new, keeps its report, clears when asked. When the guest has run out of memory it also
+/// says who holds it: most of that is referenced.
+fn scan_and_keep(detector: &Detector, options: &RunOptions, number: u32, oom: bool) -> Result<()> {
     let new = detector.scan()?;
+    let holders = if oom { Some(detector.holders()?) } else { None };
+    if let Some(holders) = holders.as_ref().filter(|_| !options.quiet) {
+        eprint!("kleak-vmm: the guest has run out of memory\n{}", holders.text);
+    }
     if new > 0 && !options.quiet {
         eprintln!("kleak-vmm: {new} new suspected memory leaks; `report` shows them");
     }
     if let Some(dir) = &options.report_dir {
-        write(&dir.join(format!("scan-{number:04}.txt")), &detector.report_text()?)?;
-        write(&dir.join(format!("scan-{number:04}.json")), &format!("{:#}\n", detector.report_json()?))?;
+        let (mut text, mut json) = (detector.report_text()?, detector.report_json()?);
+        if let Some(holders) = holders {
+            text.push_str("\n# The guest has run out of memory. Who holds it:\n");
+            text.extend(holders.text.lines().map(|line| format!("# {line}\n")));
+            json["holders"] = holders.json;
+        }
+        write(&dir.join(format!("scan-{number:04}.txt")), &text)?;
+        write(&dir.join(format!("scan-{number:04}.json")), &format!("{json:#}\n"))?;
     }
     if options.clear_after_scan {
         detector.clear()?;
@@ -148,7 +159,13 @@ impl Ended<'_> {
 
     fn report(&self) -> Result<()> {
         let reports = &self.options.reports.0;
-        if reports.is_empty() && self.detector.scans() > 0 {
+        if self.detector.scans() == 0 {
+            if !reports.is_empty() {
+                eprintln!("kleak-vmm: warning: Nothing was scanned, so no report was written");
+            }
+            return Ok(());
+        }
+        if reports.is_empty() {
             print(&self.detector.report_text()?)?;
         }
         for report in reports {

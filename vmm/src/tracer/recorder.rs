@@ -7,6 +7,7 @@
 use crate::machine::GuestRam;
 use anyhow::Result;
 use guest_profiles::hooks::Role;
+use introspect::accounting::growth::FreedBy;
 use introspect::arch::Registers;
 use introspect::linux::{Linux, ModuleMap, percpu};
 use introspect::memory::{PAGE_SIZE, PhysicalMemory, Va};
@@ -33,6 +34,8 @@ fn is_object(address: u64) -> bool {
 pub struct State {
     /// Live objects.
     pub registry: Registry,
+    /// Who frees them.
+    pub freed_by: FreedBy,
     /// Allocator calls between their entry and their return, by stack pointer at entry: the argument that the return needs.
     pending: FxHashMap<u64, u64>,
 }
@@ -104,8 +107,8 @@ impl Recorder {
             _ => {}
         }
         match role {
-            Role::Free | Role::Vfree => self.free(value),
-            Role::BulkFree => self.bulk_free(registers.rsi, Va(registers.rdx)),
+            Role::Free | Role::Vfree => self.free(value, self.caller(registers)),
+            Role::BulkFree => self.bulk_free(registers.rsi, Va(registers.rdx), self.caller(registers)),
             Role::RcuFree => self.rcu_free(registers.rdi, registers.rsi),
             Role::BulkAlloc => self.pend(registers, registers.rcx),
             Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc => self.pend(registers, registers.rdi),
@@ -192,16 +195,24 @@ impl Recorder {
         self.state().registry.alloc(&origin.event(Va(registers.rax), size, kind, Va(0)));
     }
 
-    fn free(&self, address: u64) {
+    /// The return address of the function just entered; 0 when it cannot be read.
+    fn caller(&self, registers: &Registers) -> Va {
+        self.linux.read_va(&self.ram, Va(registers.rsp)).unwrap_or_default()
+    }
+
+    fn free(&self, address: u64, caller: Va) {
         if is_object(address) {
-            self.state().registry.free(Va(address));
+            let state = &mut *self.state();
+            if let Some(object) = state.registry.free(Va(address)) {
+                state.freed_by.note(object.stack, caller);
+            }
         }
     }
 
-    fn bulk_free(&self, count: u64, array: Va) {
+    fn bulk_free(&self, count: u64, array: Va, caller: Va) {
         for index in 0..self.bulk(count) {
             match self.linux.read_u64(&self.ram, array + index * 8) {
-                Ok(object) => self.free(object),
+                Ok(object) => self.free(object, caller),
                 Err(_) => self.lost(),
             }
         }

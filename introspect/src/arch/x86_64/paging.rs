@@ -7,6 +7,9 @@ use std::ops::ControlFlow;
 const PRESENT: u64 = 1;
 /// Entry bit 7 in the two levels above the last: maps a large page instead of a table.
 const LARGE: u64 = 1 << 7;
+/// Entry bit 9, which processors leave to software: Linux has not to count the page (`_PAGE_SPECIAL`,
+/// arch/x86/include/asm/pgtable_types.h).
+const SPECIAL: u64 = 1 << 9;
 /// Entry bits 51:12: physical address of the next table or of the page.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// Index bits per level.
@@ -32,6 +35,8 @@ pub struct Leaf {
     pub pa: Pa,
     /// Size in bytes; 0 in the default value, which maps nothing.
     pub size: u64,
+    /// In user space: no page of a process, but a device's or the kernel's own.
+    pub special: bool,
 }
 
 impl Leaf {
@@ -132,6 +137,11 @@ impl AddressSpace {
         Ok(())
     }
 
+    /// Size of the lower half of the addresses, which is user code's.
+    pub fn user_bytes(&self) -> u64 {
+        1 << (self.va_bits() - 1)
+    }
+
     fn va_bits(&self) -> u32 {
         PAGE_SHIFT + LEVEL_BITS * u32::from(self.levels)
     }
@@ -154,7 +164,12 @@ impl AddressSpace {
             if large || size == PAGE_SIZE {
                 // A large page's entry keeps PAT in bit 12 (SDM volume 3, table 4-18): masked with the size.
                 let pa = Pa(entry & ADDRESS & !(size - 1));
-                return Ok(Entry::Leaf(Leaf { va: Va(va.0 & !(size - 1)), pa, size }));
+                return Ok(Entry::Leaf(Leaf {
+                    va: Va(va.0 & !(size - 1)),
+                    pa,
+                    size,
+                    special: entry & SPECIAL != 0,
+                }));
             }
             table = Pa(entry & ADDRESS);
         }
