@@ -2,7 +2,7 @@
 //! the machine, the other commands and the guest go on.
 
 use anyhow::{Context, Result, ensure};
-use std::process::ExitCode;
+use libtest_mimic::Trial;
 use std::time::{Duration, Instant};
 use tests::{Guest, RUN_TIMEOUT, Session, kernel, long_test, module, run, test};
 
@@ -11,11 +11,12 @@ const BROKEN_S: u32 = 8;
 /// A command may take so long, its process and the lab's line included; natively it is milliseconds.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn main() -> ExitCode {
-    tests::main(vec![
+/// The tests.
+pub fn trials() -> Vec<Trial> {
+    vec![
         test("damaged_lists_6.1-cloud", || damaged_lists("6.1-cloud")),
         long_test("damaged_lists_6.12-cloud", || damaged_lists("6.12-cloud")),
-    ])
+    ]
 }
 
 fn damaged_lists(line: &str) -> Result<()> {
