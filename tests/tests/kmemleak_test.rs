@@ -4,14 +4,16 @@
 use anyhow::{Context, Result, ensure};
 use std::process::ExitCode;
 use std::time::Duration;
-use tests::{Guest, RUN_TIMEOUT, count_objects, kernel, kmemleak_test, no_kernel_complaint, sizes, test};
+use tests::{
+    Guest, RUN_TIMEOUT, count_objects, kernel, kmemleak_test, long_test, no_kernel_complaint, sizes, test,
+};
 
 fn main() -> ExitCode {
     tests::main(vec![
         test("from_inside_6.1_1cpu", || from_inside("6.1-cloud", 1)),
         test("from_outside_6.1_2cpu", || from_outside("6.1-cloud", 2)),
         test("from_inside_6.12_2cpu", || from_inside("6.12-cloud", 2)),
-        test("from_outside_6.12_1cpu", || from_outside("6.12-cloud", 1)),
+        long_test("from_outside_6.12_1cpu", || from_outside("6.12-cloud", 1)),
     ])
 }
 

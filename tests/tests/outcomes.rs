@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use std::process::ExitCode;
-use tests::{Finished, Guest, RUN_TIMEOUT, kernel, report, test};
+use tests::{Finished, Guest, RUN_TIMEOUT, kernel, long_test, report, test};
 
 fn main() -> ExitCode {
     tests::main(vec![
@@ -17,7 +17,7 @@ fn main() -> ExitCode {
         test("a_reboot_ends_the_run", reboot),
         test("quit_from_the_socket_ends_the_run", quit),
         test("a_command_that_fails_is_said", failing_command),
-        test("a_guest_out_of_memory_says_who_holds_it", out_of_memory),
+        long_test("a_guest_out_of_memory_says_who_holds_it", out_of_memory),
     ])
 }
 

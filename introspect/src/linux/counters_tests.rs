@@ -199,9 +199,7 @@ fn vmalloc_areas_have_callers_and_kinds() {
         let mut guest = Guest::new(era);
         let area = |n: u64| HEAP + n * 0x100;
         for n in 0..3 {
-            let start = VMALLOC.0 + n * 4 * PAGE_SIZE;
-            guest.put(area(n), start);
-            guest.put(area(n) + 8, start + 3 * PAGE_SIZE);
+            guest.vmap_area(n, area(n));
         }
         // The first is vmalloc's with its table of pages in the third, the second device memory; the third has no structure.
         for (n, flags) in [(0, 0x22), (1, 0x1)] {

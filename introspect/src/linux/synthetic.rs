@@ -203,6 +203,13 @@ impl Guest {
         STRUCTS_AT + frame * PAGE_STRUCT
     }
 
+    /// A `vmap_area` of three pages at `va`: the `n`th, each beside an unused page.
+    pub fn vmap_area(&mut self, n: u64, va: u64) {
+        let start = VMALLOC.0 + n * 4 * PAGE_SIZE;
+        self.put(va, start);
+        self.put(va + 8, start + 3 * PAGE_SIZE);
+    }
+
     /// Maps a page of the vmalloc space.
     pub fn map_vmalloc(&mut self, page: u64, pa: u64) {
         self.put(TABLES + 5 * PAGE_SIZE + 8 * page, pa | 3);

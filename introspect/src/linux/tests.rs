@@ -327,9 +327,7 @@ fn vmalloc_areas_are_listed_and_found() {
         let mut guest = Guest::new(era);
         let area = |n: u64| HEAP + n * 0x100;
         for n in 0..3 {
-            let start = VMALLOC.0 + n * 4 * PAGE_SIZE;
-            guest.put(area(n), start);
-            guest.put(area(n) + 8, start + 3 * PAGE_SIZE);
+            guest.vmap_area(n, area(n));
             guest.put(area(n) + 56, direct(area(n) + 0x80));
             guest.put(area(n) + 0x80 + 16, 3 * PAGE_SIZE);
             guest.put(area(n) + 0x80 + 24, 2);

@@ -2,27 +2,27 @@
 
 use super::Detector;
 use crate::console::Answer;
+use crate::machine::FrozenRam;
 use anyhow::{Context, Result};
 use introspect::memory::Va;
-use introspect::scan::{coverage, path};
+use introspect::scan::{ScanInput, coverage, path};
 
 impl Detector {
     pub(super) fn path_to(&self, address: Va) -> Result<Answer> {
-        let mut work = self.work();
-        let paused = self.parts.machine.pause()?;
-        self.refresh_treatments(&mut work);
-        let path = self.frozen(&work, &paused, |input| path(input, address))?;
-        drop(paused);
+        let path = self.look(|input| path(input, address))?;
         Ok(Answer { text: path.text(), json: path.json() })
     }
 
     pub(super) fn roots_now(&self) -> Result<Answer> {
+        let coverage = self.look(|input| coverage(input).context("Cannot follow the roots"))?;
+        Ok(Answer { text: coverage.text(), json: coverage.json() })
+    }
+
+    /// Pauses the machine and looks at what a scan would look at.
+    fn look<T>(&self, look: impl FnOnce(&ScanInput<'_, FrozenRam<'_>>) -> Result<T>) -> Result<T> {
         let mut work = self.work();
         let paused = self.parts.machine.pause()?;
         self.refresh_treatments(&mut work);
-        let coverage =
-            self.frozen(&work, &paused, |input| coverage(input).context("Cannot follow the roots"))?;
-        drop(paused);
-        Ok(Answer { text: coverage.text(), json: coverage.json() })
+        self.frozen(&work, &paused, look)
     }
 }

@@ -107,7 +107,7 @@ impl Recorder {
             _ => {}
         }
         match role {
-            Role::Free | Role::Vfree => self.free(value, self.caller(registers)),
+            Role::Free | Role::Vfree => self.free(value, || self.caller(registers)),
             Role::BulkFree => self.bulk_free(registers.rsi, Va(registers.rdx), self.caller(registers)),
             Role::RcuFree => self.rcu_free(registers.rdi, registers.rsi),
             Role::BulkAlloc => self.pend(registers, registers.rcx),
@@ -200,8 +200,10 @@ impl Recorder {
         self.linux.read_va(&self.ram, Va(registers.rsp)).unwrap_or_default()
     }
 
-    fn free(&self, address: u64, caller: Va) {
+    /// `caller` is asked for real objects only: NULL is freed often.
+    fn free(&self, address: u64, caller: impl FnOnce() -> Va) {
         if is_object(address) {
+            let caller = caller();
             let state = &mut *self.state();
             if let Some(object) = state.registry.free(Va(address)) {
                 state.freed_by.note(object.stack, caller);
@@ -212,7 +214,7 @@ impl Recorder {
     fn bulk_free(&self, count: u64, array: Va, caller: Va) {
         for index in 0..self.bulk(count) {
             match self.linux.read_u64(&self.ram, array + index * 8) {
-                Ok(object) => self.free(object, caller),
+                Ok(object) => self.free(object, || caller),
                 Err(_) => self.lost(),
             }
         }

@@ -1,8 +1,8 @@
 //! What grows although it is referenced: listed; what stays or comes in waves: not.
 
 use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
 use serde_json::Value;
-use std::process::ExitCode;
 use tests::{Guest, kernel, long_test, module, no_kernel_complaint, test};
 
 /// Steps of the module, each with a scan.
@@ -10,11 +10,12 @@ const STEPS: u64 = 12;
 /// What each adds for good.
 const GROWN: u64 = 7;
 
-fn main() -> ExitCode {
-    tests::main(vec![
+/// The tests.
+pub fn trials() -> Vec<Trial> {
+    vec![
         test("references_that_pile_up_6.12-cloud", || piles_up("6.12-cloud")),
         long_test("references_that_pile_up_6.1-cloud", || piles_up("6.1-cloud")),
-    ])
+    ]
 }
 
 fn piles_up(line: &str) -> Result<()> {

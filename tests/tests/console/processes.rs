@@ -1,16 +1,17 @@
 //! `procrank` against the guest's own smaps_rollup.
 
 use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
 use serde_json::Value;
 use std::collections::HashMap;
-use std::process::ExitCode;
 use tests::{Guest, RUN_TIMEOUT, kernel, long_test, no_kernel_complaint, test};
 
-fn main() -> ExitCode {
-    tests::main(vec![
+/// The tests.
+pub fn trials() -> Vec<Trial> {
+    vec![
         test("processes_as_smaps_says_6.12-cloud", || processes("6.12-cloud")),
         long_test("processes_as_smaps_says_6.1-cloud", || processes("6.1-cloud")),
-    ])
+    ]
 }
 
 /// `procrank` against smaps_rollup, of processes that sleep, read by a shell without starting another process: pages are

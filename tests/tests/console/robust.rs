@@ -2,20 +2,21 @@
 //! the machine, the other commands and the guest go on.
 
 use anyhow::{Context, Result, ensure};
-use std::process::ExitCode;
+use libtest_mimic::Trial;
 use std::time::{Duration, Instant};
-use tests::{Guest, RUN_TIMEOUT, Session, kernel, long_test, module, run, test};
+use tests::{Guest, RUN_TIMEOUT, kernel, long_test, module, run, test};
 
 /// How long a list stays broken, seconds of the guest.
 const BROKEN_S: u32 = 8;
 /// A command may take so long, its process and the lab's line included; natively it is milliseconds.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn main() -> ExitCode {
-    tests::main(vec![
+/// The tests.
+pub fn trials() -> Vec<Trial> {
+    vec![
         test("damaged_lists_6.1-cloud", || damaged_lists("6.1-cloud")),
         long_test("damaged_lists_6.12-cloud", || damaged_lists("6.12-cloud")),
-    ])
+    ]
 }
 
 fn damaged_lists(line: &str) -> Result<()> {
@@ -28,9 +29,10 @@ fn damaged_lists(line: &str) -> Result<()> {
     ))?;
     let mut session = guest.start()?;
     session.wait_for("READY", RUN_TIMEOUT)?;
-    for how in ["loop", "null", "wild", "user"] {
+    for (before, how) in ["loop", "null", "wild", "user"].into_iter().enumerate() {
         session.type_line(how)?;
-        broken(&guest, &session, how).with_context(|| format!("how={how}"))?;
+        session.wait_for_times("breaking: broken", before + 1, RUN_TIMEOUT)?;
+        broken(&guest).with_context(|| format!("how={how}"))?;
         session.wait_for(&format!("after {how}"), RUN_TIMEOUT)?;
     }
     let healthy = guest.ctl("ps")?;
@@ -42,8 +44,7 @@ fn damaged_lists(line: &str) -> Result<()> {
 }
 
 /// While the list of tasks is broken.
-fn broken(guest: &Guest, session: &Session, how: &str) -> Result<()> {
-    session.wait_for_times("breaking: broken", how_many(how), RUN_TIMEOUT)?;
+fn broken(guest: &Guest) -> Result<()> {
     for command in ["ps", "scan"] {
         let asked = Instant::now();
         let socket = guest.socket();
@@ -59,9 +60,4 @@ fn broken(guest: &Guest, session: &Session, how: &str) -> Result<()> {
     }
     ensure!(guest.ctl("status")?.contains("state: running"), "status");
     Ok(())
-}
-
-/// Which of the module's messages a way to break is.
-fn how_many(how: &str) -> usize {
-    1 + ["loop", "null", "wild", "user"].iter().position(|&other| other == how).unwrap_or(0)
 }
