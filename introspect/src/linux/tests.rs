@@ -314,7 +314,7 @@ fn a_cookie_stands_for_the_copies_of_all_cpus() {
     let cookie = Va(base + UNITS[0] - (DIRECT_MAP + PERCPU)) + 8;
     assert_eq!(lent.copies(cookie), [base + UNITS[0] + 8, base + UNITS[1] + 8]);
     let mut words = Vec::new();
-    lent.pieces(cookie.0, 8, &mut |bytes| words.push(u64::from_le_bytes(bytes.try_into().unwrap())));
+    lent.pieces(cookie.0, 8, &mut |_, bytes| words.push(u64::from_le_bytes(bytes.try_into().unwrap())));
     assert_eq!(words, [0x1111, 0x2222]);
     for address in [base, cookie + PAGE_SIZE, Va(8)] {
         assert_eq!(lent.copies(address), [address]);

@@ -211,7 +211,8 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
     /// Finds roots and objects; also returns the slots that are taken.
     fn collect(input: &ScanInput<'a, M>) -> anyhow::Result<(Self, Vec<u32>)> {
         let ScanInput { linux, memory, registry, .. } = *input;
-        let guest = GuestMemory::new(linux, memory).context("Cannot find the guest's direct map and per-CPU memory")?;
+        let guest = GuestMemory::new(linux, memory)
+            .context("Cannot find the guest's direct map and per-CPU memory")?;
         let roots = collect_roots(input, &guest)?;
         let mut blocks: Vec<Block> = heap(registry).map(|o| block(&o)).collect();
         blocks.sort_unstable();
