@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 
+use crate::arch::counter_khz;
+
 /// The program.
 pub const PROGRAM: &str = "qemu-system-x86_64";
 /// What kept of the console and of QEMU's own messages.
@@ -60,15 +62,6 @@ pub fn version() -> Option<String> {
     text.lines().next().map(str::to_owned)
 }
 
-/// The helper kernel is told what it would measure wrongly: see [`super::tsc`].
-fn command_line() -> String {
-    #[cfg(target_arch = "x86_64")]
-    let options = format!("tsc_early_khz={} ", super::tsc::khz());
-    #[cfg(not(target_arch = "x86_64"))]
-    let options = "";
-    format!("{options}{COMMAND_LINE}")
-}
-
 impl Qemu {
     /// Starts the machine; also the host's end of its serial port.
     pub fn start(program: &Path, machine: &Machine<'_>) -> Result<(Self, UnixStream)> {
@@ -82,7 +75,8 @@ impl Qemu {
             .arg("-kernel")
             .arg(machine.kernel)
             .args(["-initrd", &format!("/proc/self/fd/{}", machine.initrd.as_raw_fd())])
-            .args(["-append", &command_line()])
+            // It would measure that wrongly on a loaded machine.
+            .args(["-append", &format!("tsc_early_khz={} {COMMAND_LINE}", counter_khz())])
             .args(["-device", "virtio-serial-pci"])
             .args(["-chardev", &format!("socket,id=line,fd={}", there.as_raw_fd())])
             .args(["-device", "virtserialport,chardev=line,name=kleak"])

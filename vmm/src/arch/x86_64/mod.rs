@@ -1,5 +1,6 @@
 //! The x86-64 machine: what KVM is asked for, the vCPUs' first state, ports, exits.
 
+mod counter;
 mod cpuid;
 mod exits;
 pub mod layout;
@@ -7,6 +8,7 @@ mod platform;
 mod registers;
 mod setup;
 
+pub use counter::counter_khz;
 pub use exits::{ExitRecord, Next};
 pub use platform::Platform;
 pub use registers::{

@@ -12,8 +12,8 @@ const SPAN: Duration = Duration::from_millis(20);
 /// Readings taken for one, of which the one that was interrupted least counts.
 const READINGS: usize = 32;
 
-/// kHz.
-pub fn khz() -> u64 {
+/// In kHz.
+pub fn counter_khz() -> u64 {
     let (start, from) = reading();
     std::thread::sleep(SPAN);
     let (end, to) = reading();
@@ -41,7 +41,7 @@ mod tests {
 
     #[test]
     fn it_measures_the_same_twice() {
-        let (first, second) = (khz(), khz());
+        let (first, second) = (counter_khz(), counter_khz());
         assert!(first > 100_000 && first.abs_diff(second) < first / 1000, "{first} {second}");
     }
 }
