@@ -151,7 +151,7 @@ fn every_root_refers(reply: &Value) -> Result<()> {
         let row = all.and_then(|all| all.iter().find(|row| row["name"] == name));
         row.and_then(|row| row[member].as_u64()).with_context(|| format!("no {member} of {name}: {reply:#}"))
     };
-    for name in ["data", "bss", "percpu0", "percpu1", "percpu chunks", "task stacks", "module leaky"] {
+    for name in ["data", "bss", "percpu0", "percpu1", "task stacks", "module leaky"] {
         let (references, bytes) = (number("roots", name, "references")?, number("roots", name, "bytes")?);
         ensure!((1..=bytes / 8).contains(&references), "{name}: {references} in {bytes} bytes");
     }

@@ -211,7 +211,7 @@ pub fn caches(registry: &Registry, name: impl Fn(Va) -> String) -> Table {
     }
     let mut table = Table::new(columns, 0);
     for ((kind, cache), [bytes, objects]) in sums {
-        let name = if kind == Kind::Slab { name(cache) } else { format!("({})", kind.name()) };
+        let name = if kind == Kind::Slab { name(cache) } else { kind.instead_of_cache() };
         table.rows.push(vec![bytes.into(), objects.into(), Cell::Text(name)]);
     }
     table.sort();

@@ -92,7 +92,7 @@ impl History {
             let name = match *counted {
                 Counted::Backtrace(stack) => Name::Site((names.site)(stack)),
                 Counted::Cache(Kind::Slab, cache) => Name::Cache((names.cache)(cache)),
-                Counted::Cache(kind, _) => Name::Cache(format!("({})", kind.name())),
+                Counted::Cache(kind, _) => Name::Cache(kind.instead_of_cache()),
             };
             let freed = match *counted {
                 Counted::Backtrace(stack) => (names.freed)(stack),

@@ -16,15 +16,17 @@ use std::ops::Range;
 pub const MIN_ALLOC: u64 = 4;
 /// Largest allocation, bytes (`PCPU_MIN_UNIT_SIZE`, include/linux/percpu.h).
 pub const MAX_ALLOC: u64 = 32 << 10;
-/// Bounds against damaged metadata: list heads, chunks, pages of one chunk, allocations in all of them.
+/// Bounds against damaged metadata: list heads, chunks in all lists, pages of one chunk, and what all chunks together
+/// may cost to read: bytes of their maps, and copies of their allocations.
 const MAX_SLOTS: u64 = 256;
-const MAX_CHUNKS: usize = 1 << 16;
+const MAX_CHUNKS: usize = 1 << 12;
 const MAX_PAGES: u64 = 1 << 14;
-const MAX_ALLOCATIONS: usize = 1 << 22;
+const MAX_COST: usize = 1 << 23;
 
 /// Offsets and variables; run-time addresses.
 pub(super) struct Layout {
-    /// `pcpu_slot` until 5.14, which split the lists by chunk type.
+    /// `pcpu_slot` before 5.9. (From 5.9 to 5.13 there is a second set of lists behind them, for memory that counts
+    /// against a memory cgroup; it is not read.)
     lists: Va,
     slots: Va,
     unit_offsets: Va,
@@ -100,7 +102,7 @@ impl Linux {
         let mut found = Vec::new();
         for slot in 0..slots {
             let head = lists + slot * 16;
-            let nodes = self.list(memory, head, MAX_CHUNKS)?;
+            let nodes = self.list(memory, head, MAX_CHUNKS - found.len())?;
             found.extend(nodes.into_iter().map(|node| node - layout.list));
         }
         if let Some(variable) = layout.reserved {
@@ -113,15 +115,26 @@ impl Linux {
         let units = (0..cpus).map(|cpu| self.read_u64(memory, offsets + cpu * 8));
         let units: Vec<u64> = units.collect::<Result<_, _>>()?;
         let distance = self.percpu_base(memory, 0)?;
-        let (mut chunks, mut left) = (Vec::new(), MAX_ALLOCATIONS);
+        let (mut chunks, mut left) = (Vec::new(), MAX_COST);
         for chunk in found {
             let read = self.percpu_chunk(memory, chunk, &units, distance)?;
+            let map = (read.size / MIN_ALLOC / 8) as usize;
             left = left
-                .checked_sub(read.allocated.len())
+                .checked_sub(map + read.allocated.len().saturating_mul(units.len()))
                 .ok_or(MemoryError::Corrupt { va: chunk, what: "there are too many per-CPU allocations" })?;
             chunks.push(read);
         }
         Ok(chunks)
+    }
+
+    /// The cookie of the allocation whose copy for some CPU is around `va`; None when it is in no chunk, or these cannot
+    /// be read now.
+    pub fn percpu_cookie(&self, memory: &impl PhysicalMemory, va: Va) -> Option<Va> {
+        let chunks = self.percpu_chunks(memory).ok()?;
+        chunks.iter().find_map(|chunk| {
+            let copy = chunk.copies.iter().find(|&&copy| va - copy < chunk.size)?;
+            Some(chunk.cookie + (va - *copy))
+        })
     }
 
     /// `units` are the copies' distances from the base address, `distance` that of the first copy from its cookie.
@@ -153,7 +166,7 @@ impl Linux {
             offset(bits.start)..offset(bits.end)
         });
         // One more than all may be, so that the caller sees it.
-        let allocated = allocated.filter(|part| part.start < part.end).take(MAX_ALLOCATIONS + 1).collect();
+        let allocated = allocated.filter(|part| part.start < part.end).take(MAX_COST + 1).collect();
         let copies: Vec<Va> = units.iter().map(|&unit| base + unit).collect();
         let cookie = Va(copies.first().copied().unwrap_or(base) - distance);
         Ok(PercpuChunk { cookie, copies, size, allocated })

@@ -35,9 +35,6 @@ pub struct Audit {
     pub examples: Vec<Mismatch>,
 }
 
-/// What mismatches call per-CPU memory, as `top caches` does.
-const PERCPU: &str = "(percpu)";
-
 impl Registry {
     /// Compares the registry's slab objects and per-CPU objects with the guest's slab pages and per-CPU chunks at the
     /// same pause. `boot_objects` were taken from their slabs without an allocator call and are not missing
@@ -48,8 +45,10 @@ impl Registry {
         let mut agreed = FxHashSet::default();
         let mut missing = Vec::new();
         let slab = allocated(slabs).map(|(address, cache)| (address, cache, Kind::Slab));
+        let percpu_name = Kind::Percpu.instead_of_cache();
         let percpu = percpu.iter().flat_map(PercpuChunk::objects);
-        for (address, cache, kind) in slab.chain(percpu.map(|(cookie, _)| (cookie, PERCPU, Kind::Percpu))) {
+        let percpu = percpu.map(|(cookie, _)| (cookie, percpu_name.as_str(), Kind::Percpu));
+        for (address, cache, kind) in slab.chain(percpu) {
             if self.get(address).is_some_and(|o| o.kind == kind) {
                 agreed.insert(address);
             } else if !untraced.contains(&address) {
@@ -66,9 +65,11 @@ impl Registry {
         stale.sort_unstable_by_key(|o| o.address);
         audit.examples = missing;
         audit.examples.extend(stale.iter().take(EXAMPLES).map(|o| {
-            let named = slabs.caches.iter().find(|c| o.kind == Kind::Slab && c.va == o.cache);
-            let other = if o.kind == Kind::Percpu { PERCPU } else { "" };
-            let cache = named.map_or_else(|| other.to_owned(), |c| c.name.clone());
+            let cache = match o.kind {
+                Kind::Slab => slabs.caches.iter().find(|c| c.va == o.cache).map(|c| c.name.clone()),
+                kind => Some(kind.instead_of_cache()),
+            };
+            let cache = cache.unwrap_or_default();
             Mismatch { address: o.address, cache, missing: false }
         }));
         audit

@@ -52,6 +52,11 @@ impl Kind {
             Self::Ioremap => "ioremap",
         }
     }
+
+    /// What stands where slab objects have their cache.
+    pub fn instead_of_cache(self) -> String {
+        format!("({})", self.name())
+    }
 }
 
 /// An allocation that was just made.

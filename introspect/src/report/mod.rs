@@ -130,8 +130,8 @@ pub struct Leak {
     pub checksum: u32,
     /// No unreachable object outside its own cycle refers to it.
     pub direct: bool,
-    /// What a direct leak keeps from being freed, per-CPU objects with the copies of all possible CPUs; an indirect
-    /// one's own size.
+    /// What a direct leak keeps from being freed; an indirect one's own memory. Per-CPU objects count with the copies of
+    /// all possible CPUs.
     pub retained_bytes: u64,
     /// Its [`Group::id`].
     pub group: String,

@@ -147,6 +147,8 @@ fn text_of_a_per_cpu_object() {
     let text = report.text();
     assert!(text.starts_with("unreferenced object 0x607fc0210da0 (size 96):\n"), "{text}");
     assert!(text.contains("  hex dump (first 32 bytes on cpu 0):\n"), "{text}");
+    report.style = TextStyle::of_release("6.1.0-56-amd64");
+    assert!(report.text().contains("  hex dump (first 32 bytes):\n"), "kmemleak of 6.1 knows no copies");
     assert_eq!(serde_json::to_value(&report).unwrap()["leaks"][0]["kind"], "percpu");
 }
 

@@ -16,19 +16,28 @@ pub struct TextStyle {
     pub checksum: bool,
     /// `[<ffffffff81234567>]` before each symbol.
     pub pointer: bool,
+    /// ` on cpu 0` behind the number of bytes of a per-CPU object's hex dump. kmemleak prints the copy of the CPU that it
+    /// runs on.
+    pub copy: bool,
 }
 
 impl TextStyle {
     /// The style of a kernel's own kmemleak. This is the one place that looks at a version: a kernel without
     /// kmemleak has nothing in its image that could be probed instead. 6.1 stable dropped the age (seen in 6.1.192),
-    /// 6.8 added the checksum, 6.11 dropped the pointer; a release that cannot be read counts as new.
+    /// 6.8 added the checksum, 6.11 dropped the pointer, 6.12 reports per-CPU objects; a release that cannot be read
+    /// counts as new.
     pub fn of_release(release: &str) -> Self {
         let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
         let version = match (numbers.next(), numbers.next()) {
             (Some(major), Some(minor)) if major != 0 => (major, minor),
             _ => (u32::MAX, 0),
         };
-        Self { age: version < (6, 1), checksum: version >= (6, 8), pointer: version < (6, 11) }
+        Self {
+            age: version < (6, 1),
+            checksum: version >= (6, 8),
+            pointer: version < (6, 11),
+            copy: version >= (6, 12),
+        }
     }
 }
 
@@ -64,8 +73,7 @@ fn record(out: &mut String, leak: &Leak, style: TextStyle) {
         String::new()
     };
     line!(out, "  comm \"{}\", pid {}, jiffies {}{age}", leak.comm, leak.pid, leak.jiffies);
-    // kmemleak prints the copy of the CPU that it runs on, and has printed such objects at all since 6.12.
-    let place = if leak.kind == Kind::Percpu { " on cpu 0" } else { "" };
+    let place = if style.copy && leak.kind == Kind::Percpu { " on cpu 0" } else { "" };
     line!(out, "  hex dump (first {} bytes{place}):", leak.head.len());
     for row in leak.head.chunks(ROW) {
         line!(out, "    {}", HexRow(row));

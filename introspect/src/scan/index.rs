@@ -78,6 +78,8 @@ const NOTHING_STARTS: u16 = PAGE_SIZE as u16;
 /// What is below is no kernel address, but the cookie of a per-CPU allocation: where `__per_cpu_start` is 0, cookies
 /// are small numbers in the first chunk, and differences of two kernel addresses in the others.
 const KERNEL_HALF: u64 = 1 << 63;
+/// Cookies of the first chunk are below.
+const FIRST_CHUNK: u64 = 1 << 32;
 
 impl Index {
     /// Freezes `blocks`, at most 2^28 of them, sorted by start and no two with the same start. `direct` is the
@@ -113,10 +115,9 @@ impl Index {
         let sparse = &index.lists[index.sparse..];
         let (cookies, addresses) = sparse.split_at(sparse.partition_point(|b| b.start < KERNEL_HALF));
         let [low, high] = split_at_gap(addresses).map(span);
-        index.windows = Windows::new(
-            [window.start..window.end.min(direct.end), low, high],
-            split_at_gap(cookies).map(span),
-        );
+        let (first, others) = cookies.split_at(cookies.partition_point(|b| b.start < FIRST_CHUNK));
+        index.windows =
+            Windows::new([window.start..window.end.min(direct.end), low, high], [span(first), span(others)]);
         slots.extend(index.sparse_slot..index.sparse_slot + inside.start as u32);
         slots.extend(mapped_slots);
         slots.extend(index.sparse_slot + inside.start as u32..index.slots);
@@ -279,8 +280,7 @@ fn span(blocks: &[Block]) -> Range<u64> {
 }
 
 /// Splits sorted objects at the widest gap between their starts: vmalloc space and module space lie on different
-/// sides of the kernel image, to which more words point than to anything else; and the first per-CPU chunk is far from
-/// the others.
+/// sides of the kernel image, to which more words point than to anything else.
 fn split_at_gap(blocks: &[Block]) -> [&[Block]; 2] {
     let gaps = blocks.windows(2).map(|w| w[1].start - w[0].start).enumerate();
     let widest = gaps.max_by_key(|&(_, gap)| gap).map_or(0, |(i, _)| i + 1);

@@ -164,12 +164,11 @@ fn in_module<M: FrozenMemory>(
 }
 
 fn in_per_cpu_memory<M: FrozenMemory>(
-    input: &ScanInput<'_, M>,
+    _: &ScanInput<'_, M>,
     guest: &GuestMemory<'_, M>,
     pa: Pa,
 ) -> Result<Found, MemoryError> {
-    let chunks = input.linux.percpu_chunks(input.memory)?;
-    Ok(chunks.iter().find_map(|chunk| {
+    Ok(guest.percpu().iter().find_map(|chunk| {
         chunk.copies.iter().enumerate().find_map(|(cpu, &copy)| {
             let va = guest.address_in(copy..copy + chunk.size, pa)?;
             Some((va, Some(Owner::PerCpu { cpu })))

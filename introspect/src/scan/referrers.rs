@@ -82,7 +82,9 @@ pub fn referrers<M: FrozenMemory>(
     }
     for object in heap(input.registry).filter(|o| !target.contains(&o.address.0)) {
         for copy in guest.copies(object.address) {
-            for Mapping { va, extent } in guest.mappings(copy..copy + object.size) {
+            // As scans read them: aligned words only.
+            let words = Va(copy.0.next_multiple_of(8))..copy + object.size;
+            for Mapping { va, extent } in guest.mappings(words) {
                 for offset in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, target)) {
                     found.push(Referrer::Object { object, offset: (va - copy) + offset });
                 }

@@ -219,7 +219,7 @@ pub const COMMANDS: &[Entry] = &[
         name: "dump",
         usage: "dump=ADDR",
         summary: "everything known of the object at ADDR",
-        detail: "ADDR is hexadecimal, with or without 0x, and may point into the object.",
+        detail: "ADDR is hexadecimal, with or without 0x, and may point into the object, or into a CPU's copy of it.",
         completions: &["dump="],
     },
     Entry {

@@ -77,11 +77,9 @@ impl Target for Detector {
 
     fn dump(&self, address: Va) -> Result<String> {
         let work = self.work();
+        let (address, object) = self.object_at(address)?;
         let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
         let state = self.parts.recorder.state();
-        let Some(object) = state.registry.containing(address) else {
-            bail!("No tracked object at {address}");
-        };
         let comm =
             String::from_utf8_lossy(&state.registry.comm(object.comm)).trim_end_matches('\0').to_owned();
         let cache = match object.kind {
@@ -205,10 +203,8 @@ impl Target for Detector {
 
     fn annotate(&self, how: Annotation, address: Va) -> Result<Answer> {
         let _work = self.work();
+        let (_, object) = self.object_at(address)?;
         let registry = &mut self.parts.recorder.state().registry;
-        let Some(object) = registry.containing(address) else {
-            bail!("No tracked object at {address}");
-        };
         match how {
             Annotation::NotLeak => registry.paint(object.address, Paint::Gray),
             Annotation::Ignore => registry.paint(object.address, Paint::Black),

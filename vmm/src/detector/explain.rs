@@ -5,10 +5,12 @@ use crate::console::Answer;
 use crate::machine::FrozenRam;
 use anyhow::{Context, Result};
 use introspect::memory::Va;
+use introspect::registry::Object;
 use introspect::scan::{ScanInput, coverage, path};
 
 impl Detector {
     pub(super) fn path_to(&self, address: Va) -> Result<Answer> {
+        let (address, _) = self.object_at(address)?;
         let path = self.look(|input| path(input, address))?;
         Ok(Answer { text: path.text(), json: path.json() })
     }
@@ -16,6 +18,15 @@ impl Detector {
     pub(super) fn roots_now(&self) -> Result<Answer> {
         let coverage = self.look(|input| coverage(input).context("Cannot follow the roots"))?;
         Ok(Answer { text: coverage.text(), json: coverage.json() })
+    }
+
+    /// The tracked object at or around an address, and the address as the registry has it: of a per-CPU object the address
+    /// of any CPU's copy will do.
+    pub(super) fn object_at(&self, address: Va) -> Result<(Va, Object)> {
+        let at = |va| self.parts.recorder.state().registry.containing(va).map(|object| (va, object));
+        at(address)
+            .or_else(|| at(self.parts.linux.percpu_cookie(self.ram(), address)?))
+            .with_context(|| format!("No tracked object at {address}"))
     }
 
     /// Pauses the machine and looks at what a scan would look at.
