@@ -30,6 +30,9 @@ const TRIES: u32 = 3;
 /// Between two tries.
 const PAUSE: Duration = Duration::from_secs(2);
 
+/// Why a test was interrupted.
+const STOPPED: &str = "the run was ended";
+
 /// What all boots have in common.
 pub struct Environment<'a> {
     /// The suite.
@@ -72,6 +75,7 @@ pub fn run(
         let name = format!("{number}-{attempt}");
         let mut session = Session::new(environment, part, sink);
         match kernel {
+            _ if environment.live.stopped() => session.fail_rest(Outcome::Interrupted, STOPPED),
             Ok(kernel) => session.run(kernel, &name),
             Err(error) => session.fail_rest(Outcome::NotBooted, &format!("{error:#}")),
         }
@@ -98,8 +102,8 @@ struct Session<'a> {
     sink: &'a dyn Sink,
     /// Tests of `boot` not ended yet, for another boot.
     left: Vec<usize>,
-    /// Results that the canary may yet take back.
-    done: Vec<TestResult>,
+    /// What became of the canary so far.
+    canary: Option<String>,
     console: VecDeque<String>,
     /// The driver has said that the guest is ready.
     up: bool,
@@ -115,7 +119,7 @@ impl<'a> Session<'a> {
             boot,
             sink,
             left: Vec::new(),
-            done: Vec::new(),
+            canary: None,
             console: VecDeque::new(),
             up: false,
             began: Instant::now(),
@@ -143,31 +147,24 @@ impl<'a> Session<'a> {
         let (mut worker, _prepared) = match worker {
             Ok(both) => both,
             Err(_) if self.environment.live.stopped() => {
-                return self.fail_rest(Outcome::Interrupted, "ended before");
+                return self.fail_rest(Outcome::Interrupted, STOPPED);
             }
             Err(error) => return self.fail_rest(Outcome::NotBooted, &format!("{error:#}")),
         };
-        let canary = self.follow(&mut worker, &token);
-        let (canary, trouble) = match canary {
-            Ok(canary) => (Some(canary), None),
-            Err(end) => (None, Some(end)),
-        };
-        if trouble.is_some() {
+        let trouble = self.follow(&mut worker, &token).err();
+        if trouble.as_ref().is_some_and(|end| !matches!(end, End::NoLine(NoLine::Ended))) {
             worker.kill();
         }
         let ending = worker.finish();
         if let Some(end) = trouble {
             self.attribute(end, &ending);
         }
-        if let Some(why) = canary.as_ref().filter(|canary| *canary != FOUND) {
-            self.disbelieve(Outcome::Canary, why);
-        }
         let suite = self.suite();
         self.sink.boot(BootResult {
             kernel: suite.kernels[self.boot.kernel].name.clone(),
             guest: suite.guests[self.boot.guest].name.clone(),
             millis: millis(began),
-            canary,
+            canary: self.canary.take(),
             unasked_leaks: match suite.tests.iter().any(is_boot_test) {
                 true => 0,
                 false => self.of_boot.iter().map(|group| group.count).sum(),
@@ -269,8 +266,8 @@ impl<'a> Session<'a> {
         Ok(prepared)
     }
 
-    /// From power-on to the canary: what became of it.
-    fn follow(&mut self, worker: &mut Worker, token: &str) -> Result<String, End> {
+    /// From power-on to the end of the last test.
+    fn follow(&mut self, worker: &mut Worker, token: &str) -> Result<(), End> {
         let suite = self.suite();
         let mut answered = 0;
         let mut deadline = Instant::now() + Duration::from_secs(suite.boot_timeout_s);
@@ -285,16 +282,16 @@ impl<'a> Session<'a> {
                 match mark.what {
                     What::Ready => {
                         self.of_boot = take_leaks(worker).map_err(End::Detector)?;
+                        self.ask_canary(worker)?;
                         self.up = true;
                         self.console.clear();
                     }
                     What::Done { test, status, trouble } => self.conclude(worker, test, status, trouble)?,
-                    What::Canary if !self.left.is_empty() => return Err(out_of_step()),
-                    What::Canary => {
-                        let canary = ask_canary(worker, &self.environment.live);
-                        let _ = worker.request("quit");
-                        return Ok(canary);
-                    }
+                }
+                if self.left.is_empty() {
+                    // That it is gone already is as good.
+                    let _ = worker.request("quit");
+                    return Ok(());
                 }
                 answered = mark.number;
                 deadline = Instant::now()
@@ -327,6 +324,7 @@ impl<'a> Session<'a> {
             std::thread::sleep(PAUSE);
             add(&mut groups, take_leaks(worker).map_err(End::Detector)?);
         }
+        self.ask_canary(worker)?;
         if is_boot_test(row) {
             add(&mut groups, std::mem::take(&mut self.of_boot));
         }
@@ -348,7 +346,6 @@ impl<'a> Session<'a> {
         }
         self.console.clear();
         self.left.remove(0);
-        self.done.push(result.clone());
         self.sink.test(result, row);
         Ok(())
     }
@@ -358,7 +355,10 @@ impl<'a> Session<'a> {
         let said = ending.error.as_deref();
         let running = self.up;
         let (outcome, message) = match (&end, ending) {
-            (End::NoLine(NoLine::Stopped), _) => (Outcome::Interrupted, "the run was ended".to_owned()),
+            (End::Canary(why), _) => {
+                (Outcome::Canary, format!("the detector did not find its canary: {why}"))
+            }
+            _ if self.environment.live.stopped() => (Outcome::Interrupted, STOPPED.to_owned()),
             (End::NoLine(NoLine::Late), _) if running => {
                 (Outcome::Hung, "the guest does not answer any more".to_owned())
             }
@@ -381,25 +381,12 @@ impl<'a> Session<'a> {
             (_, _) => (Outcome::NotBooted, said.unwrap_or("the guest went off").to_owned()),
         };
         match self.left.first().copied() {
-            // All have ended: the guest died on its way to the canary, so nothing proves that the detector lived.
-            None => self.disbelieve(outcome, &message),
+            None => {}
             Some(test) if running && outcome != Outcome::Interrupted => {
                 self.left.remove(0);
                 self.fail(test, outcome, &message);
             }
             Some(_) => self.fail_rest(outcome, &message),
-        }
-    }
-
-    /// Tests that seemed to have a result have none.
-    fn disbelieve(&mut self, outcome: Outcome, why: &str) {
-        for mut result in
-            std::mem::take(&mut self.done).into_iter().filter(|result| result.outcome.is_verdict())
-        {
-            result.outcome = outcome;
-            result.message = format!("no canary was found after it: {why}");
-            let row = self.suite().tests.iter().find(|test| test.name == result.test);
-            row.into_iter().for_each(|row| self.sink.test(result.clone(), row));
         }
     }
 
@@ -430,6 +417,26 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Whether the detector still finds a leak made to be found; why not.
+    fn ask_canary(&mut self, worker: &mut Worker) -> Result<(), End> {
+        let mut why = String::new();
+        for attempt in 0..TRIES {
+            if attempt > 0 && !self.environment.live.stopped() {
+                std::thread::sleep(PAUSE);
+            }
+            match worker.ask("canary").map_err(End::Detector)? {
+                Ok(reply) if reply["canary"]["found"] == true => {
+                    self.canary = Some(FOUND.to_owned());
+                    return Ok(());
+                }
+                Ok(reply) => why = format!("unexpected reply {reply}"),
+                Err(error) => why = error,
+            }
+        }
+        self.canary = Some(why.clone());
+        Err(End::Canary(why))
+    }
+
     fn remember(&mut self, line: String) {
         if self.console.len() == CONSOLE_LINES {
             self.console.pop_front();
@@ -444,6 +451,8 @@ enum End {
     NoLine(NoLine),
     /// The detector did not do what it was asked.
     Detector(anyhow::Error),
+    /// It did not find its canary, and why.
+    Canary(String),
 }
 
 fn out_of_step() -> End {
@@ -515,22 +524,6 @@ fn add(groups: &mut Vec<Group>, more: Vec<Group>) {
             None => groups.push(group),
         }
     }
-}
-
-/// [`FOUND`], or why not.
-fn ask_canary(worker: &mut Worker, live: &Live) -> String {
-    let mut why = String::new();
-    for attempt in 0..TRIES {
-        if attempt > 0 && !live.stopped() {
-            std::thread::sleep(PAUSE);
-        }
-        match worker.request("canary") {
-            Ok(reply) if reply["canary"]["found"] == true => return FOUND.to_owned(),
-            Ok(reply) => why = format!("unexpected reply {reply}"),
-            Err(error) => why = format!("{error:#}"),
-        }
-    }
-    why
 }
 
 /// It asks what the boot itself leaks.

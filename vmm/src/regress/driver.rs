@@ -1,15 +1,14 @@
 //! The guest's side of a boot: a shell script that runs the tests one by one, and what it says on the console.
 //!
-//! It says a line, waits for the host to do its part (scan, report, clear) and goes on at the host's word:
+//! It says a line, waits for the host to do its part (scan, report, clear, canary) and goes on at the host's word:
 //!
 //! ```text
 //! guest, console                            host, console and control socket
-//! kleak-regress: TOKEN 1 ready ;            scan, report, clear; go 1
-//!   set-up, modules, test, settle
-//! kleak-regress: TOKEN 2 done 0 0 ok ;      scan, report, clear; go 2
-//!   ...
-//!   mounts the canary
-//! kleak-regress: TOKEN 9 canary ;           canary; quit
+//!   plants the canary, settles
+//! kleak-regress: TOKEN 1 ready ;            scan, report, clear, canary; go 1
+//!   set-up, modules, test, a fresh canary, settle
+//! kleak-regress: TOKEN 2 done 0 0 ok ;      scan, report, clear, canary; go 2
+//!   ...                                     ...; quit
 //! ```
 //!
 //! A kernel message may tear a line apart, so it is said again until the answer comes. TOKEN is of this boot alone: what a test
@@ -47,8 +46,6 @@ pub enum What {
         /// What went wrong.
         trouble: Option<Trouble>,
     },
-    /// The canary is planted.
-    Canary,
 }
 
 /// Why a test did not run as it should.
@@ -74,7 +71,6 @@ pub fn parse(line: &str, token: &str) -> Option<Mark> {
     let number = words.next()?.parse().ok()?;
     let what = match words.next()? {
         "ready" => What::Ready,
-        "canary" => What::Canary,
         "done" => What::Done {
             test: words.next()?.parse().ok()?,
             status: words.next()?.parse().ok()?,
@@ -107,9 +103,6 @@ pub struct Step<'a> {
     pub settle_ms: u64,
 }
 
-/// How long the canary waits, seconds: longer than the minimum age of what is reported.
-const CANARY_AGE_S: u64 = 2;
-
 const PROLOGUE: &str = r#"
 set -f
 n=0
@@ -122,7 +115,12 @@ mark() {
         sleep 1
     done
 }
-settle() { sync; sleep "$1"; }
+settle() {
+    mountpoint -q /kleak/canary && umount /kleak/canary
+    mount -t ramfs $canary /kleak/canary
+    sync
+    sleep "$1"
+}
 load() {
     [ "$bad" = ok ] && [ ! -d "/sys/module/$2" ] || return
     if insmod "$1" $3; then loaded="$2 $loaded"; else bad=load:$2; fi
@@ -146,12 +144,14 @@ attempt() {
     wait $dog 2> /dev/null
     [ ! -e $late ] || bad=late:
 }
+mkdir -p /kleak/canary
 cd /kleak/work
 "#;
 
 /// The script. It is to be run by `sh`.
 pub fn script(token: &str, boot_settle_ms: u64, steps: &[Step<'_>]) -> String {
-    let mut text = format!("token={token}{PROLOGUE}settle {}\nmark ready\n", seconds(boot_settle_ms));
+    let mut text =
+        format!("token={token} canary={CANARY}{PROLOGUE}settle {}\nmark ready\n", seconds(boot_settle_ms));
     for (index, step) in steps.iter().enumerate() {
         let folder = format!("{FOLDER}/{index}");
         text.push_str("bad=ok status=0 loaded= set_up=\n");
@@ -178,10 +178,6 @@ pub fn script(token: &str, boot_settle_ms: u64, steps: &[Step<'_>]) -> String {
             writeln!(text, "[ -z \"$set_up\" ] || stop $set_up\nunload\nsettle {}", seconds(step.settle_ms));
         let _ = writeln!(text, "mark done {index} $status $bad");
     }
-    let _ = writeln!(
-        text,
-        "mkdir -p /kleak/canary; mount -t ramfs {CANARY} /kleak/canary; settle {CANARY_AGE_S}\nmark canary"
-    );
     text
 }
 
@@ -209,7 +205,6 @@ mod tests {
         let table = [
             ("kleak-regress: t 1 ready ;", mark(1, What::Ready)),
             ("[   12.3] usb: kleak-regress: t 1 ready ;\r", mark(1, What::Ready)),
-            ("kleak-regress: t 4 canary ;", mark(4, What::Canary)),
             ("kleak-regress: t 2 done 3 137 late: ;", mark(2, done(137, Some(Trouble::Late)))),
             ("kleak-regress: t 2 done 3 0 ok ;", mark(2, done(0, None))),
             ("kleak-regress: t 2 done 3 1 load:a_b ;", mark(2, done(1, Some(Trouble::Load("a_b".into()))))),
@@ -237,7 +232,6 @@ mod tests {
     fn the_script_does_as_it_is_told() {
         let suite = suite(
             r#"
-            settle_ms = 0
             [[kernel]]
             path = "k"
             [[test]]
@@ -313,8 +307,7 @@ mod tests {
                 done(2, 137, Some(Trouble::Late)),
                 done(3, 1, Some(Trouble::Setup)),
                 done(4, 0, None),
-                done(5, 0, Some(Trouble::Load("absent".into()))),
-                What::Canary
+                done(5, 0, Some(Trouble::Load("absent".into())))
             ]
         );
         let count = |word: &str| said.iter().filter(|line| line.contains(word)).count();

@@ -19,6 +19,8 @@ mod matrix;
 mod options;
 mod recipes;
 mod result;
+#[cfg(test)]
+mod shipped_tests;
 mod suite;
 mod worker;
 mod write;
@@ -74,9 +76,7 @@ fn run(options: &RegressOptions) -> Result<ExitCode> {
         }
         (None, None) => return Err(Failure::usage("No suite").hint("kleak-vmm regress SUITE.toml").into()),
     };
-    if !options.outputs().reports.iter().any(|path| path == Path::new("-")) {
-        print(&write::text(&results))?;
-    }
+    print(&write::text(&results))?;
     Ok(results.exit_code())
 }
 
@@ -174,7 +174,7 @@ fn check_files(suite: &Suite, outputs: &Outputs) -> Result<()> {
     if let Some(profile) = &suite.profile {
         input(profile, "guest profile")?;
     }
-    for report in outputs.reports.iter().filter(|path| *path != Path::new("-")) {
+    for report in &outputs.reports {
         check::output_file(report)?;
     }
     if images::initramfs::find_busybox().is_none() {

@@ -69,7 +69,7 @@ pub struct MergeOptions {
 /// Where results go, and how they are judged.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Outputs {
-    /// Write the results to a file after each test: .json, .xml (JUnit), .sarif, .html, else text; - for text on standard output; repeatable
+    /// Write the results to a file after each test: .json, .xml (JUnit), .sarif, .html, else text; repeatable
     #[arg(long = "report", value_name = "FILE")]
     pub reports: Vec<PathBuf>,
 

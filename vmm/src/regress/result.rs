@@ -318,12 +318,13 @@ impl Results {
     }
 
     /// The exit code of the contract. A lost canary comes first, as nothing else can be believed then; leaks go before
-    /// tests that could not be made, as `run --fail-on-leak` has it.
+    /// tests that could not be made, as `run --fail-on-leak` has it. A host that could run none of them cannot.
     pub fn exit_code(&self) -> ExitCode {
         let any = |outcomes: &[Outcome]| self.tests.iter().any(|test| outcomes.contains(&test.outcome));
         match () {
             () if self.canary_lost() => ExitCode::Guest,
             () if any(&[Outcome::Leaked, Outcome::Missing]) => ExitCode::Leaks,
+            () if !self.tests.is_empty() && self.count(Outcome::Worker) == self.tests.len() => ExitCode::Host,
             () if !self.complete || self.tests.iter().any(|test| test.outcome != Outcome::Passed) => {
                 ExitCode::Guest
             }
@@ -401,6 +402,8 @@ mod tests {
         assert_eq!(of(&[Missing]).exit_code(), ExitCode::Leaks);
         assert_eq!(of(&[Passed, Crashed]).exit_code(), ExitCode::Guest);
         assert_eq!(of(&[Interrupted]).exit_code(), ExitCode::Guest);
+        assert_eq!(of(&[Outcome::Worker, Outcome::Worker]).exit_code(), ExitCode::Host);
+        assert_eq!(of(&[Outcome::Worker, Passed]).exit_code(), ExitCode::Guest);
         let mut partial = of(&[Passed]);
         partial.complete = false;
         assert_eq!(partial.exit_code(), ExitCode::Guest);

@@ -18,6 +18,8 @@ pub const RECIPE: &str = "recipe:";
 pub const KERNEL_PLACE: &str = "{kernel}";
 /// Longest time a test, a boot or settling may be given: a day.
 const MAX_SECONDS: u64 = 24 * 3600;
+/// The canary, which is planted when settling begins, must be old enough to be reported.
+const MIN_SETTLE_MS: u64 = 2000;
 /// Most times a test is repeated.
 const MAX_REPEAT: u32 = 100_000;
 
@@ -253,7 +255,8 @@ fn parse(text: &str, folder: &Path, default_name: &str) -> Result<Suite, Wrong> 
     let kernels = unique(kernels, "kernel", |kernel| &kernel.name)?;
     let guests = unique(guests, "guest", |guest| &guest.name)?;
     let tests = unique(tests, "test", |test| &test.name)?;
-    let settle_ms = file.settle_ms.map(|ms| within(ms, 0..=MAX_SECONDS * 1000, "settle_ms")).transpose()?;
+    let settle_ms =
+        file.settle_ms.map(|ms| within(ms, MIN_SETTLE_MS..=MAX_SECONDS * 1000, "settle_ms")).transpose()?;
     Ok(Suite {
         name: file.name.unwrap_or_else(|| default_name.to_owned()),
         boot: file.boot.unwrap_or(BootMode::Shared),

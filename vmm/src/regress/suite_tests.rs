@@ -109,6 +109,7 @@ fn what_is_wrong_is_said_with_its_line() {
         assert_eq!(found, at, "{more:?}: {said}");
         assert!(said.contains(what), "{more:?}: {said}");
     }
+    assert!(line(&format!("settle_ms = 100\n{base}")).1.starts_with("settle_ms = 100 is not within 2000"));
     assert_eq!(line("[[test]]\nname = \"t\"\n").1, "no [[kernel]]");
     assert_eq!(line("[[kernel]]\npath = \"k\"\n").1, "no [[test]]");
 }

@@ -180,6 +180,14 @@ impl Worker {
     /// # Errors
     /// The command fails, or there is no reply.
     pub fn request(&mut self, command: &str) -> Result<Value> {
+        self.ask(command)?.map_err(anyhow::Error::msg)
+    }
+
+    /// Carries out a console command; its reply in JSON, or why it failed.
+    ///
+    /// # Errors
+    /// There is no reply.
+    pub fn ask(&mut self, command: &str) -> Result<Result<Value, String>> {
         let client = match &mut self.client {
             Some(client) => client,
             None => {
@@ -194,8 +202,8 @@ impl Worker {
         let value: Value =
             serde_json::from_str(&reply.body).with_context(|| format!("The reply to {command}"))?;
         match value.get("error").and_then(Value::as_str) {
-            Some(error) => bail!("{error}"),
-            None => Ok(value),
+            Some(error) => Ok(Err(error.to_owned())),
+            None => Ok(Ok(value)),
         }
     }
 

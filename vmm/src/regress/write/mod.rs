@@ -8,22 +8,18 @@ mod text;
 pub use text::{line, text};
 
 use super::result::Results;
-use crate::cli::{Failure, print};
+use crate::cli::Failure;
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 
-/// Writes the results to all of these files; text on standard output (`-`) only once they are complete.
+/// Writes the results to all of these files.
 ///
 /// # Errors
 /// A file cannot be written: exit code 2. The others are.
 pub fn all(results: &Results, files: &[PathBuf]) -> Result<()> {
     let mut outcome = Ok(());
     for path in files {
-        let written = if path == Path::new("-") {
-            if results.complete { print(&text(results)) } else { Ok(()) }
-        } else {
-            form(results, path).and_then(|text| whole(path, &text))
-        };
+        let written = form(results, path).and_then(|text| whole(path, &text));
         outcome = outcome.and(written);
     }
     outcome

@@ -2,7 +2,6 @@
 
 use super::super::result::{Frame, Group, Results, State, TestResult};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 
 const SCHEMA: &str = "https://json.schemastore.org/sarif-2.1.0.json";
 /// The rules; a result names its own by index.
@@ -18,7 +17,7 @@ pub fn sarif(results: &Results) -> Value {
     let others = results.tests.iter().filter(|test| !test.outcome.is_verdict()).map(not_made);
     let fixed = results.fixed.iter().map(|fixed| {
         let mut row = row(0, "none", &format!("Fixed: {}", fixed.site), &fixed.id, "absent");
-        row["locations"] = json!([location(&fixed.site, None)]);
+        row["locations"] = json!([location(&fixed.site)]);
         row
     });
     json!({
@@ -63,8 +62,7 @@ fn leak(test: &TestResult, group: &Group) -> Value {
         group.site()
     );
     let mut row = row(0, level, &text, &format!("{}:{}", test.id, group.id), baseline);
-    let module = group.backtrace.iter().find_map(|frame| frame.module.as_deref());
-    row["locations"] = json!([location(&group.site(), module)]);
+    row["locations"] = json!([location(&group.site())]);
     let frames: Vec<Value> = group.backtrace.iter().map(frame).collect();
     row["stacks"] = json!([{ "message": { "text": "Where it was allocated" }, "frames": frames }]);
     row["properties"] =
@@ -75,16 +73,12 @@ fn leak(test: &TestResult, group: &Group) -> Value {
 fn not_made(test: &TestResult) -> Value {
     let text = format!("{}: {}: {}", test.id, test.outcome.name(), test.message);
     let mut row = row(1, "error", &text, &test.id, "new");
-    row["locations"] = json!([location(&test.id, None)]);
+    row["locations"] = json!([location(&test.id)]);
     row
 }
 
-fn location(name: &str, module: Option<&str>) -> Value {
-    let mut names = BTreeMap::from([("fullyQualifiedName", name), ("kind", "function")]);
-    if let Some(module) = module {
-        names.insert("decoratedName", module);
-    }
-    json!({ "logicalLocations": [names] })
+fn location(name: &str) -> Value {
+    json!({ "logicalLocations": [{ "fullyQualifiedName": name, "kind": "function" }] })
 }
 
 fn frame(frame: &Frame) -> Value {
