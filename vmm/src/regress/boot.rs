@@ -178,10 +178,8 @@ impl<'a> Session<'a> {
         let mut ready = Vec::new();
         for test in std::mem::take(&mut self.boot.tests) {
             let row = &self.suite().tests[test];
-            let found = kernel.modules(&row.modules);
-            match found.and_then(|found| {
-                row.files.iter().try_for_each(|f| kernel.file(&f.host).map(drop)).map(|()| found)
-            }) {
+            let files = row.files.iter().try_for_each(|file| kernel.file(&file.host).map(drop));
+            match files.and_then(|()| kernel.modules(&row.modules)) {
                 Ok(found) => {
                     ready.push(test);
                     modules.push(found);
@@ -211,24 +209,18 @@ impl<'a> Session<'a> {
     ) -> Result<Prepared> {
         let folder = self.environment.scratch.join(name);
         fs::create_dir_all(&folder).with_context(|| format!("Cannot create {}", folder.display()))?;
-        let suite = self.suite();
-        let guest = &suite.guests[self.boot.guest];
         let mut prepared = Prepared { socket: folder.join("control"), folder, arguments: vec!["run".into()] };
         let mut files = Files { folder: prepared.folder.clone(), list: Vec::new() };
-        let mut steps = Vec::new();
-        for (index, (&test, modules)) in self.boot.tests.iter().zip(modules).enumerate() {
-            let row = &suite.tests[test];
-            files.of_test(index, row, modules)?;
-            let names =
-                modules.iter().map(|module| (module.name.clone(), module.parameters.clone())).collect();
-            steps.push(Step { test: row, modules: names, settle_ms: settle(suite, row) });
-        }
-        let boot_settle = suite.settle_ms.unwrap_or(SETTLE_MS);
-        files.write("driver", "driver", driver::script(token, boot_settle, &steps).as_bytes())?;
+        self.write_tests(&mut files, token, modules)?;
+        let suite = self.suite();
+        let guest = &suite.guests[self.boot.guest];
         let tests = self.boot.tests.iter().flat_map(|&test| &suite.tests[test].files);
         for file in guest.files.iter().chain(tests) {
             files.list.push(FileSpec { host: kernel.file(&file.host)?, guest: file.guest.clone() });
         }
+        let modules = kernel.modules(&guest.modules)?;
+        let modules = modules.iter().enumerate().map(|(index, module)| files.of_guest(index, module));
+        let modules: Vec<OsString> = modules.collect::<Result<_>>()?;
         let mut option = |name: &str, value: OsString| {
             let mut word = OsString::from(format!("{name}="));
             word.push(value);
@@ -243,19 +235,8 @@ impl<'a> Session<'a> {
         // Scans are made when tests end, and at no other time.
         option("--scan-period", "0".into());
         option("--scan-at-exit", "no".into());
-        if let Some(profile) = &suite.profile {
-            option("--profile", profile.clone().into());
-        }
-        for (index, module) in kernel.modules(&guest.modules)?.iter().enumerate() {
-            // `run` calls a module by its file.
-            let place = files.folder.join(format!("guest-{index}"));
-            fs::create_dir_all(&place)?;
-            let path = place.join(format!("{}.ko", module.name));
-            fs::write(&path, &module.content).with_context(|| format!("Cannot write {}", path.display()))?;
-            let mut value = path.into_os_string();
-            module.parameters.split_whitespace().for_each(|parameter| value.push(format!(",{parameter}")));
-            option("--module", value);
-        }
+        suite.profile.iter().for_each(|profile| option("--profile", profile.clone().into()));
+        modules.into_iter().for_each(|module| option("--module", module));
         for file in &files.list {
             let mut value = file.host.clone().into_os_string();
             value.push(":");
@@ -264,6 +245,21 @@ impl<'a> Session<'a> {
         }
         prepared.arguments.extend(self.environment.options.iter().cloned());
         Ok(prepared)
+    }
+
+    /// The driver, and the files of each test.
+    fn write_tests(&self, files: &mut Files, token: &str, modules: &[Vec<GuestModule>]) -> Result<()> {
+        let suite = self.suite();
+        let mut steps = Vec::new();
+        for (index, (&test, modules)) in self.boot.tests.iter().zip(modules).enumerate() {
+            let row = &suite.tests[test];
+            files.of_test(index, row, modules)?;
+            let names =
+                modules.iter().map(|module| (module.name.clone(), module.parameters.clone())).collect();
+            steps.push(Step { test: row, modules: names, settle_ms: settle(suite, row) });
+        }
+        let boot_settle = suite.settle_ms.unwrap_or(SETTLE_MS);
+        files.write("driver", "driver", driver::script(token, boot_settle, &steps).as_bytes())
     }
 
     /// From power-on to the end of the last test.
@@ -487,6 +483,18 @@ impl Files {
             self.write(&host(&name), &guest(&name), &module.content)?;
         }
         Ok(())
+    }
+
+    /// A module for the whole boot, as `run --module` takes it.
+    fn of_guest(&self, index: usize, module: &GuestModule) -> Result<OsString> {
+        // A folder for each: files are named after their modules.
+        let place = self.folder.join(format!("guest-{index}"));
+        let path = place.join(format!("{}.ko", module.name));
+        let written = fs::create_dir_all(&place).and_then(|()| fs::write(&path, &module.content));
+        written.with_context(|| format!("Cannot write {}", path.display()))?;
+        let mut value = path.into_os_string();
+        module.parameters.split_whitespace().for_each(|parameter| value.push(format!(",{parameter}")));
+        Ok(value)
     }
 
     fn write(&mut self, host: &str, guest: &str, content: &[u8]) -> Result<()> {
