@@ -70,8 +70,8 @@ fn as_proc_says(line: &str) -> Result<()> {
     ))?;
     let mut session = guest.start()?;
     session.wait_for("\nREADY", RUN_TIMEOUT)?;
-    let slabs = json(&guest, "slabinfo")?;
-    let tasks = json(&guest, "ps")?;
+    let slabs = guest.json("slabinfo")?;
+    let tasks = guest.json("ps")?;
     let trace = guest.ctl("bt 2")?;
     ensure!(trace.contains("kthreadd+0x") && trace.contains("ret_from_fork"), "{trace}");
     ensure!(!trace.contains("not complete"), "{trace}");
@@ -79,7 +79,7 @@ fn as_proc_says(line: &str) -> Result<()> {
     session.type_line("go")?;
     session.wait_for("\nCOUNTED", RUN_TIMEOUT)?;
     let [vmallocinfo, buddyinfo, meminfo, vmstat] =
-        ["vmallocinfo", "buddyinfo", "meminfo", "vmstat"].map(|command| json(&guest, command));
+        ["vmallocinfo", "buddyinfo", "meminfo", "vmstat"].map(|command| guest.json(command));
     session.type_line("go")?;
     session.wait_for("\nMARKED", RUN_TIMEOUT)?;
     guest.ctl("mark")?;
@@ -103,11 +103,6 @@ fn as_proc_says(line: &str) -> Result<()> {
     compare_vmstat(&vmstat?, part("vmstat before")?, part("vmstat after")?)
 }
 
-fn json(guest: &Guest, command: &str) -> Result<Value> {
-    let reply = guest.ctl(&format!("json {command}"))?;
-    serde_json::from_str(&reply).with_context(|| format!("{command}: {reply}"))
-}
-
 /// A held machine stands still and answers.
 fn held(guest: &Guest) -> Result<()> {
     ensure!(guest.ctl("pause")?.starts_with("paused:"));
@@ -124,13 +119,13 @@ fn held(guest: &Guest) -> Result<()> {
 
 /// The entries made since the mark are in the difference, and their callers are named.
 fn growth(guest: &Guest) -> Result<()> {
-    let changes = json(guest, "slabinfo diff")?;
+    let changes = guest.json("slabinfo diff")?;
     let changes = changes["slabinfo"].as_array().context("rows")?;
     let dentries = changes.iter().find(|row| row["name"] == "dentry").context("no dentry")?;
     let grown = dentries["active"].as_i64().context("active")?;
     ensure!(grown >= FILES as i64 - ENTRIES_OF_OTHERS, "{dentries}");
     changes_of_memory(guest)?;
-    let calls = json(guest, "alloc_calls=dentry")?;
+    let calls = guest.json("alloc_calls=dentry")?;
     let calls = calls["alloc_calls"].as_array().context("calls")?;
     let counted: u64 = calls.iter().filter_map(|call| call["objects"].as_u64()).sum();
     ensure!(counted >= FILES, "{counted} dentries");
@@ -222,7 +217,7 @@ fn compare_tasks(ours: &Value, before: &str, after: &str) -> Result<()> {
 /// The same growth in the page allocator's terms: files without data are slabs, and making them is work that is counted.
 fn changes_of_memory(guest: &Guest) -> Result<()> {
     let change = |command: &str, name: &str, member: &str| -> Result<i64> {
-        let reply = json(guest, &format!("{command} diff"))?;
+        let reply = guest.json(&format!("{command} diff"))?;
         let row = rows(&reply, command)?.iter().find(|row| row["name"] == name);
         row.and_then(|row| row[member].as_i64()).with_context(|| format!("no {name} in {reply}"))
     };
@@ -230,10 +225,10 @@ fn changes_of_memory(guest: &Guest) -> Result<()> {
     ensure!((100..4000).contains(&slab_kb), "{slab_kb} kB of slabs");
     ensure!(change("vmstat", "nr_slab_reclaimable", "value")? > 0);
     ensure!(change("vmstat", "pgfault", "value")? > 0);
-    let blocks = json(guest, "buddyinfo diff")?;
+    let blocks = guest.json("buddyinfo diff")?;
     let pages: i64 = rows(&blocks, "buddyinfo")?.iter().filter_map(|row| row["pages"].as_i64()).sum();
     ensure!(pages < 0, "{blocks}");
-    rows(&json(guest, "vmallocinfo diff")?, "vmallocinfo")?;
+    rows(&guest.json("vmallocinfo diff")?, "vmallocinfo")?;
     Ok(())
 }
 

@@ -64,7 +64,8 @@ pub fn referrers<M: FrozenMemory>(
     input: &ScanInput<'_, M>,
     target: &Range<u64>,
 ) -> anyhow::Result<Vec<Referrer>> {
-    let guest = GuestMemory::new(input.linux, input.memory).context("Cannot find the guest's direct map")?;
+    let guest = GuestMemory::new(input.linux, input.memory)
+        .context("Cannot find the guest's direct map and per-CPU memory")?;
     let roots = collect_roots(input, &guest)?;
     let mut found = Vec::new();
     for region in &roots.regions {
@@ -80,9 +81,11 @@ pub fn referrers<M: FrozenMemory>(
         }
     }
     for object in heap(input.registry).filter(|o| !target.contains(&o.address.0)) {
-        for Mapping { va, extent } in guest.mappings(object.address..object.address + object.size) {
-            for offset in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, target)) {
-                found.push(Referrer::Object { object, offset: (va - object.address) + offset });
+        for copy in guest.copies(object.address) {
+            for Mapping { va, extent } in guest.mappings(copy..copy + object.size) {
+                for offset in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, target)) {
+                    found.push(Referrer::Object { object, offset: (va - copy) + offset });
+                }
             }
         }
         if found.len() >= MAX {

@@ -96,6 +96,9 @@ impl Detector {
         );
         let place = |referrer: &Referrer| match referrer {
             Referrer::Root { pa, .. } => Ok(Pa(*pa)),
+            Referrer::Object { object, .. } if object.kind == Kind::Percpu => {
+                bail!("A per-CPU object, {}, refers to the canary", object.address)
+            }
             Referrer::Object { object, offset } => {
                 let va = object.address + *offset;
                 let pa = self.parts.linux.translate(&paused.memory(), va);
