@@ -13,5 +13,6 @@ pub mod lab;
 pub mod machine;
 mod meminfo;
 pub mod probe;
+pub mod regress;
 pub mod run;
 pub mod tracer;

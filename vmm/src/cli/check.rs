@@ -115,7 +115,7 @@ const MODULE_MACHINE: u16 = 62;
 const MODULE_MACHINE: u16 = 183;
 
 /// Opens a file for reading, as it will be later; returns its first bytes (up to 64).
-pub(super) fn input_file(path: &Path, what: &str, hint: &str) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn input_file(path: &Path, what: &str, hint: &str) -> anyhow::Result<Vec<u8>> {
     let failure = || Failure::usage(format!("Cannot read {what} {}", path.display())).hint(hint);
     let metadata = std::fs::metadata(path).with_context(failure)?;
     if metadata.is_dir() {
@@ -140,7 +140,7 @@ fn directory(path: &Path, what: &str, hint: &str) -> anyhow::Result<()> {
 
 /// A report is written at the end of the run; that it cannot be is better said at the start. The file is not
 /// created yet, so that a run that fails leaves none behind.
-fn output_file(path: &Path) -> anyhow::Result<()> {
+pub(crate) fn output_file(path: &Path) -> anyhow::Result<()> {
     let failure = || Failure::usage(format!("Cannot write report {}", path.display())).hint("check --report");
     if path.is_dir() {
         return Err(anyhow::anyhow!("It is a directory").context(failure()));

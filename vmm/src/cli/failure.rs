@@ -20,6 +20,8 @@ pub enum ExitCode {
     Guest = 3,
     /// No usable KVM and no lab, not enough memory, no permission.
     Host = 4,
+    /// What `git bisect run` takes for "cannot be tested", where it was asked for.
+    Untested = 125,
 }
 
 impl From<ExitCode> for std::process::ExitCode {

@@ -15,6 +15,7 @@ pub mod values;
 pub use failure::{ExitCode, Failure};
 pub use options::RunOptions;
 
+use crate::regress::{RegressOptions, regress};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
@@ -36,6 +37,8 @@ enum Action {
         after_help = "On the console, Ctrl-a h lists the keys, Ctrl-a c opens the monitor and Ctrl-a x quits."
     )]
     Run(Box<RunOptions>),
+    /// Run the tests of a suite on its kernels and guests, and judge what they leak
+    Regress(Box<RegressOptions>),
     /// Send one console command to a running virtual machine
     Ctl(CtlOptions),
     /// Show what can be recovered from a kernel image, and which hooks apply
@@ -136,6 +139,7 @@ fn usage_failure(error: &clap::Error) -> Failure {
 fn dispatch(action: Action) -> anyhow::Result<ExitCode> {
     match action {
         Action::Run(options) => run::run(&options),
+        Action::Regress(options) => regress(&options),
         Action::Ctl(options) => ctl::ctl(&options),
         Action::Inspect(options) => inspect::inspect(&options),
         Action::Doctor(options) => doctor::doctor(&options),

@@ -29,6 +29,8 @@ pub enum Command {
     Path(Va),
     /// What each part of the roots contributes, and what is not read.
     Roots,
+    /// Prove that a leak would be found.
+    Canary,
     /// Tracer, hooks, objects, events.
     Status,
     /// Registry against the guest's slab and per-CPU metadata.
@@ -237,6 +239,15 @@ pub const COMMANDS: &[Entry] = &[
         detail: "Bytes, words that point into objects, and objects it was the first to point into, in reading order. The\n\
                  machine is paused for as long as a scan takes.",
         completions: &["roots"],
+    },
+    Entry {
+        name: "canary",
+        usage: "canary",
+        summary: "prove that a leak would be found",
+        detail: "The guest mounts one first: mount -t ramfs kleak-canary-of-this-guest DIR, and waits for the minimum age. The\n\
+                 machine is paused; what refers to the kernel's copy of that name is taken away, a scan made, and all put\n\
+                 back. An error if the scan does not report it.",
+        completions: &["canary"],
     },
     Entry {
         name: "status",
@@ -477,6 +488,7 @@ impl Command {
             "on" => Self::On,
             "status" => Self::Status,
             "roots" => Self::Roots,
+            "canary" => Self::Canary,
             "audit" => Self::Audit,
             "quit" => Self::Quit,
             "stack" => return Err("stack takes a value: stack=on or stack=off".into()),

@@ -112,6 +112,7 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::Dump(address) => target.dump(*address)?,
         Command::Path(address) => target.path(*address)?.text,
         Command::Roots => target.roots()?.text,
+        Command::Canary => target.canary()?.text,
         Command::Status => {
             target.status()?.iter().map(|(key, value)| format!("{key}: {}\n", plain(value))).collect()
         }
@@ -159,6 +160,7 @@ fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::Dump(address) => json!({ "dump": target.dump(*address)? }),
         Command::Path(address) => target.path(*address)?.json,
         Command::Roots => target.roots()?.json,
+        Command::Canary => target.canary()?.json,
         Command::Status => Value::Object(target.status()?.into_iter().collect()),
         Command::Audit => serde_json::to_value(target.audit()?)?,
         Command::Top(by) => target.top(*by)?.json,

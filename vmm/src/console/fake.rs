@@ -84,6 +84,9 @@ impl Target for FakeTarget {
     fn roots(&self) -> anyhow::Result<Answer> {
         self.called("roots", answer("name  bytes\ndata      8", json!({ "roots": [] })))
     }
+    fn canary(&self) -> anyhow::Result<Answer> {
+        self.called("canary", answer("canary: found", json!({ "canary": { "found": true } })))
+    }
     fn status(&self) -> anyhow::Result<Vec<(String, Value)>> {
         self.called("status", vec![("tracer".into(), json!("breakpoint")), ("objects".into(), json!(12))])
     }

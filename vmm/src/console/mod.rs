@@ -61,6 +61,8 @@ pub trait Target: Send + Sync {
     fn path(&self, address: Va) -> anyhow::Result<Answer>;
     /// What each part of the roots contributes, and what is not read.
     fn roots(&self) -> anyhow::Result<Answer>;
+    /// Hides what refers to the canary, scans, and puts it back; an error if it was not found.
+    fn canary(&self) -> anyhow::Result<Answer>;
     /// Tracer, hooks, objects, bytes, events, last scan, dropped events, as key and value in print order.
     fn status(&self) -> anyhow::Result<Vec<(String, serde_json::Value)>>;
     /// Registry against the guest's slab and per-CPU metadata.

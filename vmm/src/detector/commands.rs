@@ -130,6 +130,10 @@ impl Target for Detector {
         self.roots_now()
     }
 
+    fn canary(&self) -> Result<Answer> {
+        self.canary_now()
+    }
+
     fn status(&self) -> Result<Vec<(String, Value)>> {
         let work = self.work();
         let parts = &self.parts;

@@ -1,11 +1,14 @@
 //! The detector: tracer -> registry -> scan -> report, behind the console's commands.
 
 mod accounting;
+mod canary;
 mod commands;
 mod doing;
 mod explain;
 mod quiet;
 mod reporting;
+
+pub use canary::CANARY;
 
 use crate::machine::{FrozenRam, Machine, Paused};
 use crate::tracer::{Recorder, breakpoint::Breakpoints};

@@ -67,8 +67,9 @@ pub fn cmdline(options: &RunOptions) -> String {
 
 /// How long the embedded init lets the guest settle before the scan it asks for: RCU callbacks and delayed work that
 /// free what the modules left (kfree_rcu is batched for 5 s since 6.7), and the minimum age of what is reported.
-const SETTLE_MS: u64 = 2000;
-const SETTLE_WITH_MODULES_MS: u64 = 6000;
+pub const SETTLE_MS: u64 = 2000;
+/// The same when modules were unloaded.
+pub const SETTLE_WITH_MODULES_MS: u64 = 6000;
 
 /// The initramfs: the user's, or the embedded one with modules, files and command.
 pub fn initrd(options: &RunOptions, release: &str) -> Result<Vec<u8>> {

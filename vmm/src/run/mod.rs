@@ -3,6 +3,8 @@
 mod guest;
 mod watch;
 
+pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS};
+
 use crate::cli::options::{RunOptions, TracerChoice};
 use crate::cli::{ExitCode, Failure, check};
 use crate::console::guest_port::SETTLE;

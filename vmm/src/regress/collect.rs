@@ -1,0 +1,93 @@
+//! Results as they come: judged, said, and written at once, so that nothing that happens later can lose them.
+
+use super::baseline::Baseline;
+use super::boot::Sink;
+use super::result::{BootResult, FOUND, Results, TestResult};
+use super::suite::Test;
+use super::write;
+use anyhow::Result;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+/// See the module.
+pub struct Collector {
+    state: Mutex<State>,
+    /// Ids of all tests, in the suite's order.
+    order: Vec<String>,
+    baseline: Baseline,
+    reports: Vec<PathBuf>,
+    quiet: bool,
+    began: Instant,
+}
+
+struct State {
+    results: Results,
+    /// The last error of writing; said once, and again at the end.
+    unwritten: Option<anyhow::Error>,
+}
+
+impl Collector {
+    /// For the tests with the ids of `order`.
+    pub fn new(
+        results: Results,
+        order: Vec<String>,
+        baseline: Baseline,
+        reports: Vec<PathBuf>,
+        quiet: bool,
+    ) -> Self {
+        let state = Mutex::new(State { results, unwritten: None });
+        Self { state, order, baseline, reports, quiet, began: Instant::now() }
+    }
+
+    /// Tells the user.
+    pub fn say(&self, text: &str) {
+        if !self.quiet {
+            eprintln!("kleak-vmm: {text}");
+        }
+    }
+
+    /// All results.
+    ///
+    /// # Errors
+    /// The last attempt to write them failed.
+    pub fn finish(self) -> Result<Results> {
+        let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        state.unwritten.map_or(Ok(state.results), Err)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Results)) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut state.results);
+        let place = |test: &TestResult| self.order.iter().position(|id| *id == test.id);
+        state.results.tests.sort_by_key(place);
+        state.results.complete = state.results.tests.len() == self.order.len();
+        state.results.millis = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let written = write::all(&state.results, &self.reports);
+        if let (Err(error), None) = (&written, &state.unwritten) {
+            eprintln!("kleak-vmm: warning: {error:#}");
+        }
+        state.unwritten = written.err();
+    }
+}
+
+impl Sink for Collector {
+    fn test(&self, mut result: TestResult, test: &Test) {
+        result.judge(&test.expected, &self.baseline);
+        let mut number = 0;
+        let line = write::line(&result);
+        self.change(|results| {
+            results.tests.retain(|other| other.id != result.id);
+            results.tests.push(result);
+            number = results.tests.len();
+        });
+        self.say(&format!("[{number}/{}] {line}", self.order.len()));
+    }
+
+    fn boot(&self, result: BootResult) {
+        if let Some(why) = result.canary.as_ref().filter(|canary| *canary != FOUND) {
+            eprintln!("kleak-vmm: error: The detector did not find its canary on {}: {why}", result.kernel);
+        }
+        self.change(|results| results.boots.push(result));
+    }
+}

@@ -1,0 +1,391 @@
+//! Everything that can happen to a boot, without one: the process that would be `kleak-vmm run` is this test program, which
+//! plays the guest's driver and the detector. What each test does is its command: see [`play`].
+
+use super::options::{MergeOptions, Outputs, RegressAction};
+use super::result::{Outcome, State};
+use super::*;
+use crate::cli::options::LabChoice;
+use crate::console::execute::{Commands, Reply};
+use crate::console::socket::ControlServer;
+use serde_json::json;
+use std::io::BufRead;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+/// The arguments of the process that is played.
+const ARGUMENTS: &str = "KLEAK_TEST_WORKER";
+
+/// The detector that is played.
+struct Detector {
+    leaks: Mutex<Vec<(String, u64)>>,
+    canary: AtomicBool,
+}
+
+impl Commands for Detector {
+    fn answer(&self, line: &str) -> Reply {
+        let mut leaks = self.leaks.lock().unwrap();
+        let group = |(name, count): &(String, u64)| {
+            json!({ "id": name, "count": count, "direct": count, "bytes": 8 * count, "retained_bytes": 8 * count,
+                "kind": "slab", "cache": "kmalloc-8", "backtrace": [{ "ip": "0x1", "symbol": name, "offset": 1, "size": 2,
+                "module": null }] })
+        };
+        match line.trim() {
+            "json scan" => Reply::json(&json!({ "new_leaks": leaks.len() })),
+            "json report" => Reply::json(&json!({ "groups": leaks.iter().map(group).collect::<Vec<_>>() })),
+            "json clear" => {
+                leaks.clear();
+                Reply::json(&json!({ "cleared": 1 }))
+            }
+            "json canary" if self.canary.load(SeqCst) => Reply::json(&json!({ "canary": { "found": true } })),
+            "json canary" => Reply::error("the canary flew", true),
+            "json quit" => Reply { quit: true, ..Reply::json(&json!({ "quit": true })) },
+            other => Reply::error(&format!("not played: {other}"), true),
+        }
+    }
+
+    fn quit(&self) {
+        std::process::exit(0);
+    }
+}
+
+/// Says a mark and waits for the answer.
+fn mark(number: &mut u32, token: &str, what: &str) {
+    *number += 1;
+    println!("\nkleak-regress: {token} {number} {what} ;");
+    let expected = driver::answer(*number);
+    let heard = std::io::stdin().lock().lines().map_while(Result::ok).any(|line| line == expected.trim());
+    if !heard {
+        std::process::exit(9);
+    }
+}
+
+/// Plays a test; the words behind "done N".
+fn play(command: &str, detector: &Detector) -> String {
+    let words: Vec<&str> = command.split_whitespace().collect();
+    match words[..] {
+        ["leak", name, count] => {
+            detector.leaks.lock().unwrap().push((name.to_owned(), count.parse().unwrap()));
+            "0 ok".to_owned()
+        }
+        ["exit", status] => format!("{status} ok"),
+        ["late"] => "137 late:".to_owned(),
+        ["noise"] => {
+            println!("kleak-regress: \x1b[2J\u{7}\nkleak-regress: other 1 ready ;\n{}", "x".repeat(100_000));
+            println!("kleak-regress: done");
+            "0 ok".to_owned()
+        }
+        ["panic"] => {
+            eprintln!("kleak-vmm: error: Kernel panic - not syncing: played\nhint: none");
+            std::process::exit(3)
+        }
+        ["off"] => std::process::exit(0),
+        ["blind"] => {
+            detector.canary.store(false, SeqCst);
+            "0 ok".to_owned()
+        }
+        ["killed"] => {
+            // SAFETY: no pointers.
+            unsafe { libc::raise(libc::SIGKILL) };
+            unreachable!()
+        }
+        ["hang"] => loop {
+            std::thread::sleep(Duration::from_secs(1));
+        },
+        _ => panic!("not played: {command}"),
+    }
+}
+
+/// Not a test of its own: the process that [`Case::run`] starts.
+#[test]
+fn worker_that_is_played() {
+    let Ok(arguments) = std::env::var(ARGUMENTS) else { return };
+    let option = |name: &str| arguments.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    let file = |guest: &str| {
+        let end = format!(":{}/{guest}", driver::FOLDER);
+        let host = arguments.lines().find_map(|line| line.strip_prefix("--file=")?.strip_suffix(&end));
+        host.map(|host| fs::read_to_string(host).unwrap())
+    };
+    let script = file("driver").unwrap();
+    let token = script.split_whitespace().next().unwrap().strip_prefix("token=").unwrap().to_owned();
+    let canary = !option("--cmdline=").contains("no-canary");
+    let detector = Arc::new(Detector { leaks: Mutex::default(), canary: AtomicBool::new(canary) });
+    let mut server = ControlServer::bind(Path::new(option("--control="))).unwrap();
+    server.serve(detector.clone()).unwrap();
+    let kernel = option("--kernel=").rsplit('/').next().unwrap();
+    let mut number = 0;
+    match kernel {
+        "dead" => {
+            eprintln!("kleak-vmm: error: The guest triple faulted");
+            std::process::exit(3);
+        }
+        "mute" => std::thread::sleep(Duration::from_secs(600)),
+        "boot-leaks" => detector.leaks.lock().unwrap().push(("boot".into(), 2)),
+        _ => {}
+    }
+    mark(&mut number, &token, "ready");
+    for test in 0..script.matches("mark done").count() {
+        let said = match file(&format!("{test}/test")) {
+            Some(command) => play(command.strip_prefix("#!/bin/sh\n").unwrap().trim(), &detector),
+            None => "0 ok".to_owned(),
+        };
+        mark(&mut number, &token, &format!("done {test} {said}"));
+    }
+    // The host asks to quit instead.
+    std::process::exit(9);
+}
+
+/// A suite whose kernels are played.
+struct Case {
+    folder: PathBuf,
+    options: RegressOptions,
+}
+
+impl Case {
+    fn new(suite: &str) -> Self {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("kleak-faults-{}-{}", std::process::id(), NEXT.fetch_add(1, SeqCst));
+        let folder = std::env::temp_dir().join(name);
+        fs::create_dir_all(&folder).unwrap();
+        for kernel in ["good", "dead", "mute", "boot-leaks"] {
+            fs::write(folder.join(kernel), "kernel").unwrap();
+        }
+        let myself = std::env::current_exe().unwrap();
+        let test = "regress::faults::worker_that_is_played";
+        let worker = format!(
+            "#!/bin/sh\n{ARGUMENTS}=$(printf '%s\\n' \"$@\") exec {} --exact {test} --nocapture\n",
+            myself.display()
+        );
+        fs::write(folder.join("worker"), worker).unwrap();
+        fs::set_permissions(folder.join("worker"), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(folder.join("suite.toml"), suite).unwrap();
+        let outputs = Outputs { reports: vec![folder.join("results.json")], ..Outputs::default() };
+        let options = RegressOptions {
+            suite: Some(folder.join("suite.toml")),
+            action: None,
+            jobs: 2,
+            shard: None,
+            only: None,
+            logs: None,
+            lab: LabChoice::Never,
+            quiet: true,
+            outputs,
+        };
+        Self { folder, options }
+    }
+
+    fn run_with(&self, live: &Arc<Live>) -> Results {
+        let suite = self.options.suite.as_ref().unwrap();
+        let grace = Duration::from_millis(1500);
+        let results =
+            run_suite(suite, &self.options, &self.folder.join("worker"), grace, Arc::clone(live)).unwrap();
+        let written = fs::read_to_string(self.folder.join("results.json")).unwrap();
+        assert_eq!(serde_json::from_str::<Results>(&written).unwrap(), results);
+        assert!(live.is_empty(), "a process is left behind");
+        results
+    }
+
+    fn run(&self) -> Results {
+        self.run_with(&Arc::default())
+    }
+}
+
+impl Drop for Case {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// Kernels, and tests of these commands, each named after its command.
+fn suite(head: &str, kernels: &[&str], commands: &[&str]) -> String {
+    let mut text = format!("boot_timeout_s = 20\n{head}\n");
+    kernels.iter().for_each(|kernel| text.push_str(&format!("[[kernel]]\npath = \"{kernel}\"\n")));
+    for command in commands {
+        text.push_str(&format!("[[test]]\nname = \"{command}\"\nrun = \"{command}\"\ntimeout_s = 1\n"));
+    }
+    text
+}
+
+fn outcomes(results: &Results) -> Vec<(&str, Outcome)> {
+    results.tests.iter().map(|test| (test.test.as_str(), test.outcome)).collect()
+}
+
+#[test]
+fn each_fault_is_the_result_of_its_test_alone() {
+    let commands =
+        ["exit 0", "panic", "leak a 2", "killed", "noise", "hang", "late", "exit 3", "off", "leak b 1"];
+    for boot in ["boot = \"shared\"", "boot = \"per-test\""] {
+        let results = Case::new(&suite(boot, &["good"], &commands)).run();
+        let expected = [
+            Outcome::Passed,
+            Outcome::Crashed,
+            Outcome::Leaked,
+            Outcome::Worker,
+            Outcome::Passed,
+            Outcome::Hung,
+            Outcome::TimedOut,
+            Outcome::Failed,
+            Outcome::Crashed,
+            Outcome::Leaked,
+        ];
+        assert_eq!(outcomes(&results), commands.into_iter().zip(expected).collect::<Vec<_>>(), "{boot}");
+        assert!(results.complete && !results.canary_lost());
+        assert_eq!(results.exit_code(), ExitCode::Leaks);
+        assert_eq!(results.tests[1].message, "Kernel panic - not syncing: played");
+        assert!(results.tests[3].message.ends_with("killed by signal 9"), "{}", results.tests[3].message);
+        assert_eq!(
+            (results.tests[2].groups.len(), results.tests[9].groups.len()),
+            (1, 1),
+            "leaks of another test"
+        );
+        assert_eq!(results.tests[7].status, Some(3));
+    }
+}
+
+#[test]
+fn a_kernel_that_does_not_boot_hurts_no_other() {
+    let text = suite("", &["dead", "mute", "absent", "good"], &["exit 0", "leak a 1"]);
+    let results = Case::new(&text.replace("boot_timeout_s = 20", "boot_timeout_s = 2")).run();
+    let of = |kernel: &str| {
+        let tests = results.tests.iter().filter(|test| test.kernel == kernel);
+        tests.map(|test| (test.outcome, test.message.as_str())).collect::<Vec<_>>()
+    };
+    assert_eq!(of("dead"), [(Outcome::NotBooted, "The guest triple faulted"); 2]);
+    assert_eq!(of("mute"), [(Outcome::NotBooted, "the guest was not up within 2 s"); 2]);
+    assert!(
+        of("absent").iter().all(|(o, why)| *o == Outcome::NotBooted && why.contains("Cannot read kernel"))
+    );
+    assert_eq!(of("good"), [(Outcome::Passed, ""), (Outcome::Leaked, "1 new leaks")]);
+}
+
+#[test]
+fn without_its_canary_no_test_is_believed() {
+    let results = Case::new(&suite("", &["good"], &["exit 0", "blind", "leak a 1"])).run();
+    let wanted = [("exit 0", Outcome::Passed), ("blind", Outcome::Canary), ("leak a 1", Outcome::Leaked)];
+    assert_eq!(outcomes(&results), wanted);
+    assert!(
+        results.canary_lost() && results.tests[1].message.contains("the canary flew"),
+        "{:?}",
+        results.tests[1]
+    );
+    assert_eq!(results.exit_code(), ExitCode::Guest);
+    let text = suite("", &["good"], &["exit 0", "leak a 1"]) + "[[guest]]\ncmdline = \"no-canary\"\n";
+    let results = Case::new(&text).run();
+    assert_eq!(outcomes(&results), [("exit 0", Outcome::Canary), ("leak a 1", Outcome::Canary)]);
+    assert_eq!((results.exit_code(), results.boots.len()), (ExitCode::Guest, 1));
+}
+
+#[test]
+fn a_missing_module_is_its_tests_result() {
+    let text = suite("", &["good"], &["exit 0", "leak a 1"]) + "modules = [\"absent.ko\"]\n";
+    let results = Case::new(&text).run();
+    assert_eq!(outcomes(&results), [("exit 0", Outcome::Passed), ("leak a 1", Outcome::Failed)]);
+    assert!(results.tests[1].message.contains("absent.ko"), "{}", results.tests[1].message);
+}
+
+#[test]
+fn leaks_of_the_boot_are_the_boot_tests() {
+    let text = suite("", &["boot-leaks"], &["exit 0"]);
+    let results = Case::new(&text).run();
+    assert_eq!((results.exit_code(), results.boots[0].unasked_leaks), (ExitCode::Success, 2));
+    let results = Case::new(&format!("{text}[[test]]\nname = \"boot\"\n")).run();
+    assert_eq!(outcomes(&results), [("exit 0", Outcome::Passed), ("boot", Outcome::Leaked)]);
+    assert_eq!(results.boots[0].unasked_leaks, 0);
+}
+
+#[test]
+fn ending_it_keeps_what_is_there() {
+    let case = Case::new(&suite("boot = \"per-test\"", &["good"], &["exit 0", "hang", "leak a 1"]));
+    let mut case = case;
+    case.options.jobs = 1;
+    let live: Arc<Live> = Arc::default();
+    let (stop, results) = (Arc::clone(&live), case.folder.join("results.json"));
+    let ender = std::thread::spawn(move || {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !fs::read_to_string(&results).is_ok_and(|text| text.contains("passed"))
+            && Instant::now() < deadline
+        {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        stop.stop();
+    });
+    let results = case.run_with(&live);
+    ender.join().unwrap();
+    assert_eq!(
+        outcomes(&results),
+        [("exit 0", Outcome::Passed), ("hang", Outcome::Interrupted), ("leak a 1", Outcome::Interrupted)]
+    );
+    assert_eq!(results.exit_code(), ExitCode::Guest);
+}
+
+#[test]
+fn a_baseline_tells_new_from_known_from_fixed() {
+    let mut case = Case::new(&suite("baseline = \"base.json\"", &["good"], &["leak a 1", "leak b 2"]));
+    let missing = run_suite(
+        case.options.suite.as_ref().unwrap(),
+        &case.options,
+        Path::new("x"),
+        Duration::ZERO,
+        Arc::default(),
+    );
+    assert_eq!(failure::exit_code(&missing.unwrap_err()), ExitCode::Usage);
+    case.options.outputs.update_baseline = true;
+    assert_eq!(case.run().exit_code(), ExitCode::Leaks);
+    case.options.outputs.update_baseline = false;
+    let known = case.run();
+    assert_eq!((known.exit_code(), known.leaks(State::Known)), (ExitCode::Success, 3));
+    let text = suite("baseline = \"base.json\"", &["good"], &["leak a 1", "leak b 2"])
+        .replace("run = \"leak b 2\"", "run = \"leak c 2\"");
+    fs::write(case.folder.join("suite.toml"), text).unwrap();
+    let changed = case.run();
+    assert_eq!((changed.leaks(State::New), changed.leaks(State::Known)), (2, 1));
+    assert_eq!(changed.fixed.iter().map(|fixed| fixed.site.as_str()).collect::<Vec<_>>(), ["b"]);
+}
+
+#[test]
+fn merged_shards_are_the_whole() {
+    let mut case = Case::new(&suite("", &["good"], &["exit 0", "leak a 1", "exit 3", "leak b 1", "noise"]));
+    let whole = case.run();
+    let files: Vec<PathBuf> = (1..=2).map(|index| case.folder.join(format!("{index}.json"))).collect();
+    for (index, file) in files.iter().enumerate() {
+        case.options.shard = Some(matrix::Shard { index: index as u32 + 1, count: 2 });
+        let part = case.run();
+        assert!(part.tests.len() < 5 && !part.tests.is_empty());
+        fs::rename(case.folder.join("results.json"), file).unwrap();
+    }
+    let joined = merge(&files, &Outputs::default()).unwrap();
+    let mut all = outcomes(&joined);
+    all.sort_by_key(|(name, _)| whole.tests.iter().position(|test| test.test == *name));
+    assert_eq!((all, joined.shard.clone(), joined.complete), (outcomes(&whole), None, true));
+    for wrong in
+        [vec![files[0].clone(); 2], vec![case.folder.join("suite.toml")], vec![case.folder.join("absent")]]
+    {
+        assert_eq!(failure::exit_code(&merge(&wrong, &Outputs::default()).unwrap_err()), ExitCode::Usage);
+    }
+    let action = Some(RegressAction::Merge(MergeOptions {
+        files: vec![case.folder.join("absent")],
+        outputs: Outputs { bisect_exit_codes: true, ..Outputs::default() },
+    }));
+    assert_eq!(
+        regress(&RegressOptions { action, suite: None, ..case.options.clone() }).unwrap(),
+        ExitCode::Untested
+    );
+}
+
+#[test]
+fn boots_wait_for_memory() {
+    let memory = Admission::new(100);
+    let first = memory.admit(80);
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| drop(memory.admit(30)));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!second.is_finished());
+        drop(memory.admit(20));
+        drop(first);
+        second.join().unwrap();
+    });
+    // More than there is: alone.
+    drop(memory.admit(1000));
+    assert_eq!(*memory.used.lock().unwrap(), 0);
+}

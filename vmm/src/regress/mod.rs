@@ -1,0 +1,300 @@
+//! `kleak-vmm regress`: runs the tests of a suite on its kernels and guests and judges what they leak.
+//!
+//! ```text
+//! suite.rs -> matrix.rs -> boots, several at a time (this file)
+//!   boot.rs: driver.rs in the guest <-> worker.rs: `kleak-vmm run`, one process a boot
+//!     -> result.rs <- baseline.rs
+//!       -> write/: text, JSON, JUnit, SARIF, HTML, anew after each test
+//! ```
+
+mod baseline;
+mod boot;
+mod collect;
+mod driver;
+#[cfg(test)]
+mod faults;
+#[cfg(test)]
+mod fixture;
+mod matrix;
+mod options;
+mod recipes;
+mod result;
+#[cfg(test)]
+mod shipped_tests;
+mod suite;
+mod worker;
+mod write;
+
+pub use options::{RegressAction, RegressOptions};
+
+use crate::cli::{ExitCode, Failure, check, failure, print};
+use crate::console::signals;
+use crate::doctor::available_memory_bytes;
+use anyhow::{Context, Result};
+use baseline::Baseline;
+use boot::Environment;
+use collect::Collector;
+use matrix::Boot;
+use options::Outputs;
+use result::Results;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+use suite::{Action, KernelSource, RECIPE, Suite};
+use worker::Live;
+
+/// Memory a boot takes beside its guest's: the process, or the helper system of a lab.
+const HEADROOM: u64 = 1 << 30;
+/// Runs a suite, or joins the results of its shards.
+///
+/// # Errors
+/// A broken suite, baseline or result file, a file that is not there: exit code 2.
+pub fn regress(options: &RegressOptions) -> Result<ExitCode> {
+    let bisect = options.outputs().bisect_exit_codes;
+    match run(options) {
+        // To `git bisect run` any other code below 128 would mean that the kernel is bad.
+        Ok(code) if bisect && !matches!(code, ExitCode::Success | ExitCode::Leaks) => Ok(ExitCode::Untested),
+        Err(error) if bisect => {
+            failure::report(&error);
+            Ok(ExitCode::Untested)
+        }
+        other => other,
+    }
+}
+
+fn run(options: &RegressOptions) -> Result<ExitCode> {
+    let results = match (&options.action, &options.suite) {
+        (Some(RegressAction::Merge(options)), _) => merge(&options.files, &options.outputs)?,
+        (None, Some(suite)) => {
+            let live = Arc::new(Live::default());
+            let stop = Arc::clone(&live);
+            signals::watch(move |_| stop.stop()).context("Cannot watch for signals")?;
+            let program = std::env::current_exe().context("Cannot tell where this program is")?;
+            run_suite(suite, options, &program, boot::GRACE, live)?
+        }
+        (None, None) => return Err(Failure::usage("No suite").hint("kleak-vmm regress SUITE.toml").into()),
+    };
+    print(&write::text(&results))?;
+    Ok(results.exit_code())
+}
+
+/// Runs the suite with `program` as the one that boots guests, and `grace` for what a guest does beside its tests.
+fn run_suite(
+    path: &Path,
+    options: &RegressOptions,
+    program: &Path,
+    grace: Duration,
+    live: Arc<Live>,
+) -> Result<Results> {
+    let suite = suite::read(path)?;
+    check_files(&suite, &options.outputs)?;
+    let boots = matrix::boots(&suite, options.shard, options.only.as_deref());
+    let ids = |boot: &Boot| {
+        boot.tests.iter().map(|&test| matrix::id(&suite, boot.kernel, boot.guest, test)).collect::<Vec<_>>()
+    };
+    let order: Vec<String> = boots.iter().flat_map(ids).collect();
+    if order.is_empty() {
+        // A shard may well be empty; a name that is none is a mistake.
+        if let Some(only) = &options.only {
+            let what = format!("No test of {} has {only:?} in its name", path.display());
+            return Err(Failure::usage(what).hint("names are KERNEL/GUEST/TEST").into());
+        }
+    }
+    let baseline_path = options.outputs.baseline.clone().or_else(|| suite.baseline.clone());
+    let baseline = read_baseline(baseline_path.as_deref(), options.outputs.update_baseline)?;
+    if let Some(folder) = &options.logs {
+        fs::create_dir_all(folder)
+            .with_context(|| Failure::usage(format!("Cannot create {}", folder.display())))?;
+    }
+    let results = Results::new(&suite.name, options.shard.map(|shard| shard.to_string()));
+    let collector =
+        Collector::new(results, order, baseline.clone(), options.outputs.reports.clone(), options.quiet);
+    let scratch = Scratch::new()?;
+    let environment = Environment {
+        suite: &suite,
+        program: program.to_owned(),
+        options: options.run_options(),
+        logs: options.logs.clone(),
+        scratch: scratch.0.clone(),
+        grace,
+        live,
+    };
+    run_boots(&environment, &boots, options.jobs, &collector);
+    let mut results = collector.finish()?;
+    conclude(&mut results, baseline, baseline_path.as_deref(), &options.outputs)?;
+    Ok(results)
+}
+
+/// Compares with the baseline, brings it up to date where asked, and writes the results for good.
+fn conclude(
+    results: &mut Results,
+    mut baseline: Baseline,
+    path: Option<&Path>,
+    outputs: &Outputs,
+) -> Result<()> {
+    results.compare(&baseline);
+    if let Some(path) = path.filter(|_| outputs.update_baseline) {
+        baseline.update(results);
+        write::whole(path, &baseline.text())?;
+    }
+    write::all(results, &outputs.reports)
+}
+
+fn read_baseline(path: Option<&Path>, update: bool) -> Result<Baseline> {
+    match path {
+        Some(path) => Baseline::read(path, update),
+        None if update => Err(Failure::usage("--update-baseline needs to know which")
+            .hint("give --baseline FILE, or baseline = \"FILE\" in the suite")
+            .into()),
+        None => Ok(Baseline::default()),
+    }
+}
+
+/// What can be known to go wrong is said before anything boots. Kernels and modules are the tests' own matter: one that was
+/// not built is the result of its tests.
+fn check_files(suite: &Suite, outputs: &Outputs) -> Result<()> {
+    let input =
+        |path: &Path, what: &str| check::input_file(path, what, "check its path in the suite").map(drop);
+    let fixed = |path: &Path| {
+        let text = path.to_string_lossy();
+        !text.starts_with(RECIPE) && !text.contains(suite::KERNEL_PLACE)
+    };
+    let files = suite.guests.iter().flat_map(|guest| &guest.files);
+    for file in files.chain(suite.tests.iter().flat_map(|test| &test.files)).filter(|file| fixed(&file.host))
+    {
+        input(&file.host, "file")?;
+    }
+    for test in &suite.tests {
+        if let Action::Script(path) = &test.action {
+            input(path, "script")?;
+        }
+    }
+    if let Some(profile) = &suite.profile {
+        input(profile, "guest profile")?;
+    }
+    for report in &outputs.reports {
+        check::output_file(report)?;
+    }
+    if images::initramfs::find_busybox().is_none() {
+        return Err(Failure::host("No static busybox on this host, so tests have no shell in the guest")
+            .hint("apt-get install busybox-static")
+            .into());
+    }
+    Ok(())
+}
+
+/// Runs the boots, `jobs` at a time and no more than there is memory for.
+fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collector: &Collector) {
+    // One after the other: several fetches at a time would only wait for each other.
+    let kernels: Vec<_> = (0..environment.suite.kernels.len())
+        .map(|index| {
+            let used = boots.iter().any(|boot| boot.kernel == index);
+            let kernel = &environment.suite.kernels[index];
+            if used && matches!(kernel.source, KernelSource::Recipe(_)) {
+                collector.say(&format!("preparing kernel {}", kernel.name));
+            }
+            used.then(|| recipes::kernel(kernel))
+        })
+        .collect();
+    let memory = Admission::new(available_memory_bytes().unwrap_or(u64::MAX));
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.min(boots.len()) {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, SeqCst);
+                    let Some(boot) = boots.get(number) else { return };
+                    let Some(kernel) = &kernels[boot.kernel] else { continue };
+                    let needed = environment.suite.guests[boot.guest].mem_bytes + HEADROOM;
+                    let _admitted = memory.admit(needed);
+                    boot::run(environment, boot, number + 1, kernel, collector);
+                }
+            });
+        }
+    });
+}
+
+/// Joins the results of shards.
+fn merge(files: &[PathBuf], outputs: &Outputs) -> Result<Results> {
+    let mut joined: Option<Results> = None;
+    for path in files {
+        let failure = || {
+            Failure::usage(format!("Cannot read results {}", path.display()))
+                .hint("regress --report FILE.json writes them")
+        };
+        let text = fs::read_to_string(path).with_context(failure)?;
+        let results: Results = serde_json::from_str(&text).with_context(failure)?;
+        if results.schema != result::SCHEMA {
+            return Err(anyhow::anyhow!("Its schema is {:?}", results.schema).context(failure()));
+        }
+        if let Some(known) = &joined {
+            let twice = results.tests.iter().find(|test| known.tests.iter().any(|other| other.id == test.id));
+            if let Some(test) = twice {
+                let what = format!("{} has a result of {}, as a file before it", path.display(), test.id);
+                return Err(Failure::usage(what).hint("give the results of each shard once").into());
+            }
+        }
+        match &mut joined {
+            None => joined = Some(Results { shard: None, ..results }),
+            Some(joined) => joined.join(results),
+        }
+    }
+    let mut results = joined.ok_or_else(|| Failure::usage("No results to merge"))?;
+    let baseline = read_baseline(outputs.baseline.as_deref(), outputs.update_baseline)?;
+    conclude(&mut results, baseline, outputs.baseline.as_deref(), outputs)?;
+    Ok(results)
+}
+
+/// Lets so many boots run at a time as there is memory for, one at least.
+struct Admission {
+    available: u64,
+    used: Mutex<u64>,
+    changed: Condvar,
+}
+
+struct Admitted<'a>(&'a Admission, u64);
+
+impl Admission {
+    fn new(available: u64) -> Self {
+        Self { available, used: Mutex::new(0), changed: Condvar::new() }
+    }
+
+    fn admit(&self, bytes: u64) -> Admitted<'_> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        while *used > 0 && used.saturating_add(bytes) > self.available {
+            used = self.changed.wait(used).unwrap_or_else(PoisonError::into_inner);
+        }
+        *used = used.saturating_add(bytes);
+        Admitted(self, bytes)
+    }
+}
+
+impl Drop for Admitted<'_> {
+    fn drop(&mut self) {
+        *self.0.used.lock().unwrap_or_else(PoisonError::into_inner) -= self.1;
+        self.0.changed.notify_all();
+    }
+}
+
+/// A folder that goes with the value, for this user alone.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        use std::os::unix::fs::DirBuilderExt;
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("kleak-regress-{}-{}", std::process::id(), NEXT.fetch_add(1, SeqCst));
+        let path = std::env::temp_dir().join(name);
+        let made = fs::DirBuilder::new().mode(0o700).create(&path);
+        made.with_context(|| Failure::host(format!("Cannot create {}", path.display())))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

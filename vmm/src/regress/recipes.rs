@@ -1,0 +1,101 @@
+//! Where the suite's kernels, modules and programs are on this host: paths as they stand, or made by the `images` crate.
+
+use super::suite::{KERNEL_PLACE, Kernel, KernelSource, RECIPE};
+use crate::cli::values::ModuleSpec;
+use crate::lab;
+use anyhow::{Context, Result};
+use images::initramfs::GuestModule;
+use images::kernel::Headers;
+use images::module_file::{self, WantedModule};
+use images::{Cache, KernelPackage, cache, modules, programs};
+use std::path::{Path, PathBuf};
+
+/// A kernel that is there.
+#[derive(Debug, Clone)]
+pub struct Ready {
+    /// The image.
+    pub path: PathBuf,
+    /// Its name in the suite.
+    name: String,
+    /// The package it is from.
+    package: Option<KernelPackage>,
+}
+
+/// The images' cache: the one that is named, else beside the lab's files.
+fn store() -> Result<Cache> {
+    if std::env::var_os(cache::FOLDER_VARIABLE).is_some_and(|folder| !folder.is_empty()) {
+        return Ok(Cache::of_workspace());
+    }
+    Ok(Cache::new(lab::folder()?.with_file_name("images")))
+}
+
+/// Makes sure that the kernel is there.
+///
+/// # Errors
+/// It is not, and cannot be fetched.
+pub fn kernel(kernel: &Kernel) -> Result<Ready> {
+    let (path, package) = match &kernel.source {
+        KernelSource::File(path) => {
+            std::fs::File::open(path).with_context(|| format!("Cannot read kernel {}", path.display()))?;
+            (path.clone(), None)
+        }
+        KernelSource::Recipe(name) => {
+            let package = KernelPackage::fetch(&store()?, name)?;
+            (package.vmlinuz.clone(), Some(package))
+        }
+    };
+    Ok(Ready { path, name: kernel.name.clone(), package })
+}
+
+impl Ready {
+    /// The modules asked for and those they need, in the order of loading.
+    ///
+    /// # Errors
+    /// One of them is not there, or cannot be built.
+    pub fn modules(&self, wanted: &[ModuleSpec]) -> Result<Vec<GuestModule>> {
+        let find = |spec: &ModuleSpec| {
+            Ok(WantedModule { path: self.module(&spec.path)?, parameters: spec.params.join(" ") })
+        };
+        let wanted: Vec<_> = wanted.iter().map(find).collect::<Result<_>>()?;
+        let folder = self.package.as_ref().map(|package| package.modules_dir.as_path());
+        let found = module_file::resolve(&wanted, folder)?;
+        if let Some(package) = &self.package {
+            for (file, _) in &found {
+                file.info.check_fits(&package.release)?;
+            }
+        }
+        Ok(found.into_iter().map(GuestModule::from).collect())
+    }
+
+    fn module(&self, path: &Path) -> Result<PathBuf> {
+        let Some(name) = recipe(path) else {
+            return Ok(PathBuf::from(path.to_string_lossy().replace(KERNEL_PLACE, &self.name)));
+        };
+        let package = self.package.as_ref();
+        let package =
+            package.with_context(|| format!("{RECIPE}{name} is built for kernels that are recipes, too"))?;
+        let cache = store()?;
+        let headers = Headers::fetch(&cache, package)?;
+        match name {
+            "kmemleak-test" => modules::kmemleak_test(&cache, &headers),
+            own => modules::own(&cache, &headers, own),
+        }
+    }
+
+    /// A file for the guest.
+    ///
+    /// # Errors
+    /// It is not there, or cannot be built.
+    pub fn file(&self, path: &Path) -> Result<PathBuf> {
+        let path = match recipe(path) {
+            Some(name) => programs::build(&store()?, name)?,
+            None => PathBuf::from(path.to_string_lossy().replace(KERNEL_PLACE, &self.name)),
+        };
+        std::fs::File::open(&path).with_context(|| format!("Cannot read file {}", path.display()))?;
+        Ok(path)
+    }
+}
+
+fn recipe(path: &Path) -> Option<&str> {
+    path.to_str()?.strip_prefix(RECIPE)
+}

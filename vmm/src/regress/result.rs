@@ -1,0 +1,465 @@
+//! What a suite came to, `kleak-regress/1`: the model that every form of result is written from, and that `merge` reads.
+
+use super::baseline::Baseline;
+use super::suite::Expected;
+use crate::cli::ExitCode;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Name and version of the JSON form.
+pub const SCHEMA: &str = "kleak-regress/1";
+
+/// How a test ended. The worst of what happened, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// As it should.
+    Passed,
+    /// It leaked what neither it nor the baseline expects.
+    Leaked,
+    /// It did not leak what it is meant to.
+    Missing,
+    /// Wrong exit status, or its set-up or a module failed.
+    Failed,
+    /// It did not end in time and was killed inside the guest.
+    TimedOut,
+    /// The guest panicked, reset or went off while it ran.
+    Crashed,
+    /// The guest did not answer any more.
+    Hung,
+    /// The guest did not come up, or died before the test's turn.
+    NotBooted,
+    /// The process with the guest was killed, or this host could not run it.
+    Worker,
+    /// The detector no longer worked: its canary was not found.
+    Canary,
+    /// The run was ended before.
+    Interrupted,
+}
+
+impl Outcome {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::Passed,
+        Self::Leaked,
+        Self::Missing,
+        Self::Failed,
+        Self::TimedOut,
+        Self::Crashed,
+        Self::Hung,
+        Self::NotBooted,
+        Self::Worker,
+        Self::Canary,
+        Self::Interrupted,
+    ];
+
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Passed => "passed",
+            Self::Leaked => "leaked",
+            Self::Missing => "missing",
+            Self::Failed => "failed",
+            Self::TimedOut => "timed-out",
+            Self::Crashed => "crashed",
+            Self::Hung => "hung",
+            Self::NotBooted => "not-booted",
+            Self::Worker => "worker",
+            Self::Canary => "canary",
+            Self::Interrupted => "interrupted",
+        }
+    }
+
+    /// Whether the leaks are the news, and not that the test could not be made.
+    pub fn is_verdict(self) -> bool {
+        self <= Self::Missing
+    }
+}
+
+/// Whether a leak is news.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// It is.
+    New,
+    /// It is in the baseline.
+    Known,
+    /// The test is meant to make it.
+    Expected,
+}
+
+/// One function of a backtrace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frame {
+    /// Its name; None for an address without.
+    pub symbol: Option<String>,
+    /// Its module; None for the kernel.
+    pub module: Option<String>,
+}
+
+impl Frame {
+    /// `name [module]`.
+    pub fn text(&self) -> String {
+        let symbol = self.symbol.as_deref().unwrap_or("?");
+        self.module.as_ref().map_or_else(|| symbol.to_owned(), |module| format!("{symbol} [{module}]"))
+    }
+}
+
+/// Leaks with the same backtrace, made by one test; fields as in `kleak-report/1`, `state` added.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Group {
+    /// The same over reboots, KASLR and rebuilds.
+    pub id: String,
+    /// Number of leaks.
+    pub count: u64,
+    /// How many of them are direct.
+    pub direct: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Bytes that its direct leaks keep.
+    pub retained_bytes: u64,
+    /// Kind of memory.
+    pub kind: String,
+    /// Slab cache.
+    pub cache: Option<String>,
+    /// Innermost function first.
+    pub backtrace: Vec<Frame>,
+    /// Whether it is news.
+    #[serde(default = "new")]
+    pub state: State,
+}
+
+fn new() -> State {
+    State::New
+}
+
+impl Group {
+    /// The innermost function that is no allocator's: what a reader calls the leak by.
+    pub fn site(&self) -> String {
+        const ALLOCATORS: [&str; 12] = [
+            "kmalloc",
+            "kmem_cache_alloc",
+            "kzalloc",
+            "kvmalloc",
+            "krealloc",
+            "kmemdup",
+            "kstrdup",
+            "kstrndup",
+            "vmalloc",
+            "vzalloc",
+            "slab_alloc",
+            "memdup",
+        ];
+        let allocates = |frame: &&Frame| {
+            let name = frame.symbol.as_deref().unwrap_or("?").trim_start_matches('_');
+            !ALLOCATORS.iter().any(|prefix| name.starts_with(prefix))
+        };
+        self.backtrace
+            .iter()
+            .find(allocates)
+            .or(self.backtrace.first())
+            .map_or_else(|| "?".to_owned(), Frame::text)
+    }
+
+    fn has(&self, function: &str) -> bool {
+        let plain = |symbol: &str| symbol.split('.').next() == Some(function);
+        self.backtrace.iter().filter_map(|frame| frame.symbol.as_deref()).any(plain)
+    }
+}
+
+/// The result of one test on one kernel and guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TestResult {
+    /// `KERNEL/GUEST/TEST`.
+    pub id: String,
+    /// Kernel's name in the suite.
+    pub kernel: String,
+    /// Guest's name in the suite.
+    pub guest: String,
+    /// Its own name.
+    pub test: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why, in one line; empty where there is nothing to say.
+    pub message: String,
+    /// Exit status of its command, where it ended.
+    pub status: Option<i32>,
+    /// Wall-clock time on the host, milliseconds, settling and scan included.
+    pub millis: u64,
+    /// What it leaked, by backtrace.
+    pub groups: Vec<Group>,
+    /// End of what the guest's console said meanwhile; empty for a test that passed.
+    pub console: Vec<String>,
+}
+
+impl TestResult {
+    /// Number of leaks in these states.
+    pub fn leaks(&self, state: State) -> u64 {
+        self.groups.iter().filter(|group| group.state == state).map(|group| group.count).sum()
+    }
+
+    /// Sets the state of each group, and the outcome of a test that ran to its end as it should.
+    pub fn judge(&mut self, expected: &Expected, baseline: &Baseline) {
+        for group in &mut self.groups {
+            let named = expected.functions.iter().any(|function| group.has(function));
+            let any = expected.functions.is_empty() && expected.count.is_some_and(|count| count > 0);
+            group.state = match () {
+                () if named || any => State::Expected,
+                () if baseline.has(&group.id) => State::Known,
+                () => State::New,
+            };
+        }
+        self.groups.sort_by_key(|group| (group.state, std::cmp::Reverse(group.retained_bytes)));
+        let (new, made) = (self.leaks(State::New), self.leaks(State::Expected));
+        let absent = expected.functions.iter().find(|f| !self.groups.iter().any(|group| group.has(f)));
+        let (outcome, message) = match (expected.count, absent) {
+            _ if new > 0 => (Outcome::Leaked, format!("{new} new leaks")),
+            (Some(count), _) if made > count => (Outcome::Leaked, format!("{made} leaks, {count} expected")),
+            (Some(count), _) if made < count => (Outcome::Missing, format!("{made} leaks, {count} expected")),
+            (_, Some(function)) => (Outcome::Missing, format!("no leak by {function}, which is expected")),
+            _ => (Outcome::Passed, String::new()),
+        };
+        if self.outcome.is_verdict() {
+            (self.outcome, self.message) = (outcome, message);
+        }
+    }
+}
+
+/// One boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootResult {
+    /// Kernel's name in the suite.
+    pub kernel: String,
+    /// Guest's name in the suite.
+    pub guest: String,
+    /// Wall-clock time, milliseconds.
+    pub millis: u64,
+    /// What became of the canary: `found`, or why not; None where the guest did not live to be asked.
+    pub canary: Option<String>,
+    /// Leaks of the boot itself that no test asked for: a test without `run` would have had them.
+    pub unasked_leaks: u64,
+}
+
+/// A leak of the baseline that is gone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fixed {
+    /// Group.
+    pub id: String,
+    /// What the baseline calls it.
+    pub site: String,
+}
+
+/// Everything.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Results {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// Name of the suite.
+    pub suite: String,
+    /// Whether all tests have their result.
+    pub complete: bool,
+    /// The shard, `I/N`.
+    pub shard: Option<String>,
+    /// When it began, seconds since 1970 UTC.
+    pub started: u64,
+    /// How long it took, milliseconds.
+    pub millis: u64,
+    /// One for each test on each kernel and guest, in the suite's order.
+    pub tests: Vec<TestResult>,
+    /// In the order in which they ended.
+    pub boots: Vec<BootResult>,
+    /// Leaks of the baseline whose tests all ran and did not make them any more.
+    pub fixed: Vec<Fixed>,
+}
+
+impl Results {
+    /// Of a suite of this name, before the first test.
+    pub fn new(suite: &str, shard: Option<String>) -> Self {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Self {
+            schema: SCHEMA.to_owned(),
+            suite: suite.to_owned(),
+            complete: false,
+            shard,
+            started: now.map_or(0, |now| now.as_secs()),
+            millis: 0,
+            tests: Vec::new(),
+            boots: Vec::new(),
+            fixed: Vec::new(),
+        }
+    }
+
+    /// How many tests ended so.
+    pub fn count(&self, outcome: Outcome) -> usize {
+        self.tests.iter().filter(|test| test.outcome == outcome).count()
+    }
+
+    /// Number of leaks in this state, over all tests.
+    pub fn leaks(&self, state: State) -> u64 {
+        self.tests.iter().map(|test| test.leaks(state)).sum()
+    }
+
+    /// Whether some boot's canary was looked for and not found.
+    pub fn canary_lost(&self) -> bool {
+        self.boots.iter().any(|boot| boot.canary.as_deref().is_some_and(|canary| canary != FOUND))
+    }
+
+    /// Says which leaks of the baseline are gone.
+    pub fn compare(&mut self, baseline: &Baseline) {
+        let seen: BTreeSet<&str> =
+            self.tests.iter().flat_map(|test| &test.groups).map(|group| group.id.as_str()).collect();
+        let ran: BTreeMap<&str, bool> =
+            self.tests.iter().map(|test| (test.id.as_str(), test.outcome.is_verdict())).collect();
+        let gone = baseline.entries.iter().filter(|entry| {
+            let all_ran = entry.tests.iter().all(|id| ran.get(id.as_str()) == Some(&true));
+            all_ran && !entry.tests.is_empty() && !seen.contains(entry.id.as_str())
+        });
+        self.fixed = gone.map(|entry| Fixed { id: entry.id.clone(), site: entry.site.clone() }).collect();
+    }
+
+    /// The exit code of the contract. A lost canary comes first, as nothing else can be believed then; leaks go before
+    /// tests that could not be made, as `run --fail-on-leak` has it. A host that could run none of them cannot.
+    pub fn exit_code(&self) -> ExitCode {
+        let any = |outcomes: &[Outcome]| self.tests.iter().any(|test| outcomes.contains(&test.outcome));
+        match () {
+            () if self.canary_lost() => ExitCode::Guest,
+            () if any(&[Outcome::Leaked, Outcome::Missing]) => ExitCode::Leaks,
+            () if !self.tests.is_empty() && self.count(Outcome::Worker) == self.tests.len() => ExitCode::Host,
+            () if !self.complete || self.tests.iter().any(|test| test.outcome != Outcome::Passed) => {
+                ExitCode::Guest
+            }
+            () => ExitCode::Success,
+        }
+    }
+
+    /// Moves the results of another shard in.
+    pub fn join(&mut self, other: Self) {
+        self.complete &= other.complete;
+        self.started = self.started.min(other.started);
+        self.millis = self.millis.max(other.millis);
+        self.tests.extend(other.tests);
+        self.boots.extend(other.boots);
+        self.shard = None;
+    }
+}
+
+/// [`BootResult::canary`] of a detector that works.
+pub const FOUND: &str = "found";
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{group, results, test};
+    use super::*;
+
+    fn judged(groups: Vec<Group>, expected: &Expected, baseline: &Baseline) -> (Outcome, Vec<State>, String) {
+        let mut result = test("k/g/t", groups);
+        result.judge(expected, baseline);
+        (result.outcome, result.groups.iter().map(|group| group.state).collect(), result.message)
+    }
+
+    fn expecting(count: Option<u64>, functions: &[&str]) -> Expected {
+        Expected { count, functions: functions.iter().map(|&f| f.to_owned()).collect() }
+    }
+
+    #[test]
+    fn leaks_are_new_known_or_expected() {
+        use State::{Expected as Meant, Known, New};
+        let none = Baseline::default();
+        let mut known = Baseline::default();
+        known.update(&results(vec![test("k/g/t", vec![group("b", 2, "b_probe")])]));
+        let a = || group("a", 3, "a_probe.constprop.0");
+        let b = || group("b", 2, "b_probe");
+        let table = [
+            (vec![], expecting(None, &[]), &none, Outcome::Passed, vec![]),
+            (vec![a()], expecting(None, &[]), &none, Outcome::Leaked, vec![New]),
+            (vec![a()], expecting(Some(0), &[]), &none, Outcome::Leaked, vec![New]),
+            (vec![b()], expecting(None, &[]), &known, Outcome::Passed, vec![Known]),
+            (vec![a(), b()], expecting(None, &[]), &known, Outcome::Leaked, vec![New, Known]),
+            (vec![a(), b()], expecting(Some(3), &["a_probe"]), &known, Outcome::Passed, vec![Known, Meant]),
+            (vec![a(), b()], expecting(Some(3), &["a_probe"]), &none, Outcome::Leaked, vec![New, Meant]),
+            (vec![a(), b()], expecting(Some(5), &[]), &none, Outcome::Passed, vec![Meant, Meant]),
+            (vec![a()], expecting(Some(4), &[]), &none, Outcome::Missing, vec![Meant]),
+            (vec![a()], expecting(Some(2), &[]), &none, Outcome::Leaked, vec![Meant]),
+            (vec![a()], expecting(None, &["a_probe", "b_probe"]), &none, Outcome::Missing, vec![Meant]),
+            (vec![], expecting(Some(1), &["a_probe"]), &none, Outcome::Missing, vec![]),
+        ];
+        for (groups, expected, baseline, outcome, states) in table {
+            let (found, marked, message) = judged(groups, &expected, baseline);
+            assert_eq!((found, marked), (outcome, states), "{expected:?}: {message}");
+            assert_eq!(message.is_empty(), found == Outcome::Passed, "{message}");
+        }
+    }
+
+    #[test]
+    fn exit_codes_are_the_contracts() {
+        let of = |outcomes: &[Outcome]| {
+            let with = |outcome| TestResult { outcome, ..test("k/g/t", Vec::new()) };
+            results(outcomes.iter().map(|&outcome| with(outcome)).collect())
+        };
+        use Outcome::{Crashed, Interrupted, Leaked, Missing, Passed};
+        assert_eq!(of(&[Passed, Passed]).exit_code(), ExitCode::Success);
+        assert_eq!(of(&[Passed, Leaked, Crashed]).exit_code(), ExitCode::Leaks);
+        assert_eq!(of(&[Missing]).exit_code(), ExitCode::Leaks);
+        assert_eq!(of(&[Passed, Crashed]).exit_code(), ExitCode::Guest);
+        assert_eq!(of(&[Interrupted]).exit_code(), ExitCode::Guest);
+        assert_eq!(of(&[Outcome::Worker, Outcome::Worker]).exit_code(), ExitCode::Host);
+        assert_eq!(of(&[Outcome::Worker, Passed]).exit_code(), ExitCode::Guest);
+        let mut partial = of(&[Passed]);
+        partial.complete = false;
+        assert_eq!(partial.exit_code(), ExitCode::Guest);
+        let mut dead = of(&[Leaked]);
+        let boot = |canary: Option<&str>| BootResult {
+            kernel: "k".into(),
+            guest: "g".into(),
+            millis: 1,
+            canary: canary.map(str::to_owned),
+            unasked_leaks: 0,
+        };
+        dead.boots = vec![boot(Some(FOUND)), boot(None)];
+        assert_eq!(dead.exit_code(), ExitCode::Leaks);
+        dead.boots.push(boot(Some("not traced")));
+        assert_eq!(dead.exit_code(), ExitCode::Guest);
+    }
+
+    #[test]
+    fn a_leak_is_fixed_when_all_its_tests_ran_without_it() {
+        let leaky = |id: &str| test(id, vec![group("b", 2, "b_probe")]);
+        let clean = |id: &str| test(id, Vec::new());
+        let mut known = Baseline::default();
+        known.update(&results(vec![leaky("k/g/1"), leaky("k/g/2")]));
+        let fixed = |tests: Vec<TestResult>| {
+            let mut results = results(tests);
+            results.compare(&known);
+            results.fixed.len()
+        };
+        assert_eq!(fixed(vec![clean("k/g/1"), clean("k/g/2")]), 1);
+        assert_eq!(fixed(vec![clean("k/g/1"), leaky("k/g/2")]), 0);
+        assert_eq!(fixed(vec![clean("k/g/1")]), 0, "the other test may be another shard's");
+        let crashed = TestResult { outcome: Outcome::Crashed, ..clean("k/g/2") };
+        assert_eq!(fixed(vec![clean("k/g/1"), crashed]), 0);
+    }
+
+    #[test]
+    fn a_leak_is_called_by_who_asked_for_it() {
+        let mut group = group("a", 1, "my_open");
+        for (at, name) in ["__kmalloc_node_track_caller", "kstrdup"].into_iter().enumerate() {
+            group.backtrace.insert(at, Frame { symbol: Some(name.into()), module: None });
+        }
+        group.backtrace[2].module = Some("my".into());
+        assert_eq!(group.site(), "my_open [my]");
+        group.backtrace.truncate(1);
+        assert_eq!(group.site(), "__kmalloc_node_track_caller");
+        group.backtrace.clear();
+        assert_eq!(group.site(), "?");
+    }
+
+    #[test]
+    fn json_is_read_as_it_was_written() {
+        let all = results(vec![test("k/g/t", vec![group("a", 3, "a_probe")])]);
+        let text = serde_json::to_string(&all).unwrap();
+        assert_eq!(serde_json::from_str::<Results>(&text).unwrap(), all);
+        for outcome in Outcome::ALL {
+            assert_eq!(serde_json::to_value(outcome).unwrap(), outcome.name());
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Each form of results: what it must have, and what must not get through.
+
+use super::super::fixture::{group, results, test};
+use super::super::result::{Fixed, Outcome, Results, State, TestResult};
+use super::*;
+use quick_xml::events::Event;
+use std::collections::BTreeMap;
+
+/// One test of each kind, with text that no form may take as it is.
+fn sample() -> Results {
+    let evil = "<script>&\"'\u{1b}]]>";
+    let mut known = group("k", 2, "known_probe");
+    known.state = State::Known;
+    let leaked =
+        TestResult { message: evil.into(), ..test("6.1/small/leaky", vec![group("n", 3, evil), known]) };
+    let crashed = TestResult {
+        outcome: Outcome::Crashed,
+        message: "Kernel panic".into(),
+        console: vec![evil.into()],
+        ..test("6.1/small/crash", Vec::new())
+    };
+    let mut all = results(vec![
+        test("6.1/small/fine", Vec::new()),
+        leaked,
+        crashed,
+        test("6.12/small/fine", Vec::new()),
+    ]);
+    all.fixed.push(Fixed { id: "f".into(), site: "fixed_probe".into() });
+    all
+}
+
+/// Name and attributes.
+type Element = (String, BTreeMap<String, String>);
+
+/// Elements of a document with their attributes, and its text. Panics where it is not well-formed.
+fn parsed(xml: &str) -> (Vec<Element>, String) {
+    let mut reader = quick_xml::Reader::from_str(xml);
+    let (mut elements, mut depth, mut text) = (Vec::new(), 0, String::new());
+    loop {
+        match reader.read_event().unwrap() {
+            Event::Start(element) => {
+                depth += 1;
+                let attributes = element.attributes().map(|attribute| {
+                    let attribute = attribute.unwrap();
+                    let value = quick_xml::escape::unescape(&attribute.value).unwrap().into_owned();
+                    (attribute.key.as_ref().to_owned(), value)
+                });
+                elements.push((element.name().as_ref().to_owned(), attributes.collect()));
+            }
+            Event::End(_) => depth -= 1,
+            Event::Text(part) => text.push_str(&part),
+            Event::Eof => break,
+            _ => {}
+        }
+    }
+    assert_eq!(depth, 0);
+    (elements, text)
+}
+
+#[test]
+fn junit_counts_failures_and_errors() {
+    let xml = junit::junit(&sample()).unwrap();
+    assert!(xml.chars().all(|c| c == '\n' || c >= ' '), "control characters: {xml}");
+    let (elements, text) = parsed(&xml);
+    let of = |name: &str| {
+        elements.iter().filter(|(element, _)| element == name).map(|(_, a)| a).collect::<Vec<_>>()
+    };
+    let all = of("testsuites")[0];
+    assert_eq!((all["tests"].as_str(), all["failures"].as_str(), all["errors"].as_str()), ("4", "1", "1"));
+    assert_eq!(all["time"], "3.000");
+    let suites = of("testsuite");
+    assert_eq!(suites.iter().map(|s| s["tests"].as_str()).collect::<Vec<_>>(), ["3", "1"]);
+    assert_eq!((suites[0]["name"].as_str(), suites[0]["time"].as_str()), ("suite.6.1.small", "4.500"));
+    assert_eq!(
+        of("testcase").iter().map(|c| c["name"].as_str()).collect::<Vec<_>>(),
+        ["fine", "leaky", "crash", "fine"]
+    );
+    assert_eq!((of("failure").len(), of("error").len()), (1, 1));
+    assert_eq!(of("failure")[0]["message"], "<script>&\"'\u{fffd}]]>");
+    assert_eq!(of("error")[0]["type"], "crashed");
+    assert!(text.contains("new leak n: 3 objects"), "{text}");
+}
+
+#[test]
+fn sarif_has_a_result_for_each_leak() {
+    let log = sarif::sarif(&sample());
+    assert_eq!((log["version"].as_str(), log["runs"].as_array().map(Vec::len)), (Some("2.1.0"), Some(1)));
+    let run = &log["runs"][0];
+    assert_eq!(run["tool"]["driver"]["name"], "kleak-vmm");
+    assert_eq!(run["invocations"][0]["executionSuccessful"], false);
+    let results = run["results"].as_array().unwrap();
+    let states: Vec<_> = results
+        .iter()
+        .map(|r| {
+            let rule = r["ruleIndex"].as_u64().unwrap() as usize;
+            assert_eq!(run["tool"]["driver"]["rules"][rule]["id"], r["ruleId"]);
+            assert!(r["message"]["text"].is_string() && r["partialFingerprints"].is_object());
+            (r["level"].as_str().unwrap(), r["baselineState"].as_str().unwrap())
+        })
+        .collect();
+    assert_eq!(states, [("error", "new"), ("warning", "unchanged"), ("error", "new"), ("none", "absent")]);
+    assert_eq!(results[0]["stacks"][0]["frames"].as_array().map(Vec::len), Some(2));
+}
+
+#[test]
+fn html_is_one_page_of_its_own() {
+    let page = html::html(&sample());
+    assert!(!page.contains("<script") && !page.contains("http"), "{page}");
+    assert!(page.starts_with("<!DOCTYPE html>") && page.trim_end().ends_with("</html>"));
+    assert!(page.contains("&lt;script&gt;"));
+    // Every leak has its box: 3 * 64 and 2 * 64 bytes below "all" and "init".
+    let boxes: Vec<&str> =
+        page.split("<title>").skip(2).map(|rest| rest.split("</title>").next().unwrap()).collect();
+    assert_eq!(boxes.iter().filter(|title| title.ends_with("(320 bytes)")).count(), 2, "{boxes:?}");
+    assert!(boxes.contains(&"known_probe (128 bytes)"), "{boxes:?}");
+    assert!(!html::html(&results(vec![test("k/g/t", Vec::new())])).contains("<svg"));
+}
+
+#[test]
+fn text_says_all_that_is_wrong_and_counts() {
+    let text = text(&sample());
+    for part in [
+        "6.1/small/fine: passed (1.5 s)\n",
+        "6.1/small/leaky: leaked: ",
+        ", 2 known leaks (1.5 s)\n",
+        "  new leak n: 3 objects, 192 bytes, retains 192 bytes, slab kmalloc-64\n",
+        "6.1/small/crash: crashed: Kernel panic (1.5 s)\n  | ",
+        "fixed: f fixed_probe\n",
+        "suite: 4 tests: 2 passed, 1 leaked, 1 crashed; leaks: 3 new, 2 known, 0 expected, 1 fixed;",
+    ] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+}
+
+#[test]
+fn a_file_is_whole_or_not_there() {
+    let folder = std::env::temp_dir().join(format!("kleak-write-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let files = ["r.json", "r.xml", "r.sarif", "r.html", "r.txt"].map(|name| folder.join(name));
+    all(&sample(), &files).unwrap();
+    let begins = ["{", "<?xml", "{", "<!DOCTYPE", "6.1/"];
+    for (file, begin) in files.iter().zip(begins) {
+        assert!(std::fs::read_to_string(file).unwrap().starts_with(begin), "{}", file.display());
+    }
+    let absent = folder.join("absent/r.json");
+    let error = all(&sample(), &[absent, folder.join("last.txt")]).unwrap_err();
+    assert_eq!(crate::cli::failure::exit_code(&error), crate::cli::ExitCode::Usage);
+    assert!(folder.join("last.txt").exists(), "one that cannot be written must not keep the others");
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 6, "no half files");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
