@@ -14,4 +14,5 @@ pub mod machine;
 mod meminfo;
 pub mod probe;
 pub mod run;
+pub mod top;
 pub mod tracer;
