@@ -28,14 +28,18 @@ pub struct Count {
     pub reason: String,
 }
 
-/// Objects from which a chain of pointers leads to one of some symbols.
+/// Objects from which a chain of pointers leads to one of some symbols, or ends.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OwnIf {
-    /// Members that point to the next structure, from the object on; the last points to a symbol.
+    /// Members that point to the next structure, from the object on; the last points to a symbol, or nowhere.
     pub path: Vec<String>,
     /// Names of variables of the kernel; those that a kernel does not have do not matter.
+    #[serde(default)]
     pub symbols: Vec<String>,
+    /// A null pointer fits.
+    #[serde(default)]
+    pub null: bool,
 }
 
 impl Count {
@@ -48,7 +52,7 @@ impl Count {
         ensure!(names.iter().all(|name| !name.is_empty()), "A name is empty");
         let own = self.own > 0 || self.own_if.is_some();
         ensure!(!own || !self.reason.is_empty(), "A reference without a pointer needs its reason");
-        let leads = |own_if: &OwnIf| !own_if.path.is_empty() && !own_if.symbols.is_empty();
+        let leads = |own_if: &OwnIf| !own_if.path.is_empty() && (own_if.null || !own_if.symbols.is_empty());
         ensure!(self.own_if.as_ref().is_none_or(leads), "own_if needs a path and symbols");
         Ok(())
     }

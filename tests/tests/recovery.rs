@@ -135,7 +135,8 @@ fn counts(line: &str) -> Result<()> {
         );
         let known =
             rule.own_if.iter().flat_map(|own_if| &own_if.symbols).filter(|name| symbol(name).is_some());
-        ensure!(rule.own_if.is_none() || known.count() > 2, "{line}: {} names no symbols", rule.cache);
+        let null = rule.own_if.as_ref().is_none_or(|own_if| own_if.null);
+        ensure!(null || known.count() > 2, "{line}: {} names no symbols", rule.cache);
     }
     Ok(())
 }

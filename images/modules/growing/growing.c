@@ -12,7 +12,7 @@
  *
  * A detector of growth must name the first, and neither of the others. rmmod frees everything.
  *
- * A path written to the parameter "hold" is looked up, and three references to its directory entry are taken and
+ * A path written to the parameter "hold" is looked up, and eight references to its directory entry are taken and
  * forgotten: for an audit of reference counts. They stay.
  */
 
@@ -35,7 +35,7 @@
 #define GROWING_POOL 5
 #define GROWING_BATCH 20
 #define GROWING_PERIOD 4
-#define GROWING_HELD 3
+#define GROWING_HELD 8
 
 /**
  * struct growing_entry - something looked up by its number, as a dentry is by its name
@@ -166,7 +166,7 @@ static int growing_hold(const char *value, const struct kernel_param *param)
 static const struct kernel_param_ops growing_hold_ops = { .set = growing_hold };
 
 module_param_cb(hold, &growing_hold_ops, NULL, 0200);
-MODULE_PARM_DESC(hold, "path whose directory entry is held three times and forgotten");
+MODULE_PARM_DESC(hold, "path whose directory entry is held eight times and forgotten");
 
 static int growing_init(void)
 {

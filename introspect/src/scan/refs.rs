@@ -208,13 +208,23 @@ fn tally<M: FrozenMemory>(input: &ScanInput<'_, M>, all: &mut [Counted], base: u
     let (Some(first), Some(last)) = (all.first(), all.last()) else { return Ok(()) };
     let window: Range<u64> = first.object.address.0..super::addresses(&last.object).end;
     each_word(input, &window, |holder, word| {
-        let next = all.partition_point(|counted| counted.object.address.0 <= word);
-        let Some(counted) = next.checked_sub(1).and_then(|at| all.get_mut(at)) else { return };
-        let to = word - counted.object.address.0;
-        if to < counted.object.size && !is_of(&holder, counted.object.address) {
-            *if to == base { &mut counted.found } else { &mut counted.inside } += 1;
-        }
+        let from = match holder {
+            Holder::Object { object, .. } => Some(object.address),
+            Holder::Root { .. } | Holder::Register { .. } => None,
+        };
+        count_word(all, base, from, word);
     })
+}
+
+/// Adds a word that is in the object at `from`, or in none, to what is known of the object it points into. `all` is in
+/// the order of addresses.
+fn count_word(all: &mut [Counted], base: u64, from: Option<Va>, word: u64) {
+    let next = all.partition_point(|counted| counted.object.address.0 <= word);
+    let Some(counted) = next.checked_sub(1).and_then(|at| all.get_mut(at)) else { return };
+    let to = word - counted.object.address.0;
+    if to < counted.object.size && from != Some(counted.object.address) {
+        *if to == base { &mut counted.found } else { &mut counted.inside } += 1;
+    }
 }
 
 /// Where the objects of a cache have their count.
@@ -317,18 +327,20 @@ impl Chain {
     ) -> anyhow::Result<Self> {
         let mut structure = structure.to_owned();
         let mut offsets = Vec::new();
-        for step in &own_if.path {
-            let members = types.members(&structure).unwrap_or_default();
-            let member = members.iter().find(|member| member.name == step);
-            let member =
-                member.with_context(|| format!("The kernel's BTF has no {step} in struct {structure}"))?;
-            let target = member.type_name.strip_prefix("struct ").and_then(|name| name.strip_suffix(" *"));
-            let target =
-                target.with_context(|| format!("{step} of struct {structure} points to no structure"))?;
-            offsets.push(member.field.offset);
-            structure = target.to_owned();
+        for (n, step) in own_if.path.iter().enumerate() {
+            let lacks = || format!("The kernel's BTF has no pointer {step} in struct {structure}");
+            let field = types.field(&structure, step).filter(|field| field.size == 8).with_context(lacks)?;
+            offsets.push(field.offset);
+            if n + 1 < own_if.path.len() {
+                let members = types.members(&structure).unwrap_or_default();
+                let member = members.iter().find(|member| member.name == step).with_context(lacks)?;
+                let target = member.type_name.strip_prefix("struct ").and_then(|ty| ty.strip_suffix(" *"));
+                structure = target.with_context(lacks)?.to_owned();
+            }
         }
-        Ok(Self { offsets, ends: own_if.symbols.iter().filter_map(|name| symbol(name)).collect() })
+        let mut ends: Vec<Va> = own_if.symbols.iter().filter_map(|name| symbol(name)).collect();
+        ends.extend(own_if.null.then_some(Va(0)));
+        Ok(Self { offsets, ends })
     }
 
     fn holds<M: PhysicalMemory>(&self, input: &ScanInput<'_, M>, object: Va) -> bool {
@@ -412,4 +424,136 @@ fn member_at(types: &Btf, structure: &str, offset: u64) -> Option<String> {
     let members = types.members(structure)?;
     let around = members.iter().filter(|m| (m.field.offset..m.field.offset + m.field.size).contains(&offset));
     around.max_by_key(|member| member.field.offset).map(|member| member.name.to_owned())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::registry::{Kind, Paint, StackId};
+    use crate::types::synthetic::{Builder, Part};
+    use proptest::prelude::*;
+
+    pub(in crate::scan) fn counted(address: u64, count: i64) -> Counted {
+        let object = Object {
+            address: Va(address),
+            size: 96,
+            kind: Kind::Slab,
+            cache: Va(1),
+            comm: 0,
+            pid: 7,
+            jiffies: 0,
+            stack: StackId(0),
+            paint: Paint::Normal,
+            no_scan: false,
+            reported: false,
+            sequence: 0,
+        };
+        Counted { object, count, own: 0, found: 0, inside: 0 }
+    }
+
+    /// `struct outer { long number; refcount_t users; struct inner in; struct middle *way; }` and the like.
+    fn types() -> Btf {
+        let mut b = Builder::new();
+        let (word, half, short) = (b.int("u64", 8), b.int("u32", 4), b.int("u16", 2));
+        let structure = |b: &mut Builder, name: &str, bytes, members: &[(&str, u32, u32)]| {
+            let parts: Vec<Part<'_>> = members.iter().map(|&(name, ty, at)| (name, ty, at * 8, 0)).collect();
+            b.structure(name, bytes, &parts)
+        };
+        let counter = structure(&mut b, "refcount_struct", 4, &[("refs", half, 0)]);
+        let counter = b.typedef("refcount_t", counter);
+        let inner = structure(&mut b, "inner", 16, &[("count", word, 8)]);
+        let operations = structure(&mut b, "operations", 8, &[("open", word, 0)]);
+        let operations = b.pointer(operations);
+        let middle = structure(&mut b, "middle", 32, &[("op", operations, 24)]);
+        let middle = b.pointer(middle);
+        let members = [
+            ("number", word, 0),
+            ("users", counter, 8),
+            ("in", inner, 16),
+            ("way", middle, 32),
+            ("s", short, 40),
+        ];
+        structure(&mut b, "outer", 48, &members);
+        let lock = structure(&mut b, "lockref", 8, &[("count", half, 4)]);
+        structure(&mut b, "locked", 16, &[("ref", lock, 8)]);
+        structure(&mut b, "two", 16, &[("a", counter, 0), ("b", lock, 8)]);
+        Btf::parse(&b.bytes()).expect("types")
+    }
+
+    pub(in crate::scan) fn counter(reason: &str) -> Counter {
+        Counter { reason: reason.to_owned(), ..Counter::of_type("c", "outer", &types()).expect("a count") }
+    }
+
+    fn rule(text: &str) -> Count {
+        let rule = format!("[[count]]\ncache='c'\ntype='outer'\nsource=[]\nreason='r'\n{text}");
+        guest_profiles::annotations::parse(&rule).expect("a rule").counts.remove(0)
+    }
+
+    #[test]
+    fn a_row_names_count_base_and_what_has_no_pointer() {
+        let symbol = |name: &str| (name == "ops").then_some(Va(0x5000));
+        let of = |text: &str| Counter::of_rule(&rule(text), &types(), &symbol);
+        let counter = of("member='users'\nown=1").expect("a count");
+        assert_eq!((counter.at, counter.wide, counter.base, counter.own), (8, false, 0, 1));
+        let counter = of("member='in.count'\nwithin='in'").expect("a count");
+        assert_eq!((counter.at, counter.wide, counter.base), (24, true, 16));
+        let counter =
+            of("member='users'\nown_if={path=['way','op'],symbols=['gone','ops']}").expect("a count");
+        assert_eq!(counter.own_if, Some(Chain { offsets: vec![32, 24], ends: vec![Va(0x5000)] }));
+        let counter = of("member='users'\nown_if={path=['in.count'],null=true}").expect("a count");
+        assert_eq!(counter.own_if, Some(Chain { offsets: vec![24], ends: vec![Va(0)] }));
+        let refused = [
+            ("member='none'", "no none in struct outer"),
+            ("member='in'", "in of struct outer is no count"),
+            ("member='s'", "s of struct outer is no count"),
+            ("member='users'\nown_if={path=['users'],null=true}", "no pointer users in struct outer"),
+            ("member='users'\nown_if={path=['number','op'],null=true}", "no pointer number in struct outer"),
+            ("member='users'\nown_if={path=['way','no'],symbols=['ops']}", "no pointer no in struct middle"),
+        ];
+        for (text, expected) in refused {
+            let error = format!("{:#}", of(text).expect_err(text));
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_structure_with_one_count_needs_no_row() {
+        let types = types();
+        let found = |name| Counter::of_type("c", name, &types).map(|counter| (counter.member, counter.at));
+        assert_eq!(found("outer"), Some(("users".into(), 8)));
+        assert_eq!(found("locked"), Some(("ref.count".into(), 12)));
+        // Which of them, nobody knows; and none at all.
+        assert_eq!((found("two"), found("inner"), found("gone")), (None, None, None));
+        assert_eq!(member_at(&types, "outer", 26).as_deref(), Some("in"));
+        assert_eq!(member_at(&types, "outer", 44), None);
+    }
+
+    #[test]
+    fn an_excess_is_what_is_counted_and_not_there() {
+        let one = Counted { own: 1, found: 2, inside: 9, ..counted(0x1000, 5) };
+        assert_eq!(one.excess(), 2);
+        assert_eq!(Counted { found: u64::MAX, ..one }.excess(), 4 - i64::MAX);
+    }
+
+    proptest! {
+        #[test]
+        fn each_word_counts_for_the_object_it_points_into(
+            words in proptest::collection::vec((0x0f00..0x1500_u64, proptest::option::of(0..8_u64)), 0..200),
+            base in (0..12_u64).prop_map(|n| 8 * n),
+        ) {
+            // With a gap between any two.
+            let mut all: Vec<Counted> = (0..8).map(|n| counted(0x1000 + 128 * n, 1)).collect();
+            let address = |n: u64| Va(0x1000 + 128 * n);
+            for &(word, from) in &words {
+                count_word(&mut all, base, from.map(address), word);
+            }
+            for one in &all {
+                let start = one.object.address;
+                let others = || words.iter().filter(|(_, from)| from.map(address) != Some(start));
+                let exact = others().filter(|(word, _)| *word == start.0 + base).count() as u64;
+                let any = others().filter(|(word, _)| (start.0..start.0 + 96).contains(word)).count() as u64;
+                prop_assert_eq!((one.found, one.inside), (exact, any - exact));
+            }
+        }
+    }
 }

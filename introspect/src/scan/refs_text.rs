@@ -143,3 +143,68 @@ impl CacheRefs {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::places::Place;
+    use super::super::refs::tests::{counted, counter};
+    use super::*;
+    use crate::memory::{Pa, Va};
+
+    fn refs() -> ObjectRefs {
+        let one = Counted { own: 1, found: 1, inside: 1, ..counted(0xffff_8880_0000_1000, 5) };
+        let holder = counted(0xffff_8880_0000_2000, 0);
+        let by = HeldBy::Object {
+            object: holder.object,
+            cache: Some("a\nquit".into()),
+            structure: Some("file".into()),
+            member: Some("f_path".into()),
+            offset: 0x10,
+        };
+        let place =
+            Place { region: "data".into(), pa: Pa(0x3e48), va: Va(0xffff_ffff_8100_3e48), owner: None };
+        let references =
+            vec![Held { by, to: 0, counts: true }, Held { by: HeldBy::Root(place), to: 0x20, counts: false }];
+        let counted = Ok((counter("It is linked."), one));
+        ObjectRefs { object: holder.object, cache: Some("dentry".into()), counted, references, omitted: 0 }
+    }
+
+    #[test]
+    fn an_object_has_its_count_and_a_line_for_each_reference() {
+        let text = "\
+object 0xffff888000002000 (size 96): slab, cache dentry, struct outer
+  users is 5; references found: 1, and 1 words that point into the middle
+  counted without a pointer: 1. It is linked.
+  counted and not there: 3
+  referenced by:
+    0xffff888000002000 (size 96): slab, cache a\\nquit, struct file; its word at +0x10, f_path
+    root data: word at 0xffffffff81003e48, physical address 0x3e48; to its middle, +0x20
+";
+        let refs = refs();
+        assert_eq!(refs.text(), text);
+        let json = &refs.json()["refs"];
+        assert_eq!(
+            (&json["count"], &json["excess"], &json["why_no_count"]),
+            (&json!(5), &json!(3), &Value::Null)
+        );
+        assert_eq!(json["references"][0]["object"]["member"], "f_path");
+        assert_eq!(json["references"][1]["root"]["physical_address"], "0x3e48");
+        let unknown = ObjectRefs { counted: Err("why".into()), references: vec![], ..refs };
+        let text = "object 0xffff888000002000 (size 96): slab, cache dentry\n  no count: why\n  referenced by:\n    nothing\n";
+        assert_eq!(unknown.text(), text);
+        assert_eq!(unknown.json()["refs"]["why_no_count"], "why");
+    }
+
+    #[test]
+    fn a_cache_has_a_row_for_each_object_that_counts_too_much() {
+        let exceeding = vec![Counted { found: 1, inside: 4, ..counted(0xffff_8880_0000_1000, 3) }];
+        let refs = CacheRefs { counter: counter(""), objects: 20, exceeding };
+        let text = "\
+excess  count  found  inside  object              pid  site
+     2      3      1       4  0xffff888000001000    7  here+0x1/0x2
+";
+        assert_eq!(refs.table(&|_| "here+0x1/0x2".to_owned()).text(), text);
+        let line = "# 1 of 20 objects of c count more references in users of struct outer than are found";
+        assert_eq!(refs.summary(), line);
+    }
+}

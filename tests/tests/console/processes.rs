@@ -30,6 +30,7 @@ fn processes(line: &str) -> Result<()> {
     session.wait_for("\nLISTED", RUN_TIMEOUT)?;
     let ours = serde_json::from_str::<Value>(&guest.ctl("json procrank")?)?;
     top::drive(&guest)?;
+    top::ends_with_its_terminal(&guest)?;
     let view = top::Pane::of(&guest)?;
     view.wait_for("+0x")?;
     session.type_line("go")?;

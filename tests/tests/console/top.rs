@@ -88,6 +88,28 @@ impl Drop for Pane {
     }
 }
 
+/// A terminal that goes away takes the view with it.
+pub fn ends_with_its_terminal(guest: &Guest) -> Result<()> {
+    let pane = Pane::of(guest)?;
+    pane.wait_for("+0x")?;
+    ensure!(views_of(guest)? == 1, "no view is running");
+    drop(pane);
+    let deadline = Instant::now() + PATIENCE;
+    while views_of(guest)? > 0 {
+        ensure!(Instant::now() < deadline, "the view is still running");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// Processes that show the guest.
+fn views_of(guest: &Guest) -> Result<usize> {
+    let wanted = format!("\0top\0--every\x001\0--control\0{}\0", guest.socket().display());
+    let processes = std::fs::read_dir("/proc").context("/proc")?.flatten();
+    let lines = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
+    Ok(lines.filter(|line| String::from_utf8_lossy(line).ends_with(&wanted)).count())
+}
+
 /// Every key once, and the terminal as it was before.
 pub fn drive(guest: &Guest) -> Result<()> {
     let pane = Pane::of(guest)?;

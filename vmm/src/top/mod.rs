@@ -18,11 +18,11 @@ mod tests;
 use crate::cli::{ExitCode, Failure, ctl};
 use crate::console::client::Client;
 use crate::console::{signals, terminal};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use live::{Action, Live};
 use poller::{Poller, Update};
 use ratatui::backend::CrosstermBackend;
-use ratatui::crossterm::event::{self, Event, KeyEventKind};
+use ratatui::crossterm::event::{self, Event, KeyEvent, KeyEventKind};
 use ratatui::crossterm::execute;
 use ratatui::crossterm::terminal::EnterAlternateScreen;
 use ratatui::{Terminal, TerminalOptions, Viewport};
@@ -47,7 +47,14 @@ pub fn top(socket: &Path, period: Duration) -> Result<ExitCode> {
     let client = Client::connect(socket).with_context(|| ctl::unanswered(socket))?;
     let ended = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&ended);
-    signals::watch(move |_| flag.store(true, SeqCst)).context("Cannot watch for signals")?;
+    let end = move |signal| {
+        flag.store(true, SeqCst);
+        // The main thread ends the process within a step, unless the terminal holds it: one that hung up can.
+        std::thread::sleep(10 * STEP);
+        terminal::restore();
+        std::process::exit(128 + signal);
+    };
+    signals::watch(end).context("Cannot watch for signals")?;
     let poller = Poller::start(client, period)?;
     // Restored when dropped, and by signals and panics.
     let raw = terminal::RawTerminal::enter_screen(&io::stdin()).context("Cannot use the terminal")?;
@@ -55,11 +62,10 @@ pub fn top(socket: &Path, period: Duration) -> Result<ExitCode> {
         return Err(Failure::usage("The live view cannot run in the background").into());
     }
     execute!(io::stdout(), EnterAlternateScreen).context("Cannot use the terminal")?;
-    show(&poller, &ended)
-        .with_context(|| Failure::host(format!("The virtual machine on {} is gone", socket.display())))
+    show(&poller, &ended, socket)
 }
 
-fn show(poller: &Poller, ended: &AtomicBool) -> Result<ExitCode> {
+fn show(poller: &Poller, ended: &AtomicBool, socket: &Path) -> Result<ExitCode> {
     let options = TerminalOptions { viewport: Viewport::Fullscreen };
     let backend = CrosstermBackend::new(io::stdout());
     let mut terminal = Terminal::with_options(backend, options).context("Cannot use the terminal")?;
@@ -69,21 +75,61 @@ fn show(poller: &Poller, ended: &AtomicBool) -> Result<ExitCode> {
         if ended.load(SeqCst) {
             return Ok(ExitCode::Success);
         }
-        if event::poll(STEP).context("Cannot read keys")?
-            && let Event::Key(key) = event::read().context("Cannot read keys")?
-            && key.kind == KeyEventKind::Press
-        {
+        while let Some(key) = key()? {
             match live.key(key) {
                 Action::Quit => return Ok(ExitCode::Success),
                 Action::Ask(ask) => poller.ask(ask),
                 Action::Nothing => {}
             }
         }
+        wait_for_input()?;
         while let Some(update) = poller.update() {
             match update {
-                Update::Lost(error) => bail!(error),
+                Update::Lost(error) => {
+                    let gone = Failure::host(format!("The virtual machine on {} is gone", socket.display()));
+                    return Err(anyhow!(error).context(gone));
+                }
                 update => live.apply(update, begin.elapsed()),
             }
         }
+    }
+}
+
+/// A key that was pressed and not looked at yet.
+fn key() -> Result<Option<KeyEvent>> {
+    while !has_hung_up(Duration::ZERO)? && event::poll(Duration::ZERO).context("Cannot read keys")? {
+        if let Event::Key(key) = event::read().context("Cannot read keys")?
+            && key.kind == KeyEventKind::Press
+        {
+            return Ok(Some(key));
+        }
+    }
+    Ok(None)
+}
+
+/// Waits for a key, for a step at most.
+///
+/// # Errors
+/// The terminal is gone.
+fn wait_for_input() -> Result<()> {
+    if has_hung_up(STEP)? {
+        bail!("The terminal is gone");
+    }
+    Ok(())
+}
+
+/// True when nobody is at the other end of the terminal any more: crossterm would read from it for ever. Waits for input
+/// first.
+fn has_hung_up(wait: Duration) -> Result<bool> {
+    let mut input = libc::pollfd { fd: libc::STDIN_FILENO, events: libc::POLLIN, revents: 0 };
+    let wait = libc::c_int::try_from(wait.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: one structure, which lives on the stack.
+    if unsafe { libc::poll(&raw mut input, 1, wait) } >= 0 {
+        return Ok(input.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0);
+    }
+    match io::Error::last_os_error() {
+        // A signal, such as that the window has another size.
+        error if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+        error => Err(error).context("Cannot wait for keys"),
     }
 }
