@@ -25,6 +25,8 @@ pub enum Role {
     Vmalloc,
     /// Gives back the vmalloc-space area at `argument`.
     Vfree,
+    /// Returns the cookie of a per-CPU allocation; size of one copy in argument 0.
+    PercpuAlloc,
     /// A module is about to start; `struct module` in `argument`.
     ModuleLoad,
     /// A module's memory goes away.
@@ -103,6 +105,9 @@ mod tests {
         {
             assert!(hooks.iter().any(|h| h.role == role), "{role:?} is missing");
         }
+        assert!(hooks.iter().any(|h| h.role == Role::PercpuAlloc), "PercpuAlloc is missing");
+        let percpu = |h: &Hook| h.role == Role::Free && h.functions == ["free_percpu"];
+        assert!(hooks.iter().any(percpu), "free_percpu is missing");
     }
 
     #[test]

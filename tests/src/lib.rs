@@ -486,6 +486,15 @@ impl Guest {
     pub fn ctl(&self, command: &str) -> Result<String> {
         ctl(&self.socket(), command)
     }
+
+    /// Runs a console command in its JSON form.
+    ///
+    /// # Errors
+    /// It fails, or does not answer in JSON.
+    pub fn json(&self, command: &str) -> Result<Value> {
+        let reply = self.ctl(&format!("json {command}"))?;
+        serde_json::from_str(&reply).with_context(|| format!("{command}: {reply}"))
+    }
 }
 
 /// Sizes of a report's leaks, ascending.

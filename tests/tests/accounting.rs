@@ -72,10 +72,10 @@ fn as_proc_says(line: &str) -> Result<()> {
     let mut session = guest.start()?;
     session.wait_for("\nREADY", RUN_TIMEOUT)?;
     guest.ctl("pause")?;
-    let slabs = json(&guest, "slabinfo")?;
+    let slabs = guest.json("slabinfo")?;
     crash_slabs(&guest, &slabs)?;
     guest.ctl("resume")?;
-    let tasks = json(&guest, "ps")?;
+    let tasks = guest.json("ps")?;
     let trace = guest.ctl("bt 2")?;
     ensure!(trace.contains("kthreadd+0x") && trace.contains("ret_from_fork"), "{trace}");
     ensure!(!trace.contains("not complete"), "{trace}");
@@ -84,7 +84,7 @@ fn as_proc_says(line: &str) -> Result<()> {
     session.wait_for("\nCOUNTED", RUN_TIMEOUT)?;
     guest.ctl("pause")?;
     let [vmallocinfo, buddyinfo, meminfo, vmstat] =
-        ["vmallocinfo", "buddyinfo", "meminfo", "vmstat"].map(|command| json(&guest, command));
+        ["vmallocinfo", "buddyinfo", "meminfo", "vmstat"].map(|command| guest.json(command));
     crash_memory(&guest, meminfo.as_ref().ok().context("meminfo")?)?;
     guest.ctl("resume")?;
     session.type_line("go")?;
@@ -110,11 +110,6 @@ fn as_proc_says(line: &str) -> Result<()> {
     compare_vmstat(&vmstat?, part("vmstat before")?, part("vmstat after")?)
 }
 
-fn json(guest: &Guest, command: &str) -> Result<Value> {
-    let reply = guest.ctl(&format!("json {command}"))?;
-    serde_json::from_str(&reply).with_context(|| format!("{command}: {reply}"))
-}
-
 /// A held machine stands still and answers.
 fn held(guest: &Guest) -> Result<()> {
     ensure!(guest.ctl("pause")?.starts_with("paused:"));
@@ -131,7 +126,7 @@ fn held(guest: &Guest) -> Result<()> {
 
 /// `kmem -s` has what `slabinfo` has, at the same pause; that is compared with the guest's own file.
 fn crash_slabs(guest: &Guest, slabinfo: &Value) -> Result<()> {
-    let kmem = json(guest, "kmem -s")?;
+    let kmem = guest.json("kmem -s")?;
     let kmem = rows(&kmem, "kmem -s")?;
     let slabs = rows(slabinfo, "slabinfo")?;
     ensure!(slabs.len() > 50 && slabinfo["damaged"] == Value::Array(Vec::new()), "{}", slabinfo["damaged"]);
@@ -153,7 +148,7 @@ fn crash_slabs(guest: &Guest, slabinfo: &Value) -> Result<()> {
 
 /// `kmem` has what `meminfo` has, at the same pause; that is compared with the guest's own file.
 fn crash_memory(guest: &Guest, meminfo: &Value) -> Result<()> {
-    let kmem = json(guest, "kmem")?;
+    let kmem = guest.json("kmem")?;
     let pages =
         |name: &str| rows(&kmem, "kmem").ok()?.iter().find(|row| row["name"] == name)?["pages"].as_i64();
     let kb =
@@ -195,13 +190,13 @@ fn ctl_fails(guest: &Guest, command: &str) -> Result<String> {
 
 /// The entries made since the mark are in the difference, and their callers are named.
 fn growth(guest: &Guest) -> Result<()> {
-    let changes = json(guest, "slabinfo diff")?;
+    let changes = guest.json("slabinfo diff")?;
     let changes = changes["slabinfo"].as_array().context("rows")?;
     let dentries = changes.iter().find(|row| row["name"] == "dentry").context("no dentry")?;
     let grown = dentries["active"].as_i64().context("active")?;
     ensure!(grown >= FILES as i64 - ENTRIES_OF_OTHERS, "{dentries}");
     changes_of_memory(guest)?;
-    let calls = json(guest, "alloc_calls=dentry")?;
+    let calls = guest.json("alloc_calls=dentry")?;
     let calls = calls["alloc_calls"].as_array().context("calls")?;
     let counted: u64 = calls.iter().filter_map(|call| call["objects"].as_u64()).sum();
     ensure!(counted >= FILES, "{counted} dentries");
@@ -293,7 +288,7 @@ fn compare_tasks(ours: &Value, before: &str, after: &str) -> Result<()> {
 /// The same growth in the page allocator's terms: files without data are slabs, and making them is work that is counted.
 fn changes_of_memory(guest: &Guest) -> Result<()> {
     let change = |command: &str, name: &str, member: &str| -> Result<i64> {
-        let reply = json(guest, &format!("{command} diff"))?;
+        let reply = guest.json(&format!("{command} diff"))?;
         let row = rows(&reply, command)?.iter().find(|row| row["name"] == name);
         row.and_then(|row| row[member].as_i64()).with_context(|| format!("no {name} in {reply}"))
     };
@@ -304,10 +299,10 @@ fn changes_of_memory(guest: &Guest) -> Result<()> {
     let dentries = guest.ctl("kmem -s dentry diff")?;
     ensure!(dentries.lines().nth(1).is_some_and(|line| line.contains("  +")), "{dentries}");
     ensure!(change("vmstat", "pgfault", "value")? > 0);
-    let blocks = json(guest, "buddyinfo diff")?;
+    let blocks = guest.json("buddyinfo diff")?;
     let pages: i64 = rows(&blocks, "buddyinfo")?.iter().filter_map(|row| row["pages"].as_i64()).sum();
     ensure!(pages < 0, "{blocks}");
-    rows(&json(guest, "vmallocinfo diff")?, "vmallocinfo")?;
+    rows(&guest.json("vmallocinfo diff")?, "vmallocinfo")?;
     Ok(())
 }
 

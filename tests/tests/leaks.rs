@@ -96,12 +96,12 @@ fn held(line: &str) -> Result<()> {
     let mut session = guest.start()?;
     session.wait_for("\nREADY", RUN_TIMEOUT)?;
     guest.ctl("scan")?;
-    lost_tree(&guest, &json(&guest, "report")?)?;
-    every_root_refers(&json(&guest, "roots")?)?;
+    lost_tree(&guest, &guest.json("report")?)?;
+    every_root_refers(&guest.json("roots")?)?;
     // Without stacks what only a stack holds is reported, and so its address known.
     guest.ctl("stack=off")?;
     guest.ctl("scan")?;
-    let report = json(&guest, "report")?;
+    let report = guest.json("report")?;
     guest.ctl("stack=on")?;
     let on_stack = through(&report, "leaky_stack")?;
     let address = on_stack.first().and_then(|leak| leak["address"].as_str()).context("leaky_stack")?;
@@ -129,7 +129,7 @@ fn lost_tree(guest: &Guest, report: &Value) -> Result<()> {
     let mut lengths = Vec::new();
     for leak in &tree {
         let address = leak["address"].as_str().context("address")?;
-        let path = json(guest, &format!("path={address}"))?["path"].take();
+        let path = guest.json(&format!("path={address}"))?["path"].take();
         let chain = path["chain"].as_array().context("chain")?;
         let state = if leak["direct"] == true { "lost" } else { "indirect" };
         ensure!(path["state"] == state && path["cycle"] == 1 && path["root"].is_null(), "{path}");
@@ -165,11 +165,6 @@ fn every_root_refers(reply: &Value) -> Result<()> {
     }
     number("not_read", "dead words of sleeping tasks' stacks", "references")?;
     Ok(())
-}
-
-fn json(guest: &Guest, command: &str) -> Result<Value> {
-    let reply = guest.ctl(&format!("json {command}"))?;
-    serde_json::from_str(&reply).with_context(|| format!("{command}: {reply}"))
 }
 
 /// The driver developer's one line.

@@ -1,5 +1,6 @@
 //! `cargo xtask`: demo, tests, images, release builds.
 
+mod accuracy;
 mod build;
 mod demo;
 mod images;
@@ -22,6 +23,8 @@ enum Task {
     Demo,
     /// Run every test, boots of real kernels included
     Test(test::Options),
+    /// Compare with the in-kernel kmemleak, case by case, and write docs/accuracy.md
+    Accuracy,
     /// Prepare guest images: kernels, modules, initramfs
     Images(images::Options),
     /// Build the static release binary and print where it is
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
     let result = match Options::parse().task {
         Task::Demo => demo::run(),
         Task::Test(options) => test::run(&options),
+        Task::Accuracy => accuracy::run(),
         Task::Images(options) => images::run(&options),
         Task::Build => build::binary().map(|path| println!("{}", path.display())),
     };

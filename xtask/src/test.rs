@@ -6,6 +6,7 @@ use clap::Args;
 use images::host_packages::Purpose;
 use images::kernel::Headers;
 use images::{Cache, KernelPackage, modules};
+use std::path::Path;
 use std::process::Command;
 
 /// Kernels that the tests boot, and the modules built for each.
@@ -43,18 +44,37 @@ pub fn run(options: &Options) -> Result<()> {
             modules::own(&cache, &Headers::fetch(&cache, &kernel)?, module)?;
         }
     }
+    let mut command = cargo_test(&cache)?;
+    command.args(["--workspace", "--no-fail-fast"]);
+    command.args(options.filter.iter().flat_map(|filter| ["--", filter]));
+    if options.full {
+        command.env("KLEAK_FULL", "1");
+    }
+    finish(&mut command)
+}
+
+/// Runs one test of one test program, a long one too, with a variable in its environment.
+pub fn one(program: &str, name: &str, (variable, value): (&str, &Path)) -> Result<()> {
+    setup::install(&[Purpose::Guests, Purpose::Oracle])?;
+    let mut command = cargo_test(&Cache::of_workspace())?;
+    command.args(["--package", "tests", "--test", program, "--", name]);
+    finish(command.env("KLEAK_FULL", "1").env(variable, value))
+}
+
+/// `cargo test` with what tests rely on.
+fn cargo_test(cache: &Cache) -> Result<Command> {
     let binary = build::binary()?;
     let mut command = Command::new(env!("CARGO"));
     command
-        .args(["test", "--workspace", "--no-fail-fast"])
-        .args(options.filter.iter().flat_map(|filter| ["--", filter]))
+        .arg("test")
         .current_dir(images::cache::workspace())
         .env("KLEAK_VMM", &binary)
         .env("KLEAK_REQUIRE", "1")
         .env("KLEAK_LAB_DIR", cache.folder().join("lab"));
-    if options.full {
-        command.env("KLEAK_FULL", "1");
-    }
+    Ok(command)
+}
+
+fn finish(command: &mut Command) -> Result<()> {
     let status = command.status().context("Cannot run cargo")?;
     ensure!(status.success(), "Some tests failed");
     Ok(())

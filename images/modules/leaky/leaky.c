@@ -32,6 +32,7 @@
  *   tree          96 direct, 96, 96, 96, 96, 96, 96 indirect        a tree of seven, its root lost
  *   chain         64 direct, 64, 64, 64 indirect                    a singly linked list, its head lost
  *   indirect      192 direct, 655360 indirect                       a vmalloc area only a lost object points to
+ *   percpu_lost   96 direct                                         a per-CPU allocation, 96 bytes for each CPU
  *   unload        32, 32, 32 direct after rmmod                     three in an array of the module
  *   register      nothing                                           a spinning thread has it in a CPU register
  *   stack         nothing                                           a sleeping thread has it on its stack
@@ -43,7 +44,7 @@
  *   page          nothing                                           in a page from alloc_page
  *   freed         nothing                                           freed properly, whichever way it came
  *
- * kmemleak disagrees on "page", which it cannot look into.
+ * kmemleak disagrees on "page", which it cannot look into, and before 6.12 on "percpu_lost", which it does not report.
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
@@ -378,6 +379,18 @@ LEAKY int leaky_indirect(void)
 	return 0;
 }
 
+LEAKY int leaky_percpu_lost(void)
+{
+	char __percpu *area = __alloc_percpu(96, sizeof(void *));
+	int cpu;
+
+	if (!area)
+		return -ENOMEM;
+	for_each_possible_cpu(cpu)
+		leaky_mark(per_cpu_ptr(area, cpu), 96, "percpu_lost");
+	return 0;
+}
+
 /* Volatile: it is never read, but what it holds is referenced. */
 static void *volatile leaky_unload_objects[3];
 
@@ -678,6 +691,7 @@ static const struct leaky_case leaky_cases[] = {
 	{ "tree", 7, true, leaky_tree },
 	{ "chain", 4, false, leaky_chain },
 	{ "indirect", 2, false, leaky_indirect },
+	{ "percpu_lost", 1, false, leaky_percpu_lost },
 	{ "unload", 0, false, leaky_unload },
 	{ "register", 0, false, leaky_register_start, leaky_register_undo },
 	{ "stack", 0, true, leaky_stack_start, leaky_stack_undo },

@@ -10,7 +10,7 @@ use std::fmt::Write;
 
 /// Beginnings of the names of functions that allocate for their caller: a backtrace that starts in them says nothing
 /// before it leaves them. The families of include/linux/slab.h, vmalloc.h and string.h; what the compiler makes of
-/// them (`.isra.0`, `_noprof` since 6.10) begins alike.
+/// them (`.isra.0`, `_noprof` since 6.10) begins alike. The last are those of include/linux/percpu.h.
 const ALLOCATORS: &[&str] = &[
     "kmalloc",
     "__kmalloc",
@@ -39,6 +39,9 @@ const ALLOCATORS: &[&str] = &[
     "memdup_user",
     "vmemdup_user",
     "strndup_user",
+    "pcpu_alloc",
+    "__alloc_percpu",
+    "__alloc_reserved_percpu",
 ];
 
 /// Names a code address as it was at an event.

@@ -3,7 +3,7 @@
 use super::Displaced;
 use crate::kernel::Kernel;
 use crate::memory::Va;
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use rustc_hash::FxHashSet;
 use std::fmt;
 
@@ -145,15 +145,21 @@ impl Function {
         }
     }
 
-    /// The place behind the landing pad and the fentry slot, where all arguments are still in their registers.
+    /// The first place behind the landing pad and the fentry slot that takes a trap; all arguments are still in their
+    /// registers there, and the return address is on top of the stack.
     pub(super) fn entry(&self, trap_len: usize) -> Result<Site, SiteError> {
         let is = |k: usize, what: fn(&Instruction) -> bool| self.instructions.get(k).is_some_and(what);
         let pad = usize::from(is(0, |i| i.mnemonic() == Mnemonic::Endbr64));
-        let first = pad + usize::from(is(pad, |i| i.flow_control() == FlowControl::Call));
-        let begin = self.instructions.get(first).ok_or(SiteError::NoCode)?;
-        if self.targets.contains(&begin.ip()) {
-            let why = "a branch goes back to the beginning".to_owned();
-            return Err(SiteError::Unsuitable(Va(begin.ip()), why));
+        let begin = pad + usize::from(is(pad, |i| i.flow_control() == FlowControl::Call));
+        // Kernels without jump labels read a tracepoint's switch before anything else, and no trap can do that.
+        let loads =
+            self.instructions.get(begin..).unwrap_or_default().iter().take_while(|i| is_spare_load(i));
+        let first = begin + loads.count();
+        for i in self.instructions.get(begin..=first).ok_or(SiteError::NoCode)? {
+            if self.targets.contains(&i.ip()) {
+                let why = "a branch goes back to the beginning".to_owned();
+                return Err(SiteError::Unsuitable(Va(i.ip()), why));
+            }
         }
         let mut last = first;
         while self.length(first, last)? < trap_len {
@@ -209,10 +215,15 @@ impl Function {
     }
 }
 
+/// True for a load from memory into a register that passes no argument.
+fn is_spare_load(i: &Instruction) -> bool {
+    let spare = matches!(i.op0_register().full_register(), Register::RAX | Register::R10 | Register::R11);
+    i.mnemonic() == Mnemonic::Mov && spare && i.op1_kind() == OpKind::Memory
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use iced_x86::Register;
 
     const START: Va = Va(0xffff_ffff_8100_0000);
     const THUNK: Va = Va(0xffff_ffff_8100_1000);
@@ -250,6 +261,17 @@ mod tests {
         let mut b = vec![0xf3, 0x0f, 0x1e, 0xfa];
         b.extend(usual());
         assert_eq!(function(&b).entry(1).unwrap().va, START + 9);
+    }
+
+    #[test]
+    fn entry_is_behind_loads_that_leave_the_arguments_alone() {
+        // fentry; mov eax,[rip+1]; push rbx; mov rbx,rdi
+        let mut b = usual();
+        b.splice(5..5, [0x8b, 0x05, 1, 0, 0, 0]);
+        assert_eq!(function(&b).entry(2).unwrap().va, START + 11);
+        // fentry; mov edi,[rip+1]: the argument is gone behind it.
+        b[6] = 0x3d;
+        assert!(function(&b).entry(2).is_err());
     }
 
     #[test]

@@ -14,7 +14,7 @@ mod module_map;
 pub mod modules;
 mod page_structs;
 pub mod pages;
-mod percpu;
+pub mod percpu;
 pub mod processes;
 mod read;
 mod roots;
@@ -32,7 +32,6 @@ pub mod zones;
 
 pub use module_map::ModuleMap;
 pub use page_structs::{PageChunk, PageStructs};
-pub use percpu::PercpuChunk;
 pub use read::Walk;
 pub use roots::StaticRoot;
 

@@ -1,19 +1,26 @@
 //! Per-CPU memory: which parts of it are allocated (mm/percpu.c).
 //!
-//! A chunk is one address range per CPU, all handed out alike; its allocation map has a bit for every four bytes.
-//! What `free_percpu` gave back keeps its contents, so only what the map says is allocated may hold references.
+//! A chunk is one address range per CPU, all handed out alike; its allocation map has a bit for every four bytes, and
+//! its bound map one where each allocation starts. What `free_percpu` gave back keeps its contents, so only what the
+//! maps say is allocated may hold references.
+//!
+//! What `alloc_percpu` returns is no address but a cookie: a copy's address less its CPU's `__per_cpu_offset`.
 
 use super::Linux;
 use super::lookup::Lookup;
 use crate::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
 use std::ops::Range;
 
-/// Bytes per bit of the allocation map (`PCPU_MIN_ALLOC_SIZE`, include/linux/percpu.h).
-const MIN_ALLOC: u64 = 4;
-/// Bounds against damaged metadata: list heads, chunks, pages of one chunk.
+/// Bytes per bit of the allocation map, and what sizes are rounded up to (`PCPU_MIN_ALLOC_SIZE`,
+/// include/linux/percpu.h).
+pub const MIN_ALLOC: u64 = 4;
+/// Largest allocation, bytes (`PCPU_MIN_UNIT_SIZE`, include/linux/percpu.h).
+pub const MAX_ALLOC: u64 = 32 << 10;
+/// Bounds against damaged metadata: list heads, chunks, pages of one chunk, allocations in all of them.
 const MAX_SLOTS: u64 = 256;
 const MAX_CHUNKS: usize = 1 << 16;
 const MAX_PAGES: u64 = 1 << 14;
+const MAX_ALLOCATIONS: usize = 1 << 22;
 
 /// Offsets and variables; run-time addresses.
 pub(super) struct Layout {
@@ -25,6 +32,7 @@ pub(super) struct Layout {
     list: u64,
     base: u64,
     map: u64,
+    bounds: u64,
     start: u64,
     end: u64,
     pages: u64,
@@ -42,6 +50,7 @@ impl Layout {
             list: chunk("list")?,
             base: chunk("base_addr")?,
             map: chunk("alloc_map")?,
+            bounds: chunk("bound_map")?,
             start: chunk("start_offset")?,
             end: chunk("end_offset")?,
             pages: chunk("nr_pages")?,
@@ -52,12 +61,21 @@ impl Layout {
 /// A chunk of per-CPU memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PercpuChunk {
+    /// The cookie of offset 0.
+    pub cookie: Va,
     /// Where each possible CPU's copy starts, by CPU.
     pub copies: Vec<Va>,
     /// Size of one copy, bytes.
     pub size: u64,
-    /// Allocated parts, as offsets into a copy; ascending and disjoint.
+    /// Allocations, as offsets into a copy; ascending and disjoint.
     pub allocated: Vec<Range<u64>>,
+}
+
+impl PercpuChunk {
+    /// Cookies of the allocations, with the size of one copy.
+    pub fn objects(&self) -> impl Iterator<Item = (Va, u64)> + '_ {
+        self.allocated.iter().map(|part| (self.cookie + part.start, part.end - part.start))
+    }
 }
 
 impl Linux {
@@ -94,14 +112,25 @@ impl Linux {
         let cpus = self.cpu_count(memory)? as u64;
         let units = (0..cpus).map(|cpu| self.read_u64(memory, offsets + cpu * 8));
         let units: Vec<u64> = units.collect::<Result<_, _>>()?;
-        found.into_iter().map(|chunk| self.percpu_chunk(memory, chunk, &units)).collect()
+        let distance = self.percpu_base(memory, 0)?;
+        let (mut chunks, mut left) = (Vec::new(), MAX_ALLOCATIONS);
+        for chunk in found {
+            let read = self.percpu_chunk(memory, chunk, &units, distance)?;
+            left = left
+                .checked_sub(read.allocated.len())
+                .ok_or(MemoryError::Corrupt { va: chunk, what: "there are too many per-CPU allocations" })?;
+            chunks.push(read);
+        }
+        Ok(chunks)
     }
 
+    /// `units` are the copies' distances from the base address, `distance` that of the first copy from its cookie.
     fn percpu_chunk(
         &self,
         memory: &impl PhysicalMemory,
         chunk: Va,
         units: &[u64],
+        distance: Va,
     ) -> Result<PercpuChunk, MemoryError> {
         let layout = &self.percpu;
         let pages = u64::from(self.read_u32(memory, chunk + layout.pages)?);
@@ -113,28 +142,35 @@ impl Linux {
         }
         let base = self.read_va(memory, chunk + layout.base)?;
         let map_at = self.read_va(memory, chunk + layout.map)?;
+        let bounds_at = self.read_va(memory, chunk + layout.bounds)?;
         let mut map = vec![0; (size / MIN_ALLOC / 8) as usize];
+        let mut bounds = map.clone();
         self.read(memory, map_at, &mut map)?;
+        self.read(memory, bounds_at, &mut bounds)?;
         // What lies before `start` and after the end's margin belongs to neighbours and is marked as taken.
-        let allocated = ones(&map).map(|bits| {
+        let allocated = areas(&map, &bounds).map(|bits| {
             let offset = |bit: u64| (bit * MIN_ALLOC).clamp(start, size - end);
             offset(bits.start)..offset(bits.end)
         });
-        let allocated = allocated.filter(|part| part.start < part.end).collect();
-        Ok(PercpuChunk { copies: units.iter().map(|&unit| base + unit).collect(), size, allocated })
+        // One more than all may be, so that the caller sees it.
+        let allocated = allocated.filter(|part| part.start < part.end).take(MAX_ALLOCATIONS + 1).collect();
+        let copies: Vec<Va> = units.iter().map(|&unit| base + unit).collect();
+        let cookie = Va(copies.first().copied().unwrap_or(base) - distance);
+        Ok(PercpuChunk { cookie, copies, size, allocated })
     }
 }
 
-/// Runs of set bits, least significant bit of the first byte first.
-fn ones(map: &[u8]) -> impl Iterator<Item = Range<u64>> + '_ {
+/// Runs of set bits of `map`, each cut where `bounds` has a bit set; least significant bit of the first byte first.
+fn areas<'a>(map: &'a [u8], bounds: &'a [u8]) -> impl Iterator<Item = Range<u64>> + 'a {
     let bits = map.len() as u64 * 8;
-    let set = |bit: u64| map[(bit / 8) as usize] >> (bit % 8) & 1 != 0;
+    let set =
+        |map: &[u8], bit: u64| map.get((bit / 8) as usize).is_some_and(|byte| byte >> (bit % 8) & 1 != 0);
     let mut at = 0;
     std::iter::from_fn(move || {
-        let start = (at..bits).find(|&bit| set(bit))?;
-        let end = (start..bits).find(|&bit| !set(bit)).unwrap_or(bits);
-        at = end;
-        Some(start..end)
+        let start = (at..bits).find(|&bit| set(map, bit))?;
+        let ends = |&bit: &u64| !set(map, bit) || set(bounds, bit);
+        at = (start + 1..bits).find(ends).unwrap_or(bits);
+        Some(start..at)
     })
 }
 
@@ -144,19 +180,26 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn runs_of_bits() {
+    fn runs_of_bits_end_at_bounds() {
         let map = [0b0000_0110, 0, 0b1000_0000, 0b0000_0001];
-        assert_eq!(ones(&map).collect::<Vec<_>>(), [1..3, 23..25]);
-        assert_eq!(ones(&[0xff]).next(), Some(0..8));
-        assert_eq!(ones(&[]).count(), 0);
+        assert_eq!(areas(&map, &[0; 4]).collect::<Vec<_>>(), [1..3, 23..25]);
+        assert_eq!(areas(&map, &[0b1000_0110, 0, 0, 1]).collect::<Vec<_>>(), [1..2, 2..3, 23..24, 24..25]);
+        assert_eq!(areas(&[0xff], &[]).next(), Some(0..8));
+        assert_eq!(areas(&[], &[]).count(), 0);
     }
 
     proptest! {
         #[test]
-        fn runs_hold_exactly_the_set_bits(map: Vec<u8>) {
-            let listed: Vec<u64> = ones(&map).flatten().collect();
-            let naive: Vec<u64> = (0..map.len() as u64 * 8).filter(|b| map[(b / 8) as usize] >> (b % 8) & 1 != 0).collect();
+        fn areas_hold_exactly_the_set_bits(map: Vec<u8>, bounds: Vec<u8>) {
+            let bit = |map: &[u8], b: u64| map.get((b / 8) as usize).is_some_and(|byte| byte >> (b % 8) & 1 != 0);
+            let all: Vec<Range<u64>> = areas(&map, &bounds).collect();
+            let listed: Vec<u64> = all.iter().cloned().flatten().collect();
+            let naive: Vec<u64> = (0..map.len() as u64 * 8).filter(|&b| bit(&map, b)).collect();
             prop_assert_eq!(listed, naive);
+            for area in all {
+                let first = area.start == 0 || !bit(&map, area.start - 1) || bit(&bounds, area.start);
+                prop_assert!(first && (area.start + 1..area.end).all(|b| !bit(&bounds, b)));
+            }
         }
     }
 }

@@ -369,6 +369,7 @@ fn types(era: Era) -> Vec<u8> {
             ("start_offset", half, 32),
             ("end_offset", half, 36),
             ("nr_pages", half, 40),
+            ("bound_map", word, 48),
         ],
     );
     counter_types(&mut b, &mut structure, [word, half, byte, list]);

@@ -5,6 +5,8 @@ use super::pages::Use;
 use super::synthetic::*;
 use super::tasks::Context;
 use crate::memory::{MemoryError, PAGE_SIZE, Va};
+use crate::scan::guest::GuestMemory;
+use crate::scan::mark::Contents;
 use proptest::prelude::*;
 
 const ERAS: [Era; 2] = [Era::Flags, Era::Types];
@@ -16,6 +18,9 @@ const OBJECT: u64 = 96;
 const OBJECTS: u64 = 2 * PAGE_SIZE / OBJECT;
 const KEY: u64 = 0x1234_5678_9abc_def0;
 const FREE_POINTER: u64 = 48;
+/// A chunk of per-CPU memory, and where each CPU's copy is from its base address.
+const CHUNK: u64 = HEAP + 0x4000;
+const UNITS: [u64; 2] = [0x1000, 0x3000];
 
 impl Guest {
     fn mark_slab(&mut self, era: Era, frame: u64) {
@@ -48,6 +53,30 @@ impl Guest {
         self.put(page + 24, direct(CACHE));
         self.put(page + 40, (OBJECTS << 16) | OBJECTS);
         self.put(page + PAGE_STRUCT + 8, (PAGE_STRUCTS + SLAB * PAGE_STRUCT).0 | 1);
+    }
+
+    /// Two CPUs and one chunk of a page, whose first two words and last are its neighbours': an allocation of two words
+    /// of the map, and one of a single word.
+    fn add_percpu_chunk(&mut self, base: Va) {
+        let (lists, offsets, map, bounds) = (CHUNK + 0x100, CHUNK + 0x200, CHUNK + 0x1000, CHUNK + 0x2000);
+        self.set("nr_cpu_ids", 2);
+        self.set("pcpu_chunk_lists", direct(lists));
+        self.set("pcpu_nr_slots", 2);
+        self.set("pcpu_unit_offsets", direct(offsets));
+        self.list(lists, &[]);
+        self.list(lists + 16, &[CHUNK]);
+        for (at, unit) in [offsets, offsets + 8].into_iter().zip(UNITS) {
+            self.put(at, unit);
+        }
+        for (member, value) in [(16, base.0), (24, direct(map)), (48, direct(bounds))] {
+            self.put(CHUNK + member, value);
+        }
+        for (member, value) in [(32, 8), (36, 4), (40, 1)] {
+            self.put32(CHUNK + member, value);
+        }
+        self.put(map, 0b1_1111);
+        self.put(bounds, 0b11_0101);
+        self.put(map + 120, 1 << 63);
     }
 
     /// Writes a freelist through `objects` and returns its head.
@@ -252,6 +281,44 @@ fn frames_are_classified() {
         assert_eq!(uses(0x340, 3), [Use::Free, Use::Free, Use::Kernel]);
         // An entry that was never initialised, and a frame that has none.
         assert_eq!((map.get(0x350), map.get(RAM / PAGE_SIZE)), (Use::None, Use::None));
+    }
+}
+
+#[test]
+fn percpu_chunks_list_allocations_by_cookie() {
+    for era in ERAS {
+        let mut guest = Guest::new(era);
+        assert_eq!(guest.linux.percpu_chunks(&guest.memory()), Ok(Vec::new()));
+        guest.add_percpu_chunk(VMALLOC);
+        let chunks = guest.linux.percpu_chunks(&guest.memory()).expect("per-CPU chunks");
+        assert_eq!(chunks.len(), 1);
+        assert_eq!(chunks[0].copies, [VMALLOC + UNITS[0], VMALLOC + UNITS[1]]);
+        assert_eq!(chunks[0].cookie, Va(VMALLOC + UNITS[0] - (DIRECT_MAP + PERCPU)));
+        let objects: Vec<_> = chunks[0].objects().map(|(va, size)| (va - chunks[0].cookie, size)).collect();
+        assert_eq!(objects, [(8, 8), (16, 4)]);
+        guest.put32(CHUNK + 40, 1 << 20);
+        let damaged = guest.linux.percpu_chunks(&guest.memory());
+        assert!(matches!(damaged, Err(MemoryError::Corrupt { va, .. }) if va == Va(direct(CHUNK))));
+    }
+}
+
+#[test]
+fn a_cookie_stands_for_the_copies_of_all_cpus() {
+    let mut guest = Guest::new(Era::Types);
+    let base = DIRECT_MAP + HEAP + 0x10000;
+    guest.add_percpu_chunk(base);
+    for (n, unit) in UNITS.into_iter().enumerate() {
+        guest.put(HEAP + 0x10000 + unit + 8, 0x1111 * (n as u64 + 1));
+    }
+    let memory = guest.memory();
+    let lent = GuestMemory::new(&guest.linux, &memory).expect("the guest's memory");
+    let cookie = Va(base + UNITS[0] - (DIRECT_MAP + PERCPU)) + 8;
+    assert_eq!(lent.copies(cookie), [base + UNITS[0] + 8, base + UNITS[1] + 8]);
+    let mut words = Vec::new();
+    lent.pieces(cookie.0, 8, &mut |_, bytes| words.push(u64::from_le_bytes(bytes.try_into().unwrap())));
+    assert_eq!(words, [0x1111, 0x2222]);
+    for address in [base, cookie + PAGE_SIZE, Va(8)] {
+        assert_eq!(lent.copies(address), [address]);
     }
 }
 

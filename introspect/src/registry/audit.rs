@@ -1,6 +1,7 @@
-//! The registry against the guest's own slab metadata: the proof that tracking is exact.
+//! The registry against the guest's own metadata of slabs and of per-CPU memory: the proof that tracking is exact.
 
 use super::{Kind, Registry};
+use crate::linux::percpu::PercpuChunk;
 use crate::linux::slab::SlabMap;
 use crate::memory::Va;
 use rustc_hash::FxHashSet;
@@ -14,7 +15,7 @@ const EXAMPLES: usize = 16;
 pub struct Mismatch {
     /// Start of the object.
     pub address: Va,
-    /// Its cache's name; empty when the registry's cache is not in the guest's list.
+    /// Its cache's name; empty when the registry's cache is not in the guest's list, "(percpu)" for per-CPU memory.
     pub cache: String,
     /// True: allocated in the guest, not in the registry. False: in the registry, free in the guest.
     pub missing: bool,
@@ -23,28 +24,33 @@ pub struct Mismatch {
 /// Result of [`Registry::audit`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Audit {
-    /// Slab objects on which both agree.
+    /// Slab objects and per-CPU allocations on which both agree.
     pub tracked: u64,
     /// Allocated in the guest, but not in the registry.
     pub missing: u64,
-    /// In the registry as slab objects, but free in the guest, or on no slab page.
+    /// In the registry, but free in the guest, or on no slab page and in no chunk.
     pub stale: u64,
     /// The first few mismatches of either kind, by address.
     #[serde(skip)]
     pub examples: Vec<Mismatch>,
 }
 
+/// What mismatches call per-CPU memory, as `top caches` does.
+const PERCPU: &str = "(percpu)";
+
 impl Registry {
-    /// Compares the registry's slab objects with the guest's slab pages at the same pause. `boot_objects` were
-    /// taken from their slabs without an allocator call and are not missing
+    /// Compares the registry's slab objects and per-CPU objects with the guest's slab pages and per-CPU chunks at the
+    /// same pause. `boot_objects` were taken from their slabs without an allocator call and are not missing
     /// ([`crate::linux::Linux::boot_objects`]).
-    pub fn audit(&self, slabs: &SlabMap, boot_objects: &[Va]) -> Audit {
+    pub fn audit(&self, slabs: &SlabMap, percpu: &[PercpuChunk], boot_objects: &[Va]) -> Audit {
         let untraced: FxHashSet<Va> = boot_objects.iter().copied().collect();
         let mut audit = Audit::default();
         let mut agreed = FxHashSet::default();
         let mut missing = Vec::new();
-        for (address, cache) in allocated(slabs) {
-            if self.get(address).is_some_and(|o| o.kind == Kind::Slab) {
+        let slab = allocated(slabs).map(|(address, cache)| (address, cache, Kind::Slab));
+        let percpu = percpu.iter().flat_map(PercpuChunk::objects);
+        for (address, cache, kind) in slab.chain(percpu.map(|(cookie, _)| (cookie, PERCPU, Kind::Percpu))) {
+            if self.get(address).is_some_and(|o| o.kind == kind) {
                 agreed.insert(address);
             } else if !untraced.contains(&address) {
                 audit.missing += 1;
@@ -53,14 +59,17 @@ impl Registry {
             }
         }
         audit.tracked = agreed.len() as u64;
+        let audited = |kind| matches!(kind, Kind::Slab | Kind::Percpu);
         let mut stale: Vec<_> =
-            self.objects().filter(|o| o.kind == Kind::Slab && !agreed.contains(&o.address)).collect();
+            self.objects().filter(|o| audited(o.kind) && !agreed.contains(&o.address)).collect();
         audit.stale = stale.len() as u64;
         stale.sort_unstable_by_key(|o| o.address);
         audit.examples = missing;
         audit.examples.extend(stale.iter().take(EXAMPLES).map(|o| {
-            let cache = slabs.caches.iter().find(|c| c.va == o.cache).map(|c| c.name.clone());
-            Mismatch { address: o.address, cache: cache.unwrap_or_default(), missing: false }
+            let named = slabs.caches.iter().find(|c| o.kind == Kind::Slab && c.va == o.cache);
+            let other = if o.kind == Kind::Percpu { PERCPU } else { "" };
+            let cache = named.map_or_else(|| other.to_owned(), |c| c.name.clone());
+            Mismatch { address: o.address, cache, missing: false }
         }));
         audit
     }

@@ -1,6 +1,7 @@
 //! The registry against a naive twin.
 
 use super::*;
+use crate::linux::percpu::PercpuChunk;
 use crate::linux::slab::{Cache, SlabMap, SlabPage};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -210,7 +211,7 @@ fn audit_agrees_with_an_exact_registry() {
     for slot in [0, 1] {
         registry.alloc(&event(BASE + 0x1000 + slot * 64, 56, &[]));
     }
-    let audit = registry.audit(&slabs(), &[Va(BASE + 0x10c0)]);
+    let audit = registry.audit(&slabs(), &[], &[Va(BASE + 0x10c0)]);
     assert_eq!(audit, Audit { tracked: 2, ..Audit::default() });
 }
 
@@ -221,9 +222,27 @@ fn audit_names_missing_and_stale_objects() {
     registry.alloc(&event(BASE + 0x1080, 56, &[]));
     registry.alloc(&event(BASE + 0x9000, 56, &[]));
     registry.alloc(&AllocEvent { kind: Kind::Large, ..event(BASE + 0xa000, 9000, &[]) });
-    let audit = registry.audit(&slabs(), &[]);
+    let audit = registry.audit(&slabs(), &[], &[]);
     assert_eq!((audit.tracked, audit.missing, audit.stale), (1, 2, 2));
     let named: Vec<_> = audit.examples.iter().map(|m| (m.address.0 - BASE, m.missing)).collect();
     assert_eq!(named, [(0x1040, true), (0x10c0, true), (0x1080, false), (0x9000, false)]);
     assert!(audit.examples.iter().all(|m| m.cache == "filp"));
+}
+
+#[test]
+fn audit_looks_at_per_cpu_memory() {
+    let mut registry = Registry::default();
+    let percpu = |cookie, size| AllocEvent { kind: Kind::Percpu, cache: Va(0), ..event(cookie, size, &[]) };
+    registry.alloc(&percpu(0x3b000, 8));
+    registry.alloc(&percpu(0x3b100, 16));
+    let chunk = PercpuChunk {
+        cookie: Va(0x3b000),
+        copies: vec![Va(BASE), Va(BASE + 0x10000)],
+        size: 0x8000,
+        allocated: vec![0..8, 8..12],
+    };
+    let audit = registry.audit(&SlabMap { caches: Vec::new(), ..slabs() }, &[chunk], &[]);
+    assert_eq!((audit.tracked, audit.missing, audit.stale), (1, 1, 1));
+    let named: Vec<_> = audit.examples.iter().map(|m| (m.address.0, m.missing, m.cache.as_str())).collect();
+    assert_eq!(named, [(0x3b008, true, "(percpu)"), (0x3b100, false, "(percpu)")]);
 }

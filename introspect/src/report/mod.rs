@@ -29,7 +29,7 @@ pub struct Report {
     pub host: HostInfo,
     /// How the scan went.
     pub scan: ScanInfo,
-    /// The registry compared with the guest's slab metadata at the same pause, where that was asked for.
+    /// The registry compared with the guest's metadata at the same pause, where that was asked for.
     pub audit: Option<Audit>,
     /// Unreachable objects in allocation order, without the suppressed ones.
     pub leaks: Vec<Leak>,
@@ -105,10 +105,10 @@ pub struct ScanInfo {
 /// An unreachable object.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Leak {
-    /// Start.
+    /// Start; the cookie of a per-CPU object.
     #[serde(serialize_with = "hex_va")]
     pub address: Va,
-    /// Size, bytes.
+    /// Size, bytes; of a per-CPU object that of one copy.
     pub size: u64,
     /// Kind of memory.
     pub kind: Kind,
@@ -122,7 +122,7 @@ pub struct Leak {
     pub jiffies: u64,
     /// Age at the scan.
     pub age_ms: u64,
-    /// Its first bytes, two digits each.
+    /// Its first bytes, two digits each; of a per-CPU object those of the first CPU's copy.
     #[serde(rename = "hex", serialize_with = "hex_bytes")]
     pub head: Vec<u8>,
     /// CRC-32 of its contents as kmemleak has it.
@@ -130,7 +130,8 @@ pub struct Leak {
     pub checksum: u32,
     /// No unreachable object outside its own cycle refers to it.
     pub direct: bool,
-    /// What a direct leak keeps from being freed; an indirect one's own size.
+    /// What a direct leak keeps from being freed, per-CPU objects with the copies of all possible CPUs; an indirect
+    /// one's own size.
     pub retained_bytes: u64,
     /// Its [`Group::id`].
     pub group: String,

@@ -140,6 +140,17 @@ fn text_of_other_kernels() {
 }
 
 #[test]
+fn text_of_a_per_cpu_object() {
+    let mut report = report("6.12.117+deb12-amd64", &[]);
+    report.leaks.truncate(1);
+    (report.leaks[0].kind, report.leaks[0].address) = (Kind::Percpu, Va(0x607f_c021_0da0));
+    let text = report.text();
+    assert!(text.starts_with("unreferenced object 0x607fc0210da0 (size 96):\n"), "{text}");
+    assert!(text.contains("  hex dump (first 32 bytes on cpu 0):\n"), "{text}");
+    assert_eq!(serde_json::to_value(&report).unwrap()["leaks"][0]["kind"], "percpu");
+}
+
+#[test]
 fn json_has_the_fields_of_the_contract() {
     let json: serde_json::Value =
         serde_json::from_str(&report("6.1.0-56-cloud-amd64", &[]).json().unwrap()).unwrap();

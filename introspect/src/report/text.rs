@@ -1,6 +1,7 @@
 //! The text form: kmemleak's records (mm/kmemleak.c, `print_unreferenced`), then what kmemleak has not.
 
 use super::{Frame, Leak, Report};
+use crate::registry::Kind;
 use std::fmt::{self, Display, Write};
 
 /// Bytes per row of the hex dump (kmemleak's HEX_ROW_SIZE).
@@ -63,7 +64,9 @@ fn record(out: &mut String, leak: &Leak, style: TextStyle) {
         String::new()
     };
     line!(out, "  comm \"{}\", pid {}, jiffies {}{age}", leak.comm, leak.pid, leak.jiffies);
-    line!(out, "  hex dump (first {} bytes):", leak.head.len());
+    // kmemleak prints the copy of the CPU that it runs on, and has printed such objects at all since 6.12.
+    let place = if leak.kind == Kind::Percpu { " on cpu 0" } else { "" };
+    line!(out, "  hex dump (first {} bytes{place}):", leak.head.len());
     for row in leak.head.chunks(ROW) {
         line!(out, "    {}", HexRow(row));
     }

@@ -3,6 +3,7 @@
 use super::mark::Contents;
 use crate::arch::Leaf;
 use crate::linux::Linux;
+use crate::linux::percpu::PercpuChunk;
 use crate::memory::{FrozenMemory, MemoryError, Pa, Va};
 use std::ops::{ControlFlow, Range};
 
@@ -29,22 +30,45 @@ pub struct GuestMemory<'m, M> {
     linux: &'m Linux,
     memory: &'m M,
     direct: Range<u64>,
+    /// Ascending by cookie.
+    percpu: Vec<PercpuChunk>,
 }
 
 impl<'m, M: FrozenMemory> GuestMemory<'m, M> {
-    /// Finds the direct map.
+    /// Finds the direct map and the chunks of per-CPU memory.
     ///
     /// # Errors
-    /// The guest's variable that says where it starts cannot be read.
+    /// The guest's variable that says where the direct map starts cannot be read, or a chunk is damaged.
     pub fn new(linux: &'m Linux, memory: &'m M) -> Result<Self, MemoryError> {
         let start = linux.direct_map_base(memory)?.0;
         let ram_end = memory.ranges().last().map_or(0, |r| r.start.0 + r.len);
-        Ok(Self { linux, memory, direct: start..start.saturating_add(ram_end) })
+        let mut percpu = linux.percpu_chunks(memory)?;
+        percpu.sort_by_key(|chunk| chunk.cookie);
+        Ok(Self { linux, memory, direct: start..start.saturating_add(ram_end), percpu })
     }
 
     /// Addresses of the direct map, as far as there is RAM.
     pub fn direct(&self) -> &Range<u64> {
         &self.direct
+    }
+
+    /// All chunks of per-CPU memory.
+    pub fn percpu(&self) -> &[PercpuChunk] {
+        &self.percpu
+    }
+
+    /// Where the object at `va` lies: there, or when `va` is the cookie of a per-CPU allocation at each CPU's copy.
+    pub fn copies(&self, va: Va) -> Vec<Va> {
+        match self.chunk(va) {
+            Some(chunk) => chunk.copies.iter().map(|&copy| copy + (va - chunk.cookie)).collect(),
+            None => vec![va],
+        }
+    }
+
+    /// The chunk a cookie points into; None for addresses.
+    fn chunk(&self, va: Va) -> Option<&PercpuChunk> {
+        let number = self.percpu.partition_point(|chunk| chunk.cookie <= va).checked_sub(1)?;
+        self.percpu.get(number).filter(|chunk| va - chunk.cookie < chunk.size)
     }
 
     /// What is mapped at a range of kernel addresses, in its order; holes are left out. No more than all of RAM,
@@ -110,9 +134,11 @@ impl<M: FrozenMemory> Contents for GuestMemory<'_, M> {
         {
             return visit(va, bytes);
         }
-        for Mapping { va, extent } in self.mappings(Va(va)..Va(va.saturating_add(len))) {
-            if let Some(bytes) = self.bytes(extent) {
-                visit(va.0, bytes);
+        for copy in self.copies(Va(va)) {
+            for mapping in self.mappings(copy..Va(copy.0.saturating_add(len))) {
+                if let Some(bytes) = self.bytes(mapping.extent) {
+                    visit(va + (mapping.va - copy), bytes);
+                }
             }
         }
     }

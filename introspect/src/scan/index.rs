@@ -3,7 +3,8 @@
 //! Objects in the direct map are found through their page: a descriptor per page says where the first object
 //! starts and how far apart they are, so that one multiplication gives the slot (what slab geometry would say,
 //! but taken from the objects themselves, so that it needs nothing of the guest). Everything else, a few hundred
-//! vmalloc blocks, is found by binary search. An object that reaches into following pages is these pages' `spill`.
+//! vmalloc blocks and some thousand per-CPU allocations, is found by binary search. An object that reaches into
+//! following pages is these pages' `spill`.
 //!
 //! A word belongs to the object with the greatest start at or below it, when it lies inside. Objects never overlap
 //! unless a free was missed; then the later start wins.
@@ -74,6 +75,9 @@ struct Descriptor {
 /// A page whose grid would have more slots than this per object is stored as a list: bounds the number of slots.
 const MAX_GAPS: u64 = 16;
 const NOTHING_STARTS: u16 = PAGE_SIZE as u16;
+/// What is below is no kernel address, but the cookie of a per-CPU allocation: where `__per_cpu_start` is 0, cookies
+/// are small numbers in the first chunk, and differences of two kernel addresses in the others.
+const KERNEL_HALF: u64 = 1 << 63;
 
 impl Index {
     /// Freezes `blocks`, at most 2^28 of them, sorted by start and no two with the same start. `direct` is the
@@ -97,7 +101,7 @@ impl Index {
             sparse: 0,
             sparse_slot: 0,
             slots: 0,
-            windows: Windows::new([0..0, 0..0, 0..0]),
+            windows: Windows::new([0..0, 0..0, 0..0], [0..0, 0..0]),
         };
         let mut slots = Vec::with_capacity(blocks.len());
         let outside = [&blocks[..inside.start], &blocks[inside.end..]];
@@ -106,8 +110,13 @@ impl Index {
         index.sparse_slot = index.slots;
         index.lists.extend(outside.concat());
         index.slots += (index.lists.len() - index.sparse) as u32;
-        let [low, high] = split_at_gap(&index.lists[index.sparse..]).map(span);
-        index.windows = Windows::new([window.start..window.end.min(direct.end), low, high]);
+        let sparse = &index.lists[index.sparse..];
+        let (cookies, addresses) = sparse.split_at(sparse.partition_point(|b| b.start < KERNEL_HALF));
+        let [low, high] = split_at_gap(addresses).map(span);
+        index.windows = Windows::new(
+            [window.start..window.end.min(direct.end), low, high],
+            split_at_gap(cookies).map(span),
+        );
         slots.extend(index.sparse_slot..index.sparse_slot + inside.start as u32);
         slots.extend(mapped_slots);
         slots.extend(index.sparse_slot + inside.start as u32..index.slots);
@@ -119,7 +128,8 @@ impl Index {
         self.slots as usize
     }
 
-    /// Addresses outside which no word is a reference: the direct map's objects, and all others in two parts.
+    /// Values outside which no word is a reference: addresses of the direct map's objects, of all others in two parts,
+    /// and per-CPU cookies.
     pub fn windows(&self) -> &Windows {
         &self.windows
     }
@@ -269,7 +279,8 @@ fn span(blocks: &[Block]) -> Range<u64> {
 }
 
 /// Splits sorted objects at the widest gap between their starts: vmalloc space and module space lie on different
-/// sides of the kernel image, to which more words point than to anything else.
+/// sides of the kernel image, to which more words point than to anything else; and the first per-CPU chunk is far from
+/// the others.
 fn split_at_gap(blocks: &[Block]) -> [&[Block]; 2] {
     let gaps = blocks.windows(2).map(|w| w[1].start - w[0].start).enumerate();
     let widest = gaps.max_by_key(|&(_, gap)| gap).map_or(0, |(i, _)| i + 1);

@@ -13,7 +13,8 @@ use std::ops::Range;
 /// Lends the memory of objects.
 pub trait Contents {
     /// Calls `visit` with the memory at `va`, piece by piece in ascending order, and each piece's address; every piece
-    /// but the last is a multiple of 8 bytes long. Memory that cannot be read is left out. `va` is a multiple of 8.
+    /// but the last is a multiple of 8 bytes long. Memory that cannot be read is left out. `va` is a multiple of 8. An
+    /// object that has a copy for each CPU is all its copies, one after the other, each at the object's address.
     fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8]));
 }
 

@@ -17,7 +17,11 @@
 //!   read them, and reports such older objects.)
 //! - Kernel stacks are read from the stack pointer up, as roots; the vmalloc blocks they lie in are black. Module
 //!   memory is black, too, and its writable data are roots.
-//! - Per-CPU, memblock and ioremap objects are never reported: their memory is among the roots or is no RAM.
+//! - A per-CPU allocation is one object whose address is the cookie that `alloc_percpu` returned. A word refers to it
+//!   when it lies in the cookie's bytes, flags in the cookie's low bits included; the copies of all CPUs are its
+//!   contents. (So does kmemleak from 6.12 on; before, it reads them and never reports them.) Cookies of the first
+//!   chunk are small numbers, so that an equal number anywhere may hide a lost one.
+//! - Memblock and ioremap objects are never reported: their memory is among the roots or is no RAM.
 
 mod coverage;
 pub mod dead_words;
@@ -56,6 +60,7 @@ use index::{Block, Index};
 use mark::{Contents, Marker, Origin, Special, Witness};
 use roots::{RootInput, Roots};
 use rustc_hash::FxHashMap;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// Bytes of an object kept for the report (kmemleak's HEX_MAX_LINES of HEX_ROW_SIZE).
@@ -95,11 +100,12 @@ pub struct Leak {
     /// Objects of one cycle have the same number, all others one each.
     pub component: u32,
     /// Bytes that a direct leak keeps from being freed: of its cycle and all that only this cycle reaches. An
-    /// indirect leak's own size.
+    /// indirect leak's own size. A per-CPU object counts with the copies of all CPUs.
     pub retained: u64,
-    /// Its first [`HEAD_BYTES`] bytes, or fewer.
+    /// Its first [`HEAD_BYTES`] bytes, or fewer; of a per-CPU object the first CPU's.
     pub head: Vec<u8>,
-    /// CRC-32 of its contents as kmemleak computes it (`crc32(0, ...)`, not inverted).
+    /// CRC-32 of its contents as kmemleak computes it (`crc32(0, ...)`, not inverted); of a per-CPU object that of
+    /// each copy, XORed.
     pub checksum: u32,
 }
 
@@ -179,7 +185,7 @@ pub fn scan<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<ScanRes
 
     let start = Instant::now();
     let leak = |(object, standing)| leak(&frozen, object, standing);
-    result.leaks = unreached(input.registry, &marker).into_iter().map(leak).collect();
+    result.leaks = unreached(input.registry, &frozen.guest, &marker).into_iter().map(leak).collect();
     result.graph = start.elapsed();
     Ok(result)
 }
@@ -208,7 +214,8 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
     /// Finds roots and objects; also returns the slots that are taken.
     fn collect(input: &ScanInput<'a, M>) -> anyhow::Result<(Self, Vec<u32>)> {
         let ScanInput { linux, memory, registry, .. } = *input;
-        let guest = GuestMemory::new(linux, memory).context("Cannot find the guest's direct map")?;
+        let guest = GuestMemory::new(linux, memory)
+            .context("Cannot find the guest's direct map and per-CPU memory")?;
         let roots = collect_roots(input, &guest)?;
         let mut blocks: Vec<Block> = heap(registry).map(|o| block(&o)).collect();
         blocks.sort_unstable();
@@ -255,13 +262,15 @@ fn collect_roots<M: FrozenMemory>(
         modules: input.modules,
         stack: input.stack,
         objects: &page_objects(input.registry, guest),
+        percpu: &percpu_objects(input.registry),
     };
     Roots::collect(&root_input, guest, input.memory).context("Cannot collect the roots of the scan")
 }
 
 /// Objects that scans know how to treat.
 fn heap(registry: &Registry) -> impl Iterator<Item = Object> + '_ {
-    let known = |o: &Object| matches!(o.kind, Kind::Slab | Kind::Large | Kind::Vmalloc | Kind::Page);
+    let known =
+        |o: &Object| matches!(o.kind, Kind::Slab | Kind::Large | Kind::Vmalloc | Kind::Percpu | Kind::Page);
     registry.objects().filter(known)
 }
 
@@ -273,7 +282,7 @@ fn block(object: &Object) -> Block {
 /// allocator gave.
 fn page_objects<M: FrozenMemory>(registry: &Registry, guest: &GuestMemory<'_, M>) -> Vec<Extent> {
     let mut extents = Vec::new();
-    for object in heap(registry).filter(|o| o.kind != Kind::Slab) {
+    for object in heap(registry).filter(|o| !matches!(o.kind, Kind::Slab | Kind::Percpu)) {
         let size = match object.kind {
             Kind::Vmalloc => object.size.next_multiple_of(PAGE_SIZE),
             _ => object.size.max(PAGE_SIZE).checked_next_power_of_two().unwrap_or(object.size),
@@ -281,6 +290,21 @@ fn page_objects<M: FrozenMemory>(registry: &Registry, guest: &GuestMemory<'_, M>
         extents.extend(guest.extents(object.address..Va(object.address.0.saturating_add(size))));
     }
     extents
+}
+
+/// Cookies of per-CPU objects, ascending and disjoint.
+fn percpu_objects(registry: &Registry) -> Vec<Range<Va>> {
+    let percpu = registry.objects().filter(|o| o.kind == Kind::Percpu);
+    let mut cookies: Vec<Range<Va>> =
+        percpu.map(|o| o.address..Va(o.address.0.saturating_add(o.size))).collect();
+    cookies.sort_unstable_by_key(|range| range.start);
+    // They overlap only when a free was missed.
+    cookies.dedup_by(|next, last| {
+        let meet = next.start <= last.end;
+        last.end = if meet { last.end.max(next.end) } else { last.end };
+        meet
+    });
+    cookies
 }
 
 /// Tells the marker of every `vm_struct` and `vmap_area` (mm/vmalloc.c): see the module description.
@@ -388,8 +412,9 @@ fn read_roots<M: FrozenMemory, C: Contents, W: Witness>(
 }
 
 /// What was not reached, in allocation order, sorted out.
-fn unreached<C: Contents, W: Witness>(
+fn unreached<M: FrozenMemory, C: Contents, W: Witness>(
     registry: &Registry,
+    guest: &GuestMemory<'_, M>,
     marker: &Marker<'_, C, W>,
 ) -> Vec<(Object, graph::Standing)> {
     let mut white: Vec<Object> = heap(registry).filter(|o| !marker.is_reached(o.address.0)).collect();
@@ -403,16 +428,24 @@ fn unreached<C: Contents, W: Witness>(
             }
         });
     }
-    let sizes: Vec<u64> = white.iter().map(|o| o.size).collect();
+    let memory = |o: &Object| o.size.saturating_mul(guest.copies(o.address).len() as u64);
+    let sizes: Vec<u64> = white.iter().map(memory).collect();
     let standings = graph::classify(&sizes, &edges);
     white.into_iter().zip(standings).collect()
 }
 
 fn leak<M: FrozenMemory>(frozen: &Frozen<'_, M>, object: Object, standing: graph::Standing) -> Leak {
-    let (head, checksum) = fingerprint(&frozen.guest, block(&object));
+    let (head, checksum) = fingerprints(&frozen.guest, &object);
     let graph::Standing { direct, component, retained } = standing;
     let cache = frozen.caches.get(&object.cache).cloned();
     Leak { object, cache, direct, component, retained, head, checksum }
+}
+
+/// First bytes of an object's first copy, and the checksums of all, as kmemleak joins them (6.12 and newer).
+fn fingerprints<M: FrozenMemory>(guest: &GuestMemory<'_, M>, object: &Object) -> (Vec<u8>, u32) {
+    let copies = guest.copies(object.address).into_iter();
+    let all = copies.map(|copy| fingerprint(guest, Block { start: copy.0, size: object.size }));
+    all.reduce(|(head, sum), (_, next)| (head, sum ^ next)).unwrap_or_default()
 }
 
 /// First bytes and checksum of an object's contents, as far as they can be read.

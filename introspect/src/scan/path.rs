@@ -82,7 +82,7 @@ pub fn path<M: FrozenMemory>(input: &ScanInput<'_, M>, address: Va) -> anyhow::R
     begin(&mut marker, Origin::Young, treated.young);
     let mut lost = Vec::new();
     if !marker.is_reached(object.address.0) {
-        lost = unreached(input.registry, &marker);
+        lost = unreached(input.registry, &frozen.guest, &marker);
         let direct = lost.iter().filter(|(_, standing)| standing.direct);
         begin(&mut marker, Origin::Lost, direct.map(|(object, _)| object.address.0).collect());
     }

@@ -107,7 +107,8 @@ pub(super) fn each_word<M: FrozenMemory>(
     window: &Range<u64>,
     mut visit: impl FnMut(Holder<'_>, u64),
 ) -> anyhow::Result<()> {
-    let guest = GuestMemory::new(input.linux, input.memory).context("Cannot find the guest's direct map")?;
+    let guest = GuestMemory::new(input.linux, input.memory)
+        .context("Cannot find the guest's direct map and per-CPU memory")?;
     let roots = collect_roots(input, &guest)?;
     for region in &roots.regions {
         for &extent in &region.extents {
@@ -123,10 +124,12 @@ pub(super) fn each_word<M: FrozenMemory>(
         }
     }
     for object in heap(input.registry) {
-        for Mapping { va, extent } in guest.mappings(object.address..object.address + object.size) {
-            for (offset, word) in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, window))
-            {
-                visit(Holder::Object { object, offset: (va - object.address) + offset }, word);
+        for copy in guest.copies(object.address) {
+            for Mapping { va, extent } in guest.mappings(copy..copy + object.size) {
+                let words = guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, window));
+                for (offset, word) in words {
+                    visit(Holder::Object { object, offset: (va - copy) + offset }, word);
+                }
             }
         }
     }

@@ -63,6 +63,8 @@ pub struct RootInput<'a> {
     pub stack: bool,
     /// Memory of tracked objects that have whole pages: they are read as objects.
     pub objects: &'a [Extent],
+    /// Cookies of tracked per-CPU objects, ascending and disjoint: they, too, are read as objects.
+    pub percpu: &'a [Range<Va>],
 }
 
 impl Roots {
@@ -92,7 +94,7 @@ impl Roots {
             records.extend(root.unread);
         }
         roots.leave("records of the in-kernel kmemleak", records);
-        roots.add_percpu(linux, guest, memory, &mut claims)?;
+        roots.add_percpu(input, guest, &mut claims);
         for (name, range) in input.modules.data() {
             let range = Va(range.start)..Va(range.end);
             roots.add(format!("module {name}"), guest.extents(aligned(range)));
@@ -144,27 +146,34 @@ impl Roots {
         Ok(())
     }
 
-    /// Per-CPU memory that is allocated; what was given back keeps stale references.
+    /// Per-CPU memory that is allocated and belongs to no tracked object; what was given back keeps stale references.
     fn add_percpu<M: FrozenMemory>(
         &mut self,
-        linux: &Linux,
+        input: &RootInput<'_>,
         guest: &GuestMemory<'_, M>,
-        memory: &M,
         claims: &mut Claims,
-    ) -> Result<(), MemoryError> {
-        let (mut allocated, mut free) = (Vec::new(), Vec::new());
-        for chunk in linux.percpu_chunks(memory)? {
-            for copy in chunk.copies {
+    ) {
+        let (mut untracked, mut free) = (Vec::new(), Vec::new());
+        for chunk in guest.percpu() {
+            let allocated: Vec<Range<Va>> =
+                chunk.objects().map(|(cookie, size)| cookie..cookie + size).collect();
+            let parts: Vec<Range<Va>> = chunk
+                .objects()
+                .flat_map(|(cookie, size)| without(cookie..cookie + size, near(input.percpu, cookie, size)))
+                .collect();
+            let unused = without(chunk.cookie..chunk.cookie + chunk.size, &allocated);
+            for &copy in &chunk.copies {
                 claims.take(&guest.extents(copy..copy + chunk.size));
-                let parts: Vec<Range<Va>> =
-                    chunk.allocated.iter().map(|part| copy + part.start..copy + part.end).collect();
-                free.extend(without(copy..copy + chunk.size, &parts).into_iter().map(aligned));
-                allocated.extend(parts.into_iter().flat_map(|part| guest.extents(aligned(part))));
+                let place = |part: &Range<Va>| {
+                    let at = |cookie: Va| copy + (cookie - chunk.cookie);
+                    aligned(at(part.start)..at(part.end))
+                };
+                free.extend(unused.iter().map(place));
+                untracked.extend(parts.iter().flat_map(|part| guest.extents(place(part))));
             }
         }
-        self.add("percpu chunks".into(), allocated);
+        self.add("percpu chunks".into(), untracked);
         self.leave("percpu chunks, not allocated", free);
-        Ok(())
     }
 
     fn add_stacks<M: FrozenMemory>(
@@ -276,6 +285,13 @@ fn live_part(task: &Task, cpus: &[Cpu]) -> Option<Range<Va>> {
     }
     let in_user_mode = |c: &Cpu| c.state.online && c.state.user_mode && c.current == task.va;
     if cpus.iter().any(in_user_mode) { None } else { Some(stack) }
+}
+
+/// Those of `ranges`, which are ascending and disjoint, that meet the `size` bytes from `start` on.
+fn near(ranges: &[Range<Va>], start: Va, size: u64) -> &[Range<Va>] {
+    let first = ranges.partition_point(|r| r.end <= start);
+    let end = ranges.partition_point(|r| r.start < start + size);
+    ranges.get(first..end).unwrap_or_default()
 }
 
 /// The parts of `range` outside `holes`, which ascend.
@@ -482,6 +498,21 @@ mod tests {
         assert!(cpu(0x9000, true, 0).live_interrupt_stack(&tasks).is_empty());
         assert_eq!(cpu(0x9004, false, 0).live_interrupt_stack(&tasks), Va(0x9008)..Va(0xc000));
         assert_eq!(cpu(0x20, false, 0).live_interrupt_stack(&tasks), Va(0x8000)..Va(0xc000));
+    }
+
+    #[test]
+    fn tracked_parts_are_cut_out_of_an_allocation() {
+        let ranges: Vec<Range<Va>> =
+            [(0x10, 0x18), (0x20, 0x30), (0x40, 0x44)].map(|(a, b)| Va(a)..Va(b)).into();
+        for (start, size, left) in [
+            (0x10, 8, vec![]),
+            (0x18, 8, vec![Va(0x18)..Va(0x20)]),
+            (0x14, 0x40, vec![Va(0x18)..Va(0x20), Va(0x30)..Va(0x40), Va(0x44)..Va(0x54)]),
+            (0x50, 4, vec![Va(0x50)..Va(0x54)]),
+        ] {
+            let cut = without(Va(start)..Va(start + size), near(&ranges, Va(start), size));
+            assert_eq!(cut, left, "{start:#x}");
+        }
     }
 
     #[test]

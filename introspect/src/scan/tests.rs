@@ -59,9 +59,13 @@ impl Contents for Flat {
     }
 }
 
+/// Where per-CPU cookies lie: in the first chunk, and in others.
+const COOKIES: [u64; 2] = [0x3_b000, 0x607f_c000_0000];
+
 /// Any set of blocks, overlapping or not.
 fn any_blocks() -> impl Strategy<Value = Vec<Block>> {
-    let base = prop_oneof![3 => Just(DIRECT), 1 => Just(VMALLOC)];
+    let base =
+        prop_oneof![6 => Just(DIRECT), 2 => Just(VMALLOC), 1 => Just(COOKIES[0]), 1 => Just(COOKIES[1])];
     let start = (base, prop_oneof![(0..SPACE / 8).prop_map(|o| o * 8), 0..SPACE]);
     let size = prop_oneof![0..200u64, Just(64), Just(4096), 0..3 * 4096u64];
     proptest::collection::vec((start, size), 0..60).prop_map(|blocks| {
@@ -144,7 +148,7 @@ proptest! {
         prop_assert_eq!(slots.iter().collect::<BTreeSet<_>>().len(), blocks.len());
         let near = blocks.iter().flat_map(|b| [b.start, b.start + b.size, b.start + b.size / 2])
             .flat_map(|w| [w.wrapping_sub(1), w, w + 1]);
-        let words = words.iter().flat_map(|o| [DIRECT + o, VMALLOC + o, *o]);
+        let words = words.iter().flat_map(|o| [DIRECT + o, VMALLOC + o, COOKIES[0] + o, COOKIES[1] + o, *o]);
         for word in words.chain(near) {
             let found = index.find(word).filter(|h| slots.contains(&h.slot));
             prop_assert_eq!(found.map(|h| h.block), naive_find(&blocks, word), "word {:#x}", word);
@@ -158,15 +162,17 @@ proptest! {
 
     #[test]
     fn candidates_are_the_words_inside_the_windows(
-        words in proptest::collection::vec(0..64u64, 0..50), tail in 0..8usize, a in 0..64u64, b in 0..64u64
+        words in proptest::collection::vec(0..64u64, 0..50), tail in 0..8usize,
+        [a, b, c, d] in [0..64u64, 0..64u64, 0..64u64, 0..64u64]
     ) {
         let windows = [a..(a + 3).min(64), 0..0, b..b + 9];
+        let cookies = [c..c + 2, d..d];
         let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         bytes.extend(vec![0; tail]);
         let mut found = Vec::new();
-        candidates(&bytes, &Windows::new(windows.clone()), |offset, word| found.push((offset, word)));
+        candidates(&bytes, &Windows::new(windows.clone(), cookies.clone()), |offset, word| found.push((offset, word)));
         let expected: Vec<_> = words.iter().enumerate().map(|(i, &w)| (i * 8, w))
-            .filter(|(_, w)| windows.iter().any(|r| r.contains(w))).collect();
+            .filter(|(_, w)| windows.iter().chain(&cookies).any(|r| r.contains(w))).collect();
         prop_assert_eq!(found, expected);
     }
 

@@ -9,32 +9,48 @@ const GROUP: usize = 8;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Windows {
     /// Start and length of each range of addresses.
-    parts: [(u64, u64); 3],
-    /// Start and length of all of them together. Text, counters and zeros are nowhere near: one comparison rules
-    /// most words out.
-    hull: (u64, u64),
+    addresses: [(u64, u64); 3],
+    /// Start and length of each range of per-CPU cookies.
+    cookies: [(u64, u64); 2],
+    /// Start and length of all addresses together, and of all cookies. Text, counters and zeros are near neither: two
+    /// comparisons rule most words out.
+    hulls: [(u64, u64); 2],
 }
 
 impl Windows {
     /// Words in one of the ranges are candidates; empty ranges hold none.
-    pub fn new(parts: [Range<u64>; 3]) -> Self {
-        let used = || parts.iter().filter(|r| r.start < r.end);
-        let start = used().map(|r| r.start).min().unwrap_or(0);
-        let end = used().map(|r| r.end).max().unwrap_or(0);
-        Self { parts: parts.map(|r| (r.start, r.end.saturating_sub(r.start))), hull: (start, end - start) }
+    pub fn new(addresses: [Range<u64>; 3], cookies: [Range<u64>; 2]) -> Self {
+        let hulls = [hull(&addresses), hull(&cookies)];
+        Self { hulls, addresses: addresses.map(window), cookies: cookies.map(window) }
     }
 
     /// True for a candidate.
     #[inline]
     pub fn contain(&self, word: u64) -> bool {
-        self.parts.iter().fold(false, |any, (start, len)| any | (word.wrapping_sub(*start) < *len))
+        within(&self.addresses, word) | within(&self.cookies, word)
     }
 
     /// False for most words that are no candidates.
     #[inline]
     fn near(&self, word: u64) -> bool {
-        word.wrapping_sub(self.hull.0) < self.hull.1
+        within(&self.hulls, word)
     }
+}
+
+fn window(range: Range<u64>) -> (u64, u64) {
+    (range.start, range.end.saturating_sub(range.start))
+}
+
+fn hull(ranges: &[Range<u64>]) -> (u64, u64) {
+    let used = || ranges.iter().filter(|r| r.start < r.end);
+    let start = used().map(|r| r.start).min().unwrap_or(0);
+    let end = used().map(|r| r.end).max().unwrap_or(0);
+    window(start..end)
+}
+
+#[inline]
+fn within(windows: &[(u64, u64)], word: u64) -> bool {
+    windows.iter().fold(false, |any, (start, len)| any | (word.wrapping_sub(*start) < *len))
 }
 
 /// Calls `found` with the offset and value of every aligned little-endian word of `bytes` that lies in one of the

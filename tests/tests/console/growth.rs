@@ -94,12 +94,9 @@ fn forgotten(refs: &Value) -> Result<()> {
 
 /// `refs=ADDR` of that entry and of one that is in order.
 fn held(guest: &Guest) -> Result<()> {
-    let json = |command: &str| -> Result<Value> {
-        Ok(serde_json::from_str(&guest.ctl(&format!("json {command}"))?)?)
-    };
-    let listed = json("refs=dentry")?;
+    let listed = guest.json("refs=dentry")?;
     let address = listed["refs"][0]["object"].as_str().context("an object")?;
-    let refs = &json(&format!("refs={address}"))?["refs"];
+    let refs = &guest.json(&format!("refs={address}"))?["refs"];
     // One reference keeps the entry in the file system, without a pointer.
     ensure!(refs["count"] == FORGOTTEN + 1 && refs["own"] == 1, "{refs:#}");
     ensure!(refs["found"].as_i64().is_some_and(|found| found <= STALE), "{refs:#}");

@@ -35,7 +35,7 @@ pub enum Command {
     RefsOf(String),
     /// Tracer, hooks, objects, events.
     Status,
-    /// Registry against the guest's slab metadata.
+    /// Registry against the guest's slab and per-CPU metadata.
     Audit,
     /// Live memory by allocation site or by cache.
     Top(TopBy),
@@ -223,7 +223,7 @@ pub const COMMANDS: &[Entry] = &[
         name: "on",
         usage: "on",
         summary: "resume tracking allocations",
-        detail: "What exists by then is taken from the guest's slab metadata, without a backtrace and as in use: only\n\
+        detail: "What exists by then is taken from the guest's own metadata, without a backtrace and as in use: only\n\
                  what is allocated from now on can be reported.",
         completions: &["on"],
     },
@@ -267,7 +267,7 @@ pub const COMMANDS: &[Entry] = &[
     Entry {
         name: "audit",
         usage: "audit",
-        summary: "compare the registry with the guest's slab metadata",
+        summary: "compare the registry with the guest's slab and per-CPU metadata",
         detail: "Missing: allocated in the guest, not tracked. Stale: tracked, free in the guest.",
         completions: &["audit"],
     },

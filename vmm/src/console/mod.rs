@@ -47,7 +47,7 @@ pub trait Target: Send + Sync {
     fn clear(&self) -> anyhow::Result<usize>;
     /// Stops tracking.
     fn off(&self) -> anyhow::Result<()>;
-    /// Resumes tracking, re-seeding the registry from the guest's slab metadata; objects seeded.
+    /// Resumes tracking, re-seeding the registry from the guest's own metadata; objects seeded.
     fn on(&self) -> anyhow::Result<usize>;
     /// Task stack scanning.
     fn set_stack(&self, on: bool) -> anyhow::Result<()>;
@@ -64,7 +64,7 @@ pub trait Target: Send + Sync {
     fn roots(&self) -> anyhow::Result<Answer>;
     /// Tracer, hooks, objects, bytes, events, last scan, dropped events, as key and value in print order.
     fn status(&self) -> anyhow::Result<Vec<(String, serde_json::Value)>>;
-    /// Registry against the guest's slab metadata.
+    /// Registry against the guest's slab and per-CPU metadata.
     fn audit(&self) -> anyhow::Result<Audit>;
     /// Live memory by allocation site or cache.
     fn top(&self, by: TopBy) -> anyhow::Result<Answer>;

@@ -15,6 +15,7 @@ use guest_profiles::annotations::Rules;
 use introspect::accounting::growth::History;
 use introspect::hooks::Plan;
 use introspect::linux::Linux;
+use introspect::linux::percpu::PercpuChunk;
 use introspect::memory::Va;
 use introspect::registry::{AllocEvent, Audit, Kind, Object, Paint};
 use introspect::scan::{Reference, ScanInput, ScanResult, Treatments, addresses, referrers, scan};
@@ -233,8 +234,9 @@ impl Detector {
         let paused = self.pause_when_quiet()?;
         let memory = &paused.memory();
         let slabs = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
+        let percpu = linux.percpu_chunks(memory).context("Cannot read the guest's per-CPU chunks")?;
         let boot = linux.boot_objects(memory)?;
-        let audit = recorder.state().registry.audit(&slabs, &boot);
+        let audit = recorder.state().registry.audit(&slabs, &percpu, &boot);
         work.audit = Some(audit.clone());
         Ok(audit)
     }
@@ -273,6 +275,7 @@ impl Detector {
         let memory = &paused.memory();
         let slabs = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
         let areas = linux.vmalloc_areas(memory).context("Cannot read the guest's vmalloc areas")?;
+        let percpu = linux.percpu_chunks(memory).context("Cannot read the guest's per-CPU chunks")?;
         // When they were allocated nobody knows: their age counts from here.
         let jiffies = linux.jiffies(memory).context("Cannot read the guest's clock")?;
         let mut state = recorder.state();
@@ -292,6 +295,9 @@ impl Detector {
         }
         for area in areas.iter().filter(|a| a.flags & VM_ALLOC != 0) {
             seed(area.start, area.size, Kind::Vmalloc, Va(0));
+        }
+        for (cookie, size) in percpu.iter().flat_map(PercpuChunk::objects) {
+            seed(cookie, size, Kind::Percpu, Va(0));
         }
         state.registry.counters.allocs = allocs;
         recorder.enable(true);

@@ -21,6 +21,8 @@ mod link;
 mod outputs;
 mod payload;
 mod qemu;
+#[cfg(target_arch = "x86_64")]
+mod tsc;
 mod wire;
 
 use std::path::PathBuf;

@@ -60,6 +60,15 @@ pub fn version() -> Option<String> {
     text.lines().next().map(str::to_owned)
 }
 
+/// The helper kernel is told what it would measure wrongly: see [`super::tsc`].
+fn command_line() -> String {
+    #[cfg(target_arch = "x86_64")]
+    let options = format!("tsc_early_khz={} ", super::tsc::khz());
+    #[cfg(not(target_arch = "x86_64"))]
+    let options = "";
+    format!("{options}{COMMAND_LINE}")
+}
+
 impl Qemu {
     /// Starts the machine; also the host's end of its serial port.
     pub fn start(program: &Path, machine: &Machine<'_>) -> Result<(Self, UnixStream)> {
@@ -73,7 +82,7 @@ impl Qemu {
             .arg("-kernel")
             .arg(machine.kernel)
             .args(["-initrd", &format!("/proc/self/fd/{}", machine.initrd.as_raw_fd())])
-            .args(["-append", COMMAND_LINE])
+            .args(["-append", &command_line()])
             .args(["-device", "virtio-serial-pci"])
             .args(["-chardev", &format!("socket,id=line,fd={}", there.as_raw_fd())])
             .args(["-device", "virtserialport,chardev=line,name=kleak"])

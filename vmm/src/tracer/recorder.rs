@@ -9,7 +9,7 @@ use anyhow::Result;
 use guest_profiles::hooks::Role;
 use introspect::accounting::growth::FreedBy;
 use introspect::arch::Registers;
-use introspect::linux::{Linux, ModuleMap};
+use introspect::linux::{Linux, ModuleMap, percpu};
 use introspect::memory::{PAGE_SIZE, PhysicalMemory, Va};
 use introspect::registry::{AllocEvent, Kind, MAX_FRAMES, Paint, Registry};
 use introspect::unwind::{Start, Text, Unwinder};
@@ -111,7 +111,7 @@ impl Recorder {
             Role::BulkFree => self.bulk_free(registers.rsi, Va(registers.rdx), self.caller(registers)),
             Role::RcuFree => self.rcu_free(registers.rdi, registers.rsi),
             Role::BulkAlloc => self.pend(registers, registers.rcx),
-            Role::LargeAlloc | Role::Vmalloc => self.pend(registers, registers.rdi),
+            Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc => self.pend(registers, registers.rdi),
             Role::SlabAlloc | Role::Kmalloc | Role::ModuleLoad | Role::ModuleUnload => {}
         }
     }
@@ -124,7 +124,7 @@ impl Recorder {
         let result = registers.rax;
         match role {
             Role::SlabAlloc | Role::Kmalloc if is_object(result) => self.slab_alloc(role, cpu, registers),
-            Role::LargeAlloc | Role::Vmalloc => {
+            Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc => {
                 let size = self.state().pending.remove(&registers.rsp);
                 if let (true, Some(size)) = (is_object(result), size) {
                     self.block(role, size, cpu, registers);
@@ -288,14 +288,17 @@ impl Origin {
     }
 }
 
-/// Whole pages: large kmalloc with the size asked for, vmalloc rounded up to pages, as kmemleak has them. None when the
-/// guest has not so much RAM, which its allocators refuse themselves (`totalram_pages` in mm/vmalloc.c).
+/// Large kmalloc with the size asked for, vmalloc rounded up to pages, per-CPU memory as its allocator rounds it up: as
+/// kmemleak has them. None when it is more than the guest's allocators give (`totalram_pages` in mm/vmalloc.c).
 fn block_of(role: Role, size: u64, ram: u64) -> Option<(Kind, u64)> {
-    let (kind, size) = match role {
-        Role::Vmalloc => (Kind::Vmalloc, size.checked_next_multiple_of(PAGE_SIZE)?),
-        _ => (Kind::Large, size),
+    let (kind, size, most) = match role {
+        Role::Vmalloc => (Kind::Vmalloc, size.checked_next_multiple_of(PAGE_SIZE)?, ram),
+        Role::PercpuAlloc => {
+            (Kind::Percpu, size.checked_next_multiple_of(percpu::MIN_ALLOC)?, percpu::MAX_ALLOC)
+        }
+        _ => (Kind::Large, size, ram),
     };
-    (size <= ram).then_some((kind, size))
+    (size <= most).then_some((kind, size))
 }
 
 /// System V AMD64 integer arguments.
@@ -315,14 +318,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_have_the_size_asked_for_or_whole_pages() {
+    fn blocks_have_the_size_asked_for_or_what_it_is_rounded_up_to() {
         assert_eq!(block_of(Role::LargeAlloc, 9000, 1 << 20), Some((Kind::Large, 9000)));
         assert_eq!(block_of(Role::Vmalloc, 9000, 1 << 20), Some((Kind::Vmalloc, 3 * PAGE_SIZE)));
+        assert_eq!(block_of(Role::PercpuAlloc, 9, 1 << 20), Some((Kind::Percpu, 12)));
+        assert_eq!(block_of(Role::PercpuAlloc, percpu::MAX_ALLOC + 1, 1 << 20), None);
     }
 
     #[test]
     fn blocks_larger_than_the_guest_are_none() {
-        for role in [Role::LargeAlloc, Role::Vmalloc] {
+        for role in [Role::LargeAlloc, Role::Vmalloc, Role::PercpuAlloc] {
             for size in [(1 << 20) + 1, u64::MAX - 1, u64::MAX] {
                 assert_eq!(block_of(role, size, 1 << 20), None, "{role:?} {size:#x}");
             }

@@ -1,0 +1,184 @@
+//! One boot of the oracle kernel, both detectors: what each reports of upstream's test module and of every case of `leaky`,
+//! as the table of `docs/accuracy.md`.
+
+use anyhow::{Context, Result, ensure};
+use images::{Cache, Oracle, leaky, modules};
+use serde_json::Value;
+use std::env;
+use std::fmt::Write;
+use std::fs;
+use tests::{Guest, RUN_TIMEOUT, no_kernel_complaint};
+
+/// Objects that upstream's module has lost once it is loaded (samples/kmemleak/kmemleak-test.c of 6.1, without a
+/// per-CPU allocation of its own).
+const UPSTREAM: usize = 13;
+
+/// A detector's report of one object.
+struct Found {
+    address: String,
+    /// Function and module of each frame, as kmemleak writes them.
+    frames: Vec<String>,
+}
+
+impl Found {
+    fn is_through(&self, function: &str) -> bool {
+        self.frames.iter().any(|frame| frame.split(['+', ' ']).any(|word| word == function))
+    }
+}
+
+/// What kmemleak says in its text.
+fn theirs(text: &str) -> Vec<Found> {
+    let mut found: Vec<Found> = Vec::new();
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("unreferenced object ") {
+            let address = rest.split(' ').next().unwrap_or_default().to_owned();
+            found.push(Found { address, frames: Vec::new() });
+        } else if let (Some(last), true) = (found.last_mut(), line.contains('+')) {
+            last.frames.push(line.trim().to_owned());
+        }
+    }
+    found
+}
+
+/// What we say in JSON.
+fn ours(report: &Value) -> Result<Vec<Found>> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let frame = |frame: &Value| format!("{} [{}]", text(&frame["symbol"]), text(&frame["module"]));
+    let leaks = report["leaks"].as_array().context("leaks")?;
+    let found = |leak: &Value| {
+        let frames = leak["backtrace"].as_array().context("backtrace")?;
+        Ok(Found { address: text(&leak["address"]), frames: frames.iter().map(frame).collect() })
+    };
+    leaks.iter().map(found).collect()
+}
+
+/// A row of the table.
+struct Row {
+    name: String,
+    planted: usize,
+    /// Objects reported by kmemleak, and by us.
+    theirs: usize,
+    ours: usize,
+    /// Why they differ, where they do.
+    why: String,
+}
+
+/// Runs both, prints the table, and writes it where `KLEAK_ACCURACY` says.
+pub fn compare() -> Result<()> {
+    let (mut theirs, ours) = reports()?;
+    // Of code that is gone, such as a module's initialisation, kmemleak prints numbers.
+    for found in &mut theirs {
+        found
+            .frames
+            .extend(ours.iter().filter(|o| o.address == found.address).flat_map(|o| o.frames.clone()));
+    }
+    let mut rows: Vec<Row> = leaky::CASES.iter().map(|case| row(case, &theirs, &ours)).collect();
+    let through = |found: &[Found], what: &str| found.iter().filter(|f| f.is_through(what)).count();
+    rows.push(Row {
+        name: "upstream's kmemleak-test".to_owned(),
+        planted: UPSTREAM,
+        theirs: through(&theirs, "[kmemleak_test]"),
+        ours: through(&ours, "[kmemleak_test]"),
+        why: String::new(),
+    });
+    let attributed = |count: fn(&Row) -> usize| rows.iter().map(count).sum::<usize>();
+    let (kernel_theirs, kernel_ours) =
+        (theirs.len() - attributed(|r| r.theirs), ours.len() - attributed(|r| r.ours));
+    let why = only_theirs(&theirs, &ours).unwrap_or_default();
+    rows.push(Row {
+        name: "the kernel itself".into(),
+        planted: 0,
+        theirs: kernel_theirs,
+        ours: kernel_ours,
+        why,
+    });
+    let table = table(&rows);
+    println!("{table}");
+    if let Some(file) = env::var_os("KLEAK_ACCURACY") {
+        fs::write(&file, &table).with_context(|| format!("Cannot write {}", file.display()))?;
+    }
+    for row in &rows {
+        ensure!(row.ours == row.planted, "{}: planted {}, we found {}", row.name, row.planted, row.ours);
+        ensure!(
+            row.theirs <= row.planted || !row.why.is_empty(),
+            "{}: kmemleak reports {}, nobody knows why",
+            row.name,
+            row.theirs
+        );
+    }
+    Ok(())
+}
+
+/// What kmemleak and we report at the same state of the guest, which waits meanwhile.
+fn reports() -> Result<(Vec<Found>, Vec<Found>)> {
+    let cache = Cache::of_workspace();
+    let oracle = Oracle::build(&cache)?;
+    let mut guest = Guest::of_image(&oracle.bzimage, 2)?;
+    guest.cmdline("kmemleak=on").option("--scan-at-exit", "no");
+    guest.file(&modules::own(&cache, &oracle.headers, "leaky")?, "/leaky.ko");
+    guest.file(&modules::kmemleak_test(&cache, &oracle.headers)?, "/kmemleak-test.ko").script(
+        "mount -t debugfs none /sys/kernel/debug
+         echo scan=off > /sys/kernel/debug/kmemleak
+         insmod /leaky.ko case=all; insmod /kmemleak-test.ko; sleep 10
+         echo scan > /sys/kernel/debug/kmemleak; sleep 6; echo scan > /sys/kernel/debug/kmemleak
+         cat /sys/kernel/debug/kmemleak > /tmp/theirs
+         echo READY; read -r go; echo THEIRS; cat /tmp/theirs; echo END",
+    )?;
+    let mut session = guest.start()?;
+    session.wait_for("\nREADY", RUN_TIMEOUT)?;
+    guest.ctl("scan")?;
+    let ours = ours(&guest.json("report")?)?;
+    session.type_line("go")?;
+    let finished = session.finish()?;
+    finished.expect_code(0)?;
+    no_kernel_complaint(&finished.stdout)?;
+    let stdout = finished.stdout.replace('\r', "");
+    let (_, rest) = stdout.split_once("THEIRS\n").context("no report of the kernel's")?;
+    let (text, _) = rest.split_once("END\n").context("the kernel's report does not end")?;
+    Ok((theirs(text), ours))
+}
+
+fn row(case: &leaky::Case, theirs: &[Found], ours: &[Found]) -> Row {
+    let function = case.function();
+    let count = |found: &[Found]| found.iter().filter(|f| f.is_through(&function)).count();
+    let planted = case.reported_at(leaky::Since::Load).len();
+    let (theirs, ours) = (count(theirs), count(ours));
+    let why = if theirs > planted && theirs <= planted + case.kmemleak_adds.len() {
+        "kmemleak does not read pages: the pointer is in one"
+    } else if theirs < planted && !case.kmemleak_misses.is_empty() {
+        "before 6.12 kmemleak does not look for lost per-CPU allocations"
+    } else if theirs < planted {
+        "a stale word, in memory or registers that nobody reads any more, hides objects from kmemleak"
+    } else {
+        ""
+    };
+    Row { name: case.name.to_owned(), planted, theirs, ours, why: why.to_owned() }
+}
+
+/// Names what only kmemleak reports of the kernel itself.
+fn only_theirs(theirs: &[Found], ours: &[Found]) -> Option<String> {
+    let planted =
+        |found: &Found| found.frames.iter().any(|f| f.contains("[leaky]") || f.contains("[kmemleak_test]"));
+    let known = |found: &Found| ours.iter().any(|o| o.address == found.address);
+    let alone = theirs.iter().filter(|found| !planted(found) && !known(found));
+    let first = alone.filter_map(|found| found.frames.first()).next()?;
+    Some(format!("a false alarm of kmemleak: {}", first.split_whitespace().last()?))
+}
+
+fn table(rows: &[Row]) -> String {
+    let mut text = String::from(
+        "| Case | Planted | kmemleak found | kleak-vmm found | False alarms of kmemleak | of kleak-vmm | Why they differ |\n\
+         |---|---|---|---|---|---|---|\n",
+    );
+    for row in rows {
+        let Row { name, planted, theirs, ours, why } = row;
+        let alarms = |found: &usize| found.saturating_sub(*planted);
+        let (false_theirs, false_ours) = (alarms(theirs), alarms(ours));
+        let (theirs, ours) = (theirs.min(planted), ours.min(planted));
+        let _ = writeln!(
+            text,
+            "| {name} | {planted} | {theirs} | {ours} | {false_theirs} | {false_ours} | {why} |"
+        );
+    }
+    text
+}
