@@ -62,6 +62,7 @@ impl Pane {
         loop {
             let output = self.tmux(&["capture-pane", "-p", "-J"])?;
             let screen = String::from_utf8(output.stdout).context("screen")?;
+            let screen: String = screen.lines().map(|line| format!("{}\n", line.trim_end())).collect();
             if screen.contains(text) {
                 return Ok(screen);
             }
