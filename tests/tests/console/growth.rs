@@ -88,7 +88,7 @@ fn forgotten(refs: &Value) -> Result<()> {
             && first["site"].as_str().is_some_and(|s| s.contains("d_alloc")),
         "{refs:#}"
     );
-    ensure!(rows.len() <= OTHERS && refs["objects"].as_u64() > Some(1000), "{refs:#}");
+    ensure!(rows.len() <= OTHERS && refs["objects"].as_u64() > Some(300), "{refs:#}");
     Ok(())
 }
 
