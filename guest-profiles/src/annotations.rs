@@ -1,6 +1,7 @@
-//! kmemleak's annotations for kernels that were built without it, and suppressions of known leaks.
+//! kmemleak's annotations for kernels that were built without it, suppressions of known leaks, and where objects keep their
+//! reference count.
 //!
-//! Both are tables of one kind of file, so that a project keeps its own beside its tests:
+//! All are tables of one kind of file, so that a project keeps its own beside its tests:
 //!
 //! ```
 //! let rules = guest_profiles::annotations::parse(r#"
@@ -18,6 +19,7 @@
 //! assert!(rules.suppressions[0].matches("kmalloc-64", [("otherdrv_probe", Some("otherdrv"))]));
 //! ```
 
+use crate::counts::Count;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
@@ -83,6 +85,9 @@ pub struct Rules {
     /// Leaks not to be reported.
     #[serde(default, rename = "suppress")]
     pub suppressions: Vec<Suppression>,
+    /// Where objects keep their reference count.
+    #[serde(default, rename = "count")]
+    pub counts: Vec<Count>,
 }
 
 impl Rules {
@@ -90,6 +95,8 @@ impl Rules {
     pub fn extend(&mut self, other: Self) {
         self.annotations.extend(other.annotations);
         self.suppressions.extend(other.suppressions);
+        // The first row of a cache counts: a project's own goes before the built-in one.
+        self.counts.splice(..0, other.counts);
     }
 }
 
@@ -100,7 +107,9 @@ const KINDS: [&str; 7] = ["slab", "large", "vmalloc", "percpu", "page", "membloc
 /// # Panics
 /// Never: the data is part of the crate and a unit test loads it.
 pub fn builtin() -> Rules {
-    parse(include_str!("../data/annotations.toml")).expect("built-in annotations are valid")
+    let mut rules = parse(include_str!("../data/annotations.toml")).expect("built-in annotations are valid");
+    rules.extend(parse(include_str!("../data/counts.toml")).expect("built-in counts are valid"));
+    rules
 }
 
 /// Reads a rule file.
@@ -117,6 +126,9 @@ pub fn parse(text: &str) -> Result<Rules> {
         if patterns.iter().all(|p| p.is_none()) {
             bail!("Suppression {:?} has no function, module or cache", rule.name);
         }
+    }
+    for rule in &rules.counts {
+        rule.check().with_context(|| format!("Count of cache {:?}", rule.cache))?;
     }
     Ok(rules)
 }
@@ -190,7 +202,9 @@ mod tests {
         let rules = builtin();
         assert!(rules.suppressions.is_empty());
         assert!(rules.annotations.iter().all(|r| !r.source.is_empty() && !r.reason.is_empty()));
-        for source in rules.annotations.iter().flat_map(|r| &r.source) {
+        assert!(rules.counts.iter().all(|r| !r.source.is_empty()));
+        let sources = rules.annotations.iter().flat_map(|r| &r.source);
+        for source in sources.chain(rules.counts.iter().flat_map(|r| &r.source)) {
             let (place, version) = source.split_once(" (").expect("source names its kernel");
             let (_, line) = place.split_once(".c:").expect("source is a C file and line");
             assert!(line.parse::<u32>().is_ok() && version.ends_with(')'), "{source}");
@@ -211,6 +225,11 @@ mod tests {
         ];
         for (text, expected) in cases {
             let error = format!("{:#}", parse(&format!("{RULE}{text}")).unwrap_err());
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+        let count = "[[count]]\ncache='c'\ntype='t'\nmember='n'\nsource=[]\n";
+        for (text, expected) in [("own=1", "needs its reason"), ("kind='x'", "unknown field")] {
+            let error = format!("{:#}", parse(&format!("{count}{text}")).unwrap_err());
             assert!(error.contains(expected), "{text}: {error}");
         }
         assert!(parse("[[suppress]]\nname='all'").is_err());

@@ -1,4 +1,5 @@
 //! What is known of Linux kernels that no image says.
 
 pub mod annotations;
+pub mod counts;
 pub mod hooks;

@@ -44,6 +44,7 @@ pub const ALL: &[HostPackage] = &[
         files: &["/usr/include/stdio.h"],
         ..package("libc6-dev", &[], "static programs for the guest", Purpose::Guests)
     },
+    package("tmux", &["tmux"], "a terminal to test the live view in", Purpose::Guests),
     package("bc", &["bc"], "building a kernel", Purpose::Oracle),
     package("bison", &["bison"], "building a kernel", Purpose::Oracle),
     package("flex", &["flex"], "building a kernel", Purpose::Oracle),

@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::collections::{HashMap, HashSet};
 use std::process::ExitCode;
 use std::time::Duration;
-use tests::{Guest, RUN_TIMEOUT, kernel, no_kernel_complaint, test};
+use tests::{Guest, RUN_TIMEOUT, kernel, no_kernel_complaint, run, test};
 
 /// Files whose directory entries the guest makes between `mark` and `diff`.
 const FILES: u64 = 400;
@@ -25,7 +25,7 @@ const STACKS_OF_READERS: usize = 6;
 /// Lines of /proc/vmstat without a counter behind them.
 const NO_COUNTERS: [&str; 3] = ["nr_dirty_threshold", "nr_dirty_background_threshold", "nr_unstable"];
 /// Lines of /proc/meminfo that both kernels must have an answer for.
-const LINES: [&str; 22] = [
+const LINES: [&str; 23] = [
     "MemTotal",
     "MemFree",
     "MemAvailable",
@@ -45,6 +45,7 @@ const LINES: [&str; 22] = [
     "SUnreclaim",
     "KernelStack",
     "PageTables",
+    "CommitLimit",
     "Committed_AS",
     "VmallocUsed",
     "Percpu",
@@ -70,7 +71,10 @@ fn as_proc_says(line: &str) -> Result<()> {
     ))?;
     let mut session = guest.start()?;
     session.wait_for("\nREADY", RUN_TIMEOUT)?;
+    guest.ctl("pause")?;
     let slabs = guest.json("slabinfo")?;
+    crash_slabs(&guest, &slabs)?;
+    guest.ctl("resume")?;
     let tasks = guest.json("ps")?;
     let trace = guest.ctl("bt 2")?;
     ensure!(trace.contains("kthreadd+0x") && trace.contains("ret_from_fork"), "{trace}");
@@ -78,8 +82,11 @@ fn as_proc_says(line: &str) -> Result<()> {
     held(&guest)?;
     session.type_line("go")?;
     session.wait_for("\nCOUNTED", RUN_TIMEOUT)?;
+    guest.ctl("pause")?;
     let [vmallocinfo, buddyinfo, meminfo, vmstat] =
         ["vmallocinfo", "buddyinfo", "meminfo", "vmstat"].map(|command| guest.json(command));
+    crash_memory(&guest, meminfo.as_ref().ok().context("meminfo")?)?;
+    guest.ctl("resume")?;
     session.type_line("go")?;
     session.wait_for("\nMARKED", RUN_TIMEOUT)?;
     guest.ctl("mark")?;
@@ -115,6 +122,70 @@ fn held(guest: &Guest) -> Result<()> {
     ensure!(guest.ctl("resume")?.starts_with("resumed"));
     ensure!(guest.ctl("resume")?.starts_with("running already"));
     Ok(())
+}
+
+/// `kmem -s` has what `slabinfo` has, at the same pause; that is compared with the guest's own file.
+fn crash_slabs(guest: &Guest, slabinfo: &Value) -> Result<()> {
+    let kmem = guest.json("kmem -s")?;
+    let kmem = rows(&kmem, "kmem -s")?;
+    let slabs = rows(slabinfo, "slabinfo")?;
+    ensure!(slabs.len() > 50 && slabinfo["damaged"] == Value::Array(Vec::new()), "{}", slabinfo["damaged"]);
+    let amounts = |row: &Value, names: [&str; 4]| names.map(|name| row[name].as_i64());
+    for row in slabs {
+        let ours = amounts(row, ["object_size", "active", "total", "slabs"]);
+        let same = |other: &&Value| {
+            other["name"] == row["name"] && amounts(other, ["objsize", "allocated", "total", "slabs"]) == ours
+        };
+        let found = kmem.iter().find(same).with_context(|| format!("no {row} in kmem -s"))?;
+        ensure!(found["ssize"].as_i64() >= row["size"].as_i64(), "{found}, {row}");
+    }
+    let one = guest.ctl("kmem -s dentry")?;
+    let lines: Vec<&str> = one.lines().collect();
+    ensure!(lines.len() == 2 && lines[0].starts_with("CACHE  ") && lines[1].ends_with("  dentry"), "{one}");
+    ensure!(ctl_fails(guest, "kmem -s nothing")?.contains("no slab cache"));
+    Ok(())
+}
+
+/// `kmem` has what `meminfo` has, at the same pause; that is compared with the guest's own file.
+fn crash_memory(guest: &Guest, meminfo: &Value) -> Result<()> {
+    let kmem = guest.json("kmem")?;
+    let pages =
+        |name: &str| rows(&kmem, "kmem").ok()?.iter().find(|row| row["name"] == name)?["pages"].as_i64();
+    let kb =
+        |name: &str| rows(meminfo, "meminfo").ok()?.iter().find(|row| row["name"] == name)?["kB"].as_i64();
+    let pairs = [
+        ("TOTAL MEM", "MemTotal"),
+        ("FREE", "MemFree"),
+        ("BUFFERS", "Buffers"),
+        ("CACHED", "Cached"),
+        ("SLAB", "Slab"),
+        ("TOTAL HUGE", "Hugetlb"),
+        ("TOTAL SWAP", "SwapTotal"),
+        ("SWAP FREE", "SwapFree"),
+        ("COMMIT LIMIT", "CommitLimit"),
+        ("COMMITTED", "Committed_AS"),
+    ];
+    for (crash, proc) in pairs {
+        let (ours, theirs) = (pages(crash), kb(proc));
+        ensure!(
+            ours.is_some() && ours.map(|pages| pages * 4) == theirs,
+            "{crash} {ours:?}, {proc} {theirs:?}"
+        );
+    }
+    let [total, free, used, shared] = ["TOTAL MEM", "FREE", "USED", "SHARED"].map(pages);
+    ensure!(used == total.zip(free).map(|(total, free)| total - free), "{kmem}");
+    ensure!(shared > Some(100) && shared < used, "{kmem}");
+    ensure!(guest.ctl("kmem -i")?.contains("% of TOTAL MEM\n"));
+    Ok(())
+}
+
+/// The one line that a command that cannot be carried out is answered with.
+fn ctl_fails(guest: &Guest, command: &str) -> Result<String> {
+    let socket = guest.socket();
+    let socket = socket.to_str().context("socket path")?;
+    let finished = run(["ctl", "--control", socket].into_iter().chain(command.split(' ')))?;
+    finished.expect_code(2)?;
+    Ok(finished.stderr)
 }
 
 /// The entries made since the mark are in the difference, and their callers are named.
@@ -224,6 +295,9 @@ fn changes_of_memory(guest: &Guest) -> Result<()> {
     let slab_kb = change("meminfo", "Slab", "kB")?;
     ensure!((100..4000).contains(&slab_kb), "{slab_kb} kB of slabs");
     ensure!(change("vmstat", "nr_slab_reclaimable", "value")? > 0);
+    ensure!(change("kmem", "SLAB", "pages")? * 4 >= slab_kb / 2);
+    let dentries = guest.ctl("kmem -s dentry diff")?;
+    ensure!(dentries.lines().nth(1).is_some_and(|line| line.contains("  +")), "{dentries}");
     ensure!(change("vmstat", "pgfault", "value")? > 0);
     let blocks = guest.json("buddyinfo diff")?;
     let pages: i64 = rows(&blocks, "buddyinfo")?.iter().filter_map(|row| row["pages"].as_i64()).sum();

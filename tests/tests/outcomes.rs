@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use std::process::ExitCode;
-use tests::{Finished, Guest, RUN_TIMEOUT, kernel, long_test, report, test};
+use tests::{Finished, Guest, RUN_TIMEOUT, kernel, long_test, module, report, sizes, test};
 
 fn main() -> ExitCode {
     tests::main(vec![
@@ -15,7 +15,7 @@ fn main() -> ExitCode {
         test("a_triple_fault_is_diagnosed", triple_fault),
         test("a_guest_that_never_ends_is_stopped", timeout),
         test("a_reboot_ends_the_run", reboot),
-        test("quit_from_the_socket_ends_the_run", quit),
+        test("scans_by_themselves_keep_a_report_each_and_quit_ends_the_run", unattended),
         test("a_command_that_fails_is_said", failing_command),
         long_test("a_guest_out_of_memory_says_who_holds_it", out_of_memory),
     ])
@@ -36,7 +36,10 @@ fn diagnosed(finished: &Finished, words: &[&str]) -> Result<()> {
 fn failed(script: &str, words: &[&str]) -> Result<()> {
     let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
     guest.script(script)?;
-    diagnosed(&guest.start()?.finish()?, words)
+    diagnosed(&guest.start()?.finish()?, words)?;
+    // As --scan-on has it when nothing is said.
+    guest.report()?["scan"]["objects"].as_u64().context("no objects")?;
+    Ok(())
 }
 
 fn triple_fault() -> Result<()> {
@@ -77,16 +80,36 @@ fn reboot() -> Result<()> {
     Ok(())
 }
 
-fn quit() -> Result<()> {
-    let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
-    guest.script("echo WAITING; sleep 10000")?;
-    let session = guest.start()?;
-    session.wait_for("\nWAITING", RUN_TIMEOUT)?;
+/// Each period has a file of its own with what is new in it, and a notice where the user looks.
+fn unattended() -> Result<()> {
+    const NOTICE: &str = "kmemleak: 1 new suspected memory leaks";
+    let kernel = kernel("6.1-cloud")?;
+    let mut guest = Guest::new(&kernel, 1)?;
+    let place = guest.report_path().with_file_name("reports");
+    guest.option("--scan-period", "3").option("--report-dir", &place).flag("--clear-after-scan");
+    guest.flag("--notice-on-console").file(&module(&kernel, "leaky")?, "/leaky.ko").script(
+        "leak() { insmod /leaky.ko case=$1; rmmod leaky; }
+         leak hidden; read -r go; leak vmalloc; echo WAITING; sleep 10000",
+    )?;
+    let mut session = guest.start()?;
+    session.wait_for(NOTICE, RUN_TIMEOUT)?;
+    session.type_line("go")?;
+    session.wait_for_times(NOTICE, 2, RUN_TIMEOUT)?;
     guest.ctl("quit")?;
-    session.finish()?.expect_code(0)?;
+    let finished = session.finish()?;
+    finished.expect_code(0)?;
     ensure!(!guest.socket().exists(), "the control socket is left behind");
-    // The run was scanned and reported all the same.
-    guest.report()?["scan"]["objects"].as_u64().context("no objects")?;
+    ensure!(finished.stderr.matches(NOTICE).count() == 2, "{}", finished.stderr);
+    let mut kept: Vec<_> = std::fs::read_dir(&place)?.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    kept.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+    kept.sort();
+    let reports: Vec<Vec<u64>> = kept.iter().map(|path| sizes(&report(path)?)).collect::<Result<_>>()?;
+    let mut found: Vec<&Vec<u64>> = reports.iter().filter(|sizes| !sizes.is_empty()).collect();
+    ensure!(found.len() == 2 && found.iter().all(|sizes| sizes.len() == 1), "{reports:?}");
+    found.dedup();
+    ensure!(found.len() == 2, "the same twice: {reports:?}");
+    // What was cleared is not in the last report either, which is written all the same.
+    ensure!(sizes(&guest.report()?)?.is_empty(), "{:#}", guest.report()?["leaks"]);
     Ok(())
 }
 

@@ -1,10 +1,12 @@
-//! What is recovered from a stock kernel's code agrees with the kernel's own tables; no machine is started.
+//! What is recovered from a stock kernel's image agrees with the kernel's own tables, and with our data; no machine is
+//! started.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use iced_x86::{Decoder, DecoderOptions, FlowControl};
 use introspect::callee_saved::Register;
 use introspect::kernel::Kernel;
 use introspect::memory::Va;
+use introspect::scan::refs::Counter;
 use introspect::symbols::SymbolRef;
 use introspect::unwind::{Start, Text, Unwinder};
 use std::process::ExitCode;
@@ -20,6 +22,8 @@ fn main() -> ExitCode {
     tests::main(vec![
         test("frames_are_as_orc_says_6.1-cloud", || frames("6.1-cloud")),
         test("frames_are_as_orc_says_6.12-cloud", || frames("6.12-cloud")),
+        test("counts_are_where_the_profile_says_6.1-cloud", || counts("6.1-cloud")),
+        test("counts_are_where_the_profile_says_6.12-cloud", || counts("6.12-cloud")),
     ])
 }
 
@@ -97,5 +101,42 @@ fn compare(kernel: &Kernel, unwinder: &Unwinder<'_>, call: Va, counts: &mut Coun
     ensure!(rbp == by_orc, "rbp saved at {rbp:?}, ORC {by_orc:?}");
     counts.both += 1;
     counts.saved += usize::from(rbp.is_some());
+    Ok(())
+}
+
+/// Every row of the profile names a structure of this kernel and a member of it that is a count.
+fn counts(line: &str) -> Result<()> {
+    let kernel = Kernel::open(&kernel(line)?.vmlinuz)?;
+    let types = kernel.types.as_ref().context("no BTF")?;
+    let symbol = |name: &str| kernel.symbols.lookup(name);
+    let rules = guest_profiles::annotations::builtin().counts;
+    ensure!(rules.len() > 10, "only {} rows", rules.len());
+    for rule in &rules {
+        Counter::of_rule(rule, types, &symbol).with_context(|| format!("{line}: {}", rule.cache))?;
+        let (head, last) = rule.member.rsplit_once('.').unwrap_or(("", &rule.member));
+        let members = match head {
+            "" => types.members(&rule.structure),
+            head => {
+                let outer = types.members(&rule.structure).unwrap_or_default();
+                let inner = outer.iter().find(|member| member.name == head).map(|member| member.ty);
+                inner.map(|ty| types.members_of(ty))
+            }
+        };
+        let members = members.unwrap_or_default();
+        let member = members.iter().find(|member| member.name == last);
+        let ty =
+            &member.with_context(|| format!("{line}: no {} in {}", rule.member, rule.structure))?.type_name;
+        ensure!(
+            ["refcount_t", "atomic_t", "atomic_long_t", "struct kref"].contains(&ty.as_str())
+                || head.ends_with("lockref"),
+            "{line}: {}.{} is a {ty}",
+            rule.structure,
+            rule.member
+        );
+        let known =
+            rule.own_if.iter().flat_map(|own_if| &own_if.symbols).filter(|name| symbol(name).is_some());
+        let null = rule.own_if.as_ref().is_none_or(|own_if| own_if.null);
+        ensure!(null || known.count() > 2, "{line}: {} names no symbols", rule.cache);
+    }
     Ok(())
 }

@@ -15,4 +15,5 @@ mod meminfo;
 pub mod probe;
 pub mod regress;
 pub mod run;
+pub mod top;
 pub mod tracer;

@@ -4,7 +4,8 @@
  *
  *	insmod breaking.ko list=tasks how=loop seconds=5; rmmod breaking
  *
- *   list       tasks: the list of processes; modules: that of loaded modules
+ *   list       tasks: the list of processes; modules: that of loaded modules; slab: the free objects of a slab cache of its
+ *              own, whatever how says
  *   how        loop: an entry that leads back to itself; null: to nothing; wild: to an address where nothing is mapped;
  *              user: to one of user space
  *
@@ -20,11 +21,14 @@
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/sched.h>
+#include <linux/slab.h>
 #include <linux/string.h>
+
+#define BREAKING_SIZE 240
 
 static char *list = "tasks";
 module_param(list, charp, 0);
-MODULE_PARM_DESC(list, "tasks or modules");
+MODULE_PARM_DESC(list, "tasks, modules or slab");
 
 static char *how = "loop";
 module_param(how, charp, 0);
@@ -33,6 +37,45 @@ MODULE_PARM_DESC(how, "loop, null, wild or user");
 static unsigned int seconds = 5;
 module_param(seconds, uint, 0);
 MODULE_PARM_DESC(seconds, "how long");
+
+static void breaking_wait(void)
+{
+	unsigned int i;
+
+	for (i = 0; i < seconds * 1000; i++)
+		mdelay(1);
+}
+
+/* The contents of a freed object, where the pointer to the next free one is. */
+static void breaking_slab(void)
+{
+	struct kmem_cache *cache = kmem_cache_create_usercopy("breaking-item", BREAKING_SIZE, 0, 0, 0, BREAKING_SIZE, NULL);
+	unsigned char saved[BREAKING_SIZE];
+	unsigned char *item, *used;
+	unsigned long flags;
+
+	if (!cache)
+		return;
+	used = kmem_cache_alloc(cache, GFP_KERNEL);
+	item = kmem_cache_alloc(cache, GFP_KERNEL);
+	if (used && item) {
+		local_irq_save(flags);
+		kmem_cache_free(cache, item);
+		memcpy(saved, item, sizeof(saved));
+		memset(item, 0x5a, sizeof(saved));
+		pr_warn("broken\n");
+		breaking_wait();
+		memcpy(item, saved, sizeof(saved));
+		pr_warn("mended\n");
+		local_irq_restore(flags);
+		item = NULL;
+	}
+	if (item)
+		kmem_cache_free(cache, item);
+	if (used)
+		kmem_cache_free(cache, used);
+	kmem_cache_destroy(cache);
+}
 
 static struct list_head *breaking_victim(void)
 {
@@ -48,8 +91,13 @@ static int breaking_init(void)
 	struct list_head *victim = breaking_victim();
 	struct list_head *wrong, *right;
 	unsigned long flags;
-	unsigned int i;
 
+	if (num_online_cpus() > 1)
+		return -EINVAL;
+	if (!strcmp(list, "slab")) {
+		breaking_slab();
+		return 0;
+	}
 	if (!strcmp(how, "loop"))
 		wrong = victim;
 	else if (!strcmp(how, "null"))
@@ -58,14 +106,13 @@ static int breaking_init(void)
 		wrong = (struct list_head *)0xffffdead00000100UL;
 	else
 		wrong = (struct list_head *)0x7ffd00001000UL;
-	if (!victim || num_online_cpus() > 1)
+	if (!victim)
 		return -EINVAL;
 	local_irq_save(flags);
 	right = victim->next;
 	WRITE_ONCE(victim->next, wrong);
 	pr_warn("broken\n");
-	for (i = 0; i < seconds * 1000; i++)
-		mdelay(1);
+	breaking_wait();
 	WRITE_ONCE(victim->next, right);
 	pr_warn("mended\n");
 	local_irq_restore(flags);

@@ -11,23 +11,31 @@
  *   growing_batch      twenty objects; at every fourth step all are freed              a sawtooth
  *
  * A detector of growth must name the first, and neither of the others. rmmod frees everything.
+ *
+ * A path written to the parameter "hold" is looked up, and eight references to its directory entry are taken and
+ * forgotten: for an audit of reference counts. They stay.
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/dcache.h>
 #include <linux/hashtable.h>
 #include <linux/list.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/mutex.h>
+#include <linux/namei.h>
+#include <linux/path.h>
 #include <linux/refcount.h>
 #include <linux/slab.h>
+#include <linux/string.h>
 
 #define GROWING_LOOKUPS 10
 #define GROWING_RELEASED 3
 #define GROWING_POOL 5
 #define GROWING_BATCH 20
 #define GROWING_PERIOD 4
+#define GROWING_HELD 8
 
 /**
  * struct growing_entry - something looked up by its number, as a dentry is by its name
@@ -136,6 +144,29 @@ static const struct kernel_param_ops growing_step_ops = { .set = growing_step };
 
 module_param_cb(step, &growing_step_ops, NULL, 0200);
 MODULE_PARM_DESC(step, "does one step, whatever is written");
+
+static int growing_hold(const char *value, const struct kernel_param *param)
+{
+	char *name = kstrdup(value, GFP_KERNEL);
+	struct path path;
+	unsigned int i;
+	int error = -ENOMEM;
+
+	if (name)
+		error = kern_path(strim(name), 0, &path);
+	kfree(name);
+	if (error)
+		return error;
+	for (i = 0; i < GROWING_HELD; i++)
+		dget(path.dentry);
+	path_put(&path);
+	return 0;
+}
+
+static const struct kernel_param_ops growing_hold_ops = { .set = growing_hold };
+
+module_param_cb(hold, &growing_hold_ops, NULL, 0200);
+MODULE_PARM_DESC(hold, "path whose directory entry is held eight times and forgotten");
 
 static int growing_init(void)
 {

@@ -53,19 +53,13 @@ pub fn meminfo(counters: &[Counter], totals: &Totals) -> Table {
 /// Label and pages, None for what this kernel does not count (`meminfo_proc_show`, fs/proc/meminfo.c).
 fn lines(counters: &Levels<'_>, totals: &Totals) -> Vec<(&'static str, Option<i64>)> {
     let level = |name| counters.get(name);
-    // Without CONFIG_SWAP there is no such counter.
-    let swap_cache = level("nr_swapcached").unwrap_or(0);
-    let cached = level("nr_file_pages").zip(totals.buffers);
     let mut lines = vec![
         ("MemTotal", totals.ram),
         ("MemFree", level("nr_free_pages")),
         ("MemAvailable", counters.available(totals)),
         ("Buffers", totals.buffers),
-        (
-            "Cached",
-            cached.map(|(file, buffers)| file.saturating_sub(swap_cache).saturating_sub(buffers).max(0)),
-        ),
-        ("SwapCached", Some(swap_cache)),
+        ("Cached", counters.cached(totals)),
+        ("SwapCached", Some(counters.swap_cache())),
         ("Active", counters.sum(["nr_active_anon", "nr_active_file"])),
         ("Inactive", counters.sum(["nr_inactive_anon", "nr_inactive_file"])),
         ("Active(anon)", level("nr_active_anon")),
@@ -91,6 +85,7 @@ fn lines(counters: &Levels<'_>, totals: &Totals) -> Vec<(&'static str, Option<i6
         ("SecPageTables", level("nr_sec_page_table_pages")),
         ("Bounce", level("nr_bounce")),
         ("WritebackTmp", level("nr_writeback_temp")),
+        ("CommitLimit", totals.commit_limit),
         ("Committed_AS", totals.committed),
         // Later kernels count it by node.
         ("VmallocUsed", totals.vmalloc.or_else(|| level("nr_vmalloc"))),
@@ -102,21 +97,35 @@ fn lines(counters: &Levels<'_>, totals: &Totals) -> Vec<(&'static str, Option<i6
         ("FileHugePages", level("nr_file_hugepages")),
         ("FilePmdMapped", level("nr_file_pmdmapped")),
         ("Unaccepted", level("nr_unaccepted")),
+        ("Hugetlb", totals.huge),
     ]);
     lines
 }
 
 /// Counters by name.
-struct Levels<'a>(&'a [Counter]);
+pub(super) struct Levels<'a>(pub &'a [Counter]);
 
 impl Levels<'_> {
-    fn get(&self, name: &str) -> Option<i64> {
+    /// A counter's value; None for one that this kernel does not have.
+    pub fn get(&self, name: &str) -> Option<i64> {
         self.0.iter().find(|counter| counter.name == name).map(|counter| counter.value)
     }
 
-    fn sum(&self, names: [&str; 2]) -> Option<i64> {
+    /// Two counters together.
+    pub fn sum(&self, names: [&str; 2]) -> Option<i64> {
         let [a, b] = names.map(|name| self.get(name));
         a.zip(b).map(|(a, b)| a.saturating_add(b))
+    }
+
+    /// Page cache without that of block devices, which is buffers (`Cached` of /proc/meminfo).
+    pub fn cached(&self, totals: &Totals) -> Option<i64> {
+        let (file, buffers) = self.get("nr_file_pages").zip(totals.buffers)?;
+        Some(file.saturating_sub(self.swap_cache()).saturating_sub(buffers).max(0))
+    }
+
+    /// Without CONFIG_SWAP there is no such counter.
+    fn swap_cache(&self) -> i64 {
+        self.get("nr_swapcached").unwrap_or(0)
     }
 
     /// What could be had without swapping, as the kernel estimates it (`si_mem_available`): free memory above the

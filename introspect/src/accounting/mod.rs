@@ -7,6 +7,7 @@ pub mod areas;
 pub mod calls;
 pub mod counters;
 pub mod growth;
+pub mod kmem;
 pub mod processes;
 pub mod slabs;
 mod table;

@@ -40,6 +40,8 @@ pub enum Cell {
     Text(String),
     /// A number, in the unit that the column's name or its documentation says.
     Number(i64),
+    /// Nothing, where others have a number: a dash, and null in JSON.
+    Absent,
 }
 
 impl From<u64> for Cell {
@@ -59,13 +61,14 @@ impl Cell {
         match self {
             Self::Text(text) => text.clone(),
             Self::Number(number) => number.to_string(),
+            Self::Absent => "-".to_owned(),
         }
     }
 
     fn number(&self) -> i64 {
         match self {
             Self::Number(number) => *number,
-            Self::Text(_) => 0,
+            Self::Text(_) | Self::Absent => 0,
         }
     }
 }
@@ -141,8 +144,10 @@ impl Table {
             cells.max().unwrap_or(0).max(self.columns[at].name.chars().count())
         };
         let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
-        let numeric =
-            |at: usize| self.rows.first().is_none_or(|row| matches!(row.get(at), Some(Cell::Number(_))));
+        let numeric = |at: usize| {
+            let is_text = |row: &Vec<Cell>| matches!(row.get(at), Some(Cell::Text(_)));
+            !self.rows.iter().any(is_text)
+        };
         let mut text = String::new();
         let headings = self.columns.iter().map(|c| c.name.as_ref().to_owned()).collect();
         for line in std::iter::once(&headings).chain(&shown) {
@@ -170,6 +175,7 @@ impl Table {
                 let value = match cell {
                     Cell::Text(text) => Value::from(text.as_str()),
                     Cell::Number(number) => Value::from(*number),
+                    Cell::Absent => Value::Null,
                 };
                 (column.name.clone().into_owned(), value)
             });

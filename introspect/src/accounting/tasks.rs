@@ -43,7 +43,7 @@ pub fn table(
         table.rows.push(vec![
             Cell::Number(task.pid.into()),
             Cell::Text(task.state.to_string()),
-            Cell::Text(cpu.map_or("-".to_owned(), |cpu| cpu.index.to_string())),
+            cpu.map_or(Cell::Absent, |cpu| Cell::from(cpu.index as u64)),
             depth.into(),
             Cell::Text(task.name()),
         ]);

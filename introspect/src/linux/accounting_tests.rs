@@ -37,15 +37,18 @@ fn tasks_are_listed_with_state_and_stack_in_use() {
     let text = |cpu| tasks::table(&guest.linux, &memory, &all, &[cpu]).expect("a table").text();
     let wanted = "\
 pid  state  cpu  stack_bytes  comm
-  0  R      -              0  swapper/0
-  1  I      -            256  leader
-  2  R      0             64  thread
+  0  R        -            0  swapper/0
+  1  I        -          256  leader
+  2  R        0           64  thread
 ";
     assert_eq!(text(cpu(direct(STACK + 0x7fc0), false)), wanted);
     // In user code, and on another stack, nothing of the task's own is in use that could be told.
     for cpu in [cpu(direct(STACK + 0x7fc0), true), cpu(direct(STACK), false)] {
         assert_eq!(text(cpu), wanted.replace(" 64  ", "  0  "));
     }
+    let table = tasks::table(&guest.linux, &memory, &all, &[cpu(direct(STACK + 0x7fc0), false)]);
+    let rows = table.expect("a table").json();
+    assert_eq!((&rows[0]["cpu"], &rows[2]["cpu"]), (&serde_json::Value::Null, &serde_json::json!(0)));
 }
 
 #[test]

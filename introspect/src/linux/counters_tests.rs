@@ -159,6 +159,12 @@ fn amounts_come_from_their_own_variables() {
     guest.set("nr_vmalloc_pages", 12);
     guest.set("pcpu_nr_populated", 20);
     guest.set("pcpu_nr_units", 2);
+    guest.set("hugetlb_max_hstate", 1);
+    let huge = variable(&guest, "hstates");
+    guest.put32(huge, 2);
+    guest.put(huge + 8, 5);
+    guest.put(huge + 16, 1);
+    guest.set("sysctl_overcommit_ratio", 50);
     // Watermark "low" is the second of four; a boost comes on top.
     guest.put(NODE + 56, 8);
     guest.put(NODE + 80, 2);
@@ -182,15 +188,35 @@ fn amounts_come_from_their_own_variables() {
         percpu: Some(40),
         reserve: Some(30),
         low_watermarks: Some(10),
+        huge: Some(20),
+        huge_free: Some(4),
+        commit_limit: Some(440),
         // This guest has no such variables.
         swap: None,
         swap_free: None,
         poisoned: None,
     };
     assert_eq!(totals, expected);
+    guest.set("sysctl_overcommit_kbytes", 400);
+    assert_eq!(guest.linux.totals(&guest.memory()).expect("amounts").commit_limit, Some(100));
     guest.put(inodes[1] + 16, VMALLOC.0);
     let error = guest.linux.totals(&guest.memory()).expect_err("a mapping nobody can read");
     assert_eq!(error.downcast_ref(), Some(&MemoryError::NotMapped { va: VMALLOC }));
+}
+
+#[test]
+fn shared_pages_are_those_in_use_with_several_users() {
+    let mut guest = counting(Era::Types);
+    for frame in 0..16 {
+        guest.put32(Guest::page(frame) + 48, u32::MAX);
+        guest.put32(Guest::page(frame) + 52, u32::from(frame < 5) * 2);
+    }
+    // One user, reserved, the tail of a block, free.
+    guest.put32(Guest::page(0) + 52, 1);
+    guest.put(Guest::page(1), 1 << 12);
+    guest.put(Guest::page(2) + 8, PAGE_STRUCTS.0 | 1);
+    guest.put32(Guest::page(3) + 48, 0xf0 << 24);
+    assert_eq!(guest.linux.shared_pages(&guest.memory()).expect("pages"), 1);
 }
 
 #[test]

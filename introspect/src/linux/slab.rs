@@ -6,7 +6,7 @@ use super::read::{Walk, le64, physical_end};
 use crate::memory::{MemoryError, PAGE_SHIFT, PhysicalMemory, Va};
 use crate::types::Field;
 
-pub use super::slab_map::{SlabMap, SlabPage};
+pub use super::slab_map::{Damage, SlabMap, SlabPage};
 
 /// More caches than any guest has; a list beyond it is damage.
 const MAX_CACHES: usize = 1 << 16;

@@ -37,8 +37,20 @@ pub struct SlabMap {
     /// All slab pages, ascending by address.
     pub pages: Vec<SlabPage>,
     /// Slabs whose freelist leads nowhere sensible (a guest that wrote to freed memory); their objects count as
-    /// allocated as far as the freelist could not be followed.
-    pub damaged: Vec<MemoryError>,
+    /// allocated as far as the freelist could not be followed. And slabs of a cache that cannot be read, which are left
+    /// out.
+    pub damaged: Vec<Damage>,
+}
+
+/// What is wrong with a slab.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// Index into [`SlabMap::caches`]; None when the cache itself is damaged.
+    pub cache: Option<u32>,
+    /// Address of the slab's first object.
+    pub slab: Va,
+    /// What was found there.
+    pub error: MemoryError,
 }
 
 /// A cache while its slabs are decoded.
@@ -90,7 +102,8 @@ impl Linux {
                 // Boot-time caches are not in the list yet, dying ones no more.
                 let added = self.cache(memory, cache);
                 if let Err(damage) = added.and_then(|c| self.add_cache(memory, &mut map, &mut decoders, c)) {
-                    map.damaged.push(damage);
+                    let slab = self.direct_map_base(memory)? + (frame << PAGE_SHIFT);
+                    map.damaged.push(Damage { cache: None, slab, error: damage });
                     continue;
                 }
             }
@@ -183,8 +196,8 @@ impl Linux {
             let slab = Slab { start, objects, bytes };
             (0..objects).for_each(|i| slab_page.allocated[i as usize / 64] |= 1 << (i % 64));
             for &first in [Va(le64(page, self.slab.freelist))].iter().chain(active) {
-                if let Err(damage) = decoder.follow(&slab, first, &mut slab_page.allocated) {
-                    map.damaged.push(damage);
+                if let Err(error) = decoder.follow(&slab, first, &mut slab_page.allocated) {
+                    map.damaged.push(Damage { cache: Some(decoder.index), slab: start, error });
                 }
             }
         }

@@ -44,7 +44,7 @@ pub(super) enum Era {
 }
 
 /// Symbols by offset in the variables page, 64 bytes apart.
-const SYMBOLS: [&str; 40] = [
+const SYMBOLS: [&str; 44] = [
     "jiffies_64",
     "__per_cpu_offset",
     "nr_cpu_ids",
@@ -85,6 +85,10 @@ const SYMBOLS: [&str; 40] = [
     "pcpu_nr_populated",
     "pcpu_nr_units",
     "migratetype_names",
+    "hstates",
+    "hugetlb_max_hstate",
+    "sysctl_overcommit_ratio",
+    "sysctl_overcommit_kbytes",
 ];
 
 /// Where `init_task` is, offset in the image; a stack's worth behind it is `init_stack`.
@@ -319,6 +323,7 @@ fn types(era: Era) -> Vec<u8> {
             ("mapping", word, 24),
             ("private", word, 40),
             ("page_type", half, 48),
+            ("_refcount", half, 52),
         ],
     );
     structure(&mut b, "per_cpu_pages", 256, &[("lists", lists, 16)]);
@@ -415,6 +420,12 @@ fn counter_types(
     structure(b, "percpu_counter", 32, &[("count", word, 8), ("counters", word, 16)]);
     structure(b, "super_block", 16, &[("s_inodes", list, 0)]);
     structure(b, "inode", 32, &[("i_sb_list", list, 0), ("i_mapping", word, 16)]);
+    structure(
+        b,
+        "hstate",
+        24,
+        &[("order", half, 0), ("nr_huge_pages", word, 8), ("free_huge_pages", word, 16)],
+    );
     structure(b, "address_space", 8, &[("nrpages", word, 0)]);
 }
 

@@ -237,7 +237,8 @@ fn a_freelist_that_leaves_its_slab_or_returns_is_listed_as_damage() {
         let map = guest.linux.slab_map(&guest.memory()).expect("a slab map");
         assert_eq!(map.damaged.len(), 1);
         let start = Va(direct(SLAB * PAGE_SIZE));
-        assert!(matches!(map.damaged[0], MemoryError::Corrupt { va, .. } if va == start));
+        assert_eq!((map.damaged[0].cache, map.damaged[0].slab), (Some(0), start));
+        assert!(matches!(map.damaged[0].error, MemoryError::Corrupt { va, .. } if va == start));
         assert_eq!(map.pages[0].allocated().count() as u64, OBJECTS - 2);
     }
 }

@@ -33,7 +33,10 @@ mod path;
 mod path_text;
 mod places;
 mod referrers;
+pub mod refs;
+mod refs_text;
 pub mod roots;
+mod structures;
 #[cfg(test)]
 mod tests;
 mod trail;
@@ -43,7 +46,7 @@ pub mod words;
 pub use coverage::{Coverage, NotRead, RootShare, coverage};
 pub use path::{Hop, Path, Start, path};
 pub use places::{Owner, Place};
-pub use referrers::{Referrer, addresses, referrers};
+pub use referrers::{Reference, Referrer, addresses, referrers};
 pub use treatment::{Function, Treatments};
 
 use crate::arch::CpuState;

@@ -10,11 +10,11 @@ use super::guest::{Extent, GuestMemory};
 use super::index::Block;
 use super::mark::{Contents, Marker, Origin, Reference, Witness};
 use super::places::{Place, place};
+use super::structures::structure_of;
 use super::trail::Trail;
 use super::{Frozen, ScanInput, read_roots, unreached};
 use crate::memory::{FrozenMemory, Va};
 use crate::registry::{Object, Paint};
-use crate::types::Btf;
 use anyhow::Context;
 
 /// Objects shown at each end of a longer chain: lists are long.
@@ -55,7 +55,7 @@ pub struct Hop {
     pub object: Object,
     /// Name of its slab cache.
     pub cache: Option<String>,
-    /// Its C type, where the cache's name says so: see [`type_of`].
+    /// Its C type, where the cache's name says so: see [`structure_of`].
     pub structure: Option<String>,
     /// The word that refers to it: None in the first of a chain that begins at an object.
     pub word: Option<u64>,
@@ -134,13 +134,6 @@ pub(super) fn root_link<C: Contents, W: Witness>(
     found
 }
 
-/// C type of the objects of a slab cache: the structure that has its name, with or without `_cache` or `_cachep`, and
-/// exactly its object size.
-fn type_of<'n>(types: &Btf, cache: &'n str, size: u64) -> Option<&'n str> {
-    let plain = cache.strip_suffix("_cachep").or_else(|| cache.strip_suffix("_cache"));
-    [Some(cache), plain].into_iter().flatten().find(|name| types.size_of(name) == Some(size))
-}
-
 /// Turns what marking found into what is shown.
 struct Explain<'x, 'a, M> {
     input: &'x ScanInput<'a, M>,
@@ -204,20 +197,9 @@ impl<M: FrozenMemory> Explain<'_, '_, M> {
 
     fn hop(&self, object: Object, word: Option<u64>, next: Option<u64>) -> Hop {
         let cache = self.frozen.caches.get(&object.cache).cloned();
-        let types = self.input.linux.kernel.types.as_ref();
-        let named = cache.as_deref().filter(|_| !self.is_shared(object.cache));
-        let structure = types.zip(named).and_then(|(types, cache)| type_of(types, cache, object.size));
+        let name = cache.as_deref().unwrap_or_default();
+        let structure = structure_of(self.input, object.cache, name, object.size);
         Hop { structure: structure.map(str::to_owned), object, cache, word, next }
-    }
-
-    /// True unless a slab cache is known to be used under its own name only: SLUB merges caches of like objects
-    /// (`__kmem_cache_alias`, mm/slub.c).
-    fn is_shared(&self, cache: Va) -> bool {
-        let ScanInput { linux, memory, .. } = *self.input;
-        let count = linux.kernel.types.as_ref().and_then(|types| types.offset("kmem_cache", "refcount"));
-        // Caches that are never merged count -1.
-        let count = count.and_then(|offset| linux.read_u32(memory, cache + offset).ok());
-        count.is_none_or(|count| count.cast_signed() > 1)
     }
 
     /// Number of lost objects in the cycle of one of them.

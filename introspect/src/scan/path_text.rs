@@ -123,7 +123,7 @@ impl std::fmt::Display for Place {
 }
 
 impl Place {
-    fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         let (mut symbol, mut task, mut cpu, mut frame) = (None, None, None, None);
         match &self.owner {
             Some(Owner::Variable { name, offset, size, module, cpu: copy }) => {

@@ -1,6 +1,6 @@
 //! Who refers to an object: every root word and every tracked object's word that points into it.
 //!
-//! Slow next to a scan (it looks at everything once for one object), so it is for `dump=`.
+//! Slow next to a scan (it looks at everything once for one question), so it is for `dump=` and `refs=`.
 
 use super::guest::{GuestMemory, Mapping};
 use super::{ScanInput, collect_roots, heap};
@@ -55,6 +55,15 @@ impl fmt::Display for Referrer {
     }
 }
 
+/// A word that points into an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reference {
+    /// Where it is.
+    pub holder: Referrer,
+    /// The word.
+    pub word: u64,
+}
+
 /// Lists references into `target` (addresses), at most [`MAX`] of them; references of an object to itself are left
 /// out. Whether such a word counts in a scan depends on its holder: dead objects' words are listed too.
 ///
@@ -63,45 +72,76 @@ impl fmt::Display for Referrer {
 pub fn referrers<M: FrozenMemory>(
     input: &ScanInput<'_, M>,
     target: &Range<u64>,
-) -> anyhow::Result<Vec<Referrer>> {
+) -> anyhow::Result<Vec<Reference>> {
+    let mut found = Vec::new();
+    each_word(input, target, |holder, word| {
+        let own = matches!(&holder, Holder::Object { object, .. } if target.contains(&object.address.0));
+        if !own && found.len() < MAX {
+            found.push(Reference { holder: holder.to_referrer(), word });
+        }
+    })?;
+    Ok(found)
+}
+
+/// Where a word is, while all words are looked at.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Holder<'r> {
+    Root { region: &'r str, pa: u64 },
+    Register { cpu: usize },
+    Object { object: Object, offset: u64 },
+}
+
+impl Holder<'_> {
+    pub(super) fn to_referrer(self) -> Referrer {
+        match self {
+            Self::Root { region, pa } => Referrer::Root { region: region.to_owned(), pa },
+            Self::Register { cpu } => Referrer::Register { cpu },
+            Self::Object { object, offset } => Referrer::Object { object, offset },
+        }
+    }
+}
+
+/// Calls `visit` with every word of roots and tracked objects that lies in `window`.
+pub(super) fn each_word<M: FrozenMemory>(
+    input: &ScanInput<'_, M>,
+    window: &Range<u64>,
+    mut visit: impl FnMut(Holder<'_>, u64),
+) -> anyhow::Result<()> {
     let guest = GuestMemory::new(input.linux, input.memory)
         .context("Cannot find the guest's direct map and per-CPU memory")?;
     let roots = collect_roots(input, &guest)?;
-    let mut found = Vec::new();
     for region in &roots.regions {
         for &extent in &region.extents {
-            for offset in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, target)) {
-                found.push(Referrer::Root { region: region.name.clone(), pa: extent.start.0 + offset });
+            for (offset, word) in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, window))
+            {
+                visit(Holder::Root { region: &region.name, pa: extent.start.0 + offset }, word);
             }
         }
     }
     for cpu in input.cpus.iter().filter(|c| c.online) {
-        if cpu.registers.words().iter().any(|word| target.contains(word)) {
-            found.push(Referrer::Register { cpu: cpu.index });
+        for word in cpu.registers.words().into_iter().filter(|word| window.contains(word)) {
+            visit(Holder::Register { cpu: cpu.index }, word);
         }
     }
-    for object in heap(input.registry).filter(|o| !target.contains(&o.address.0)) {
+    for object in heap(input.registry) {
         for copy in guest.copies(object.address) {
             // As scans read them: aligned words only.
-            let words = Va(copy.0.next_multiple_of(8))..copy + object.size;
-            for Mapping { va, extent } in guest.mappings(words) {
-                for offset in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, target)) {
-                    found.push(Referrer::Object { object, offset: (va - copy) + offset });
+            let aligned = Va(copy.0.next_multiple_of(8))..copy + object.size;
+            for Mapping { va, extent } in guest.mappings(aligned) {
+                let words = guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, window));
+                for (offset, word) in words {
+                    visit(Holder::Object { object, offset: (va - copy) + offset }, word);
                 }
             }
         }
-        if found.len() >= MAX {
-            break;
-        }
     }
-    found.truncate(MAX);
-    Ok(found)
+    Ok(())
 }
 
-/// Offsets of the aligned words that lie in `target`.
-fn words_into<'a>(bytes: &'a [u8], target: &'a Range<u64>) -> impl Iterator<Item = u64> + 'a {
+/// Aligned words that lie in `window`, with their offsets.
+fn words_into<'a>(bytes: &'a [u8], window: &'a Range<u64>) -> impl Iterator<Item = (u64, u64)> + 'a {
     let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()));
-    words.enumerate().filter(|(_, word)| target.contains(word)).map(|(n, _)| n as u64 * 8)
+    words.enumerate().filter(|(_, word)| window.contains(word)).map(|(n, word)| (n as u64 * 8, word))
 }
 
 /// The addresses of an object.

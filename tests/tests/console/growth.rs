@@ -3,12 +3,18 @@
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
-use tests::{Guest, kernel, long_test, module, no_kernel_complaint, test};
+use tests::{Guest, RUN_TIMEOUT, kernel, long_test, module, no_kernel_complaint, test};
 
 /// Steps of the module, each with a scan.
 const STEPS: u64 = 12;
 /// What each adds for good.
 const GROWN: u64 = 7;
+/// References to a directory entry that the module takes and forgets.
+const FORGOTTEN: i64 = 8;
+/// Words that may look like references to it: old ones in memory that is in use again.
+const STALE: i64 = 1;
+/// Entries that may be listed beside it: those that the kernel holds otherwise.
+const OTHERS: usize = 4;
 
 /// The tests.
 pub fn trials() -> Vec<Trial> {
@@ -28,15 +34,26 @@ fn piles_up(line: &str) -> Result<()> {
              echo 1 > /sys/module/growing/parameters/step
              echo scan > /dev/ttyS1; cat /dev/ttyS1 > /dev/null; i=$((i+1)); done
          echo json growth > /dev/ttyS1; echo GROWTH; cat /dev/ttyS1; echo; echo END
-         rmmod growing"
+         : > /tmp/held; echo /tmp/held > /sys/module/growing/parameters/hold
+         echo json refs=dentry > /dev/ttyS1; echo REFS; cat /dev/ttyS1; echo; echo END
+         echo HELD; read -r go; rmmod growing"
     ))?;
-    let finished = guest.boot(0)?;
+    let mut session = guest.start()?;
+    session.wait_for("\nHELD", RUN_TIMEOUT)?;
+    held(&guest)?;
+    session.type_line("go")?;
+    let finished = session.finish()?;
+    finished.expect_code(0)?;
     no_kernel_complaint(&finished.stdout)?;
     let stdout = finished.stdout.replace('\r', "");
     let refusal = "first: error: growth compares 5 scans at least, and there were 0";
     ensure!(stdout.contains(refusal), "not {refusal:?}: {}", tests::tail(&stdout, 40));
-    let reply = stdout.split_once("GROWTH\n").and_then(|(_, rest)| rest.split_once("END\n"));
-    let growth: Value = serde_json::from_str(reply.context("no reply")?.0.trim())?;
+    let reply = |to: &str| -> Result<Value> {
+        let reply = stdout.split_once(&format!("\n{to}\n")).and_then(|(_, rest)| rest.split_once("END\n"));
+        Ok(serde_json::from_str(reply.with_context(|| format!("no reply to {to}"))?.0.trim())?)
+    };
+    forgotten(&reply("REFS")?)?;
+    let growth = reply("GROWTH")?;
     ensure!(growth["scans"] == STEPS, "{growth}");
     let listed = growth["growth"].as_array().context("growth")?;
     let named = |kind: &str, name: &str| {
@@ -58,5 +75,38 @@ fn piles_up(line: &str) -> Result<()> {
     for steady in ["growing_pool", "growing_batch"] {
         ensure!(named("site", steady).is_none(), "{steady} does not grow: {growth:#}");
     }
+    Ok(())
+}
+
+/// The entry with three references that nobody has any more is listed first, and nearly nothing else.
+fn forgotten(refs: &Value) -> Result<()> {
+    let rows = refs["refs"].as_array().context("refs")?;
+    let first = rows.first().with_context(|| format!("nothing is listed: {refs}"))?;
+    let excess = first["excess"].as_i64().context("excess")?;
+    ensure!(
+        (FORGOTTEN - STALE..=FORGOTTEN).contains(&excess)
+            && first["site"].as_str().is_some_and(|s| s.contains("d_alloc")),
+        "{refs:#}"
+    );
+    ensure!(rows.len() <= OTHERS && refs["objects"].as_u64() > Some(300), "{refs:#}");
+    Ok(())
+}
+
+/// `refs=ADDR` of that entry and of one that is in order.
+fn held(guest: &Guest) -> Result<()> {
+    let listed = guest.json("refs=dentry")?;
+    let address = listed["refs"][0]["object"].as_str().context("an object")?;
+    let refs = &guest.json(&format!("refs={address}"))?["refs"];
+    // One reference keeps the entry in the file system, without a pointer.
+    ensure!(refs["count"] == FORGOTTEN + 1 && refs["own"] == 1, "{refs:#}");
+    ensure!(refs["found"].as_i64().is_some_and(|found| found <= STALE), "{refs:#}");
+    ensure!(refs["member"] == "d_lockref.count" && refs["inside"].as_u64() > Some(0), "{refs:#}");
+    let text = guest.ctl(&format!("refs={address}"))?;
+    let line = format!("counted and not there: {}\n", refs["excess"]);
+    ensure!(text.contains(&line) && text.contains("struct dentry\n"), "{text}");
+    // Its directory: counted by the entry, which points to it.
+    let holder = text.lines().find_map(|line| line.split_once("its word at +")?.0.trim().split(' ').next());
+    let parent = guest.ctl(&format!("refs={}", holder.context("no holder")?))?;
+    ensure!(parent.contains("referenced by:\n"), "{parent}");
     Ok(())
 }

@@ -1,5 +1,6 @@
-//! `procrank` against the guest's own smaps_rollup.
+//! `procrank` against the guest's own smaps_rollup, and the live view of the same guest.
 
+use crate::top;
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -28,9 +29,14 @@ fn processes(line: &str) -> Result<()> {
     let mut session = guest.start()?;
     session.wait_for("\nLISTED", RUN_TIMEOUT)?;
     let ours = serde_json::from_str::<Value>(&guest.ctl("json procrank")?)?;
+    top::drive(&guest)?;
+    top::ends_with_its_terminal(&guest)?;
+    let view = top::Pane::of(&guest)?;
+    view.wait_for("+0x")?;
     session.type_line("go")?;
     let finished = session.finish()?;
     finished.expect_code(0)?;
+    top::says_that_it_is_gone(&view)?;
     no_kernel_complaint(&finished.stdout)?;
     let mut theirs: HashMap<i64, HashMap<String, i64>> = HashMap::new();
     for line in finished.stdout.lines().filter_map(|line| line.trim().strip_prefix("@/proc/")) {

@@ -20,14 +20,8 @@ pub fn ctl(options: &CtlOptions) -> anyhow::Result<ExitCode> {
     if let Err(what) = Request::parse(&line).command {
         return Err(Failure::usage(what).hint(hint).into());
     }
-    let path = match &options.control {
-        Some(path) => path.clone(),
-        None => only_socket(&runtime_dir())?,
-    };
-    let failure = || {
-        Failure::host(format!("No virtual machine answers on {}", path.display()))
-            .hint("start one with kleak-vmm run, or check --control")
-    };
+    let path = socket(options.control.as_deref())?;
+    let failure = || unanswered(&path);
     let mut client = Client::connect(&path).with_context(failure)?;
     let reply = client.request(&line).with_context(failure)?;
     if reply.failed && !reply.body.starts_with('{') {
@@ -36,6 +30,20 @@ pub fn ctl(options: &CtlOptions) -> anyhow::Result<ExitCode> {
     }
     print(&reply.body)?;
     Ok(if reply.failed { ExitCode::Usage } else { ExitCode::Success })
+}
+
+/// The socket asked for, else that of the only virtual machine running.
+///
+/// # Errors
+/// None was asked for, and there is not exactly one.
+pub fn socket(asked: Option<&Path>) -> anyhow::Result<PathBuf> {
+    asked.map_or_else(|| only_socket(&runtime_dir()), |path| Ok(path.to_owned()))
+}
+
+/// That nobody is at the other end of a socket.
+pub fn unanswered(path: &Path) -> Failure {
+    Failure::host(format!("No virtual machine answers on {}", path.display()))
+        .hint("start one with kleak-vmm run, or check --control")
 }
 
 /// The only live socket in `dir`.

@@ -1,7 +1,7 @@
 //! The command line: parsing, dispatch, exit codes.
 
 pub mod check;
-mod ctl;
+pub mod ctl;
 mod doctor;
 pub mod failure;
 mod inspect;
@@ -10,6 +10,7 @@ pub mod relay;
 mod run;
 #[cfg(test)]
 mod tests;
+mod top;
 pub mod values;
 
 pub use failure::{ExitCode, Failure};
@@ -41,6 +42,8 @@ enum Action {
     Regress(Box<RegressOptions>),
     /// Send one console command to a running virtual machine
     Ctl(CtlOptions),
+    /// Show live who holds the guest's memory: sites and caches with bytes, rates and their history
+    Top(TopOptions),
     /// Show what can be recovered from a kernel image, and which hooks apply
     Inspect(InspectOptions),
     /// Tell whether this host can run it, and how fast; what to do if not
@@ -56,6 +59,17 @@ pub struct CtlOptions {
     /// Console command, such as scan, report or help
     #[arg(required = true, trailing_var_arg = true)]
     pub command: Vec<String>,
+}
+
+/// Options of `kleak-vmm top`.
+#[derive(Debug, clap::Args)]
+pub struct TopOptions {
+    /// Control socket [default: that of the only virtual machine running]
+    #[arg(long, value_name = "SOCK")]
+    pub control: Option<PathBuf>,
+    /// Seconds between two looks
+    #[arg(long = "every", value_name = "SECS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub every_s: u64,
 }
 
 /// Options of `kleak-vmm inspect`.
@@ -141,6 +155,7 @@ fn dispatch(action: Action) -> anyhow::Result<ExitCode> {
         Action::Run(options) => run::run(&options),
         Action::Regress(options) => regress(&options),
         Action::Ctl(options) => ctl::ctl(&options),
+        Action::Top(options) => top::top(&options),
         Action::Inspect(options) => inspect::inspect(&options),
         Action::Doctor(options) => doctor::doctor(&options),
     }

@@ -158,6 +158,11 @@ pub struct RunOptions {
     #[arg(long, help_heading = "Detector")]
     pub clear_after_scan: bool,
 
+    /// Say `kmemleak: N new suspected memory leaks` among the guest's console output, too, when a scan on --scan-period
+    /// or oom finds some
+    #[arg(long, help_heading = "Detector")]
+    pub notice_on_console: bool,
+
     #[allow(missing_docs, reason = "a doc comment would become the help text of the group")]
     #[command(flatten)]
     pub reports: Reports,

@@ -77,6 +77,7 @@ impl RunOptions {
         line.option("--scan-on", self.scan_on.iter().map(|when| name(*when)).collect::<Vec<_>>().join(","));
         line.option("--lab", name(self.lab));
         line.flag("--clear-after-scan", self.clear_after_scan);
+        line.flag("--notice-on-console", self.notice_on_console);
         line.flag("--fail-on-leak", self.fail_on_leak);
         line.flag("--quiet", self.quiet);
         (0..self.verbose).for_each(|_| line.flag("--verbose", true));

@@ -46,7 +46,7 @@ fn defaults_are_the_contracts() {
 const FULL: &str = "--kernel k --initrd i --module a.ko,x=1 --module b.ko --module-dir d --exec ./t.sh --file h:/g \
                 --mem 1G --cpus 4 --profile p --tracer breakpoint --trap pio --kaslr off --scan-period 0 --min-age 5 \
                 --stack off --control s --report r --scan-at-exit no --fail-on-leak --timeout 9 --scan-on oom,exit \
-                --report-dir rd --clear-after-scan --lab never -vv";
+                --report-dir rd --clear-after-scan --notice-on-console --lab never -vv";
 
 #[test]
 fn every_option_is_taken() {

@@ -1,4 +1,4 @@
-//! The words a user types: parsing, help and completion.
+//! The words a user types: what they stand for, help and completion. Parsing is in `parse`.
 
 use introspect::memory::Va;
 
@@ -31,6 +31,10 @@ pub enum Command {
     Roots,
     /// Prove that a leak would be found.
     Canary,
+    /// The reference count of the object at, or around, an address, and its references.
+    Refs(Va),
+    /// Objects of a slab cache whose reference count is higher than the references found.
+    RefsOf(String),
     /// Tracer, hooks, objects, events.
     Status,
     /// Registry against the guest's slab and per-CPU metadata.
@@ -43,6 +47,8 @@ pub enum Command {
     Growth,
     /// The guest's accounting, or what changed in it since the last mark.
     Accounting(Account, When),
+    /// `kmem -s` of the caches with one name.
+    KmemCache(String, When),
     /// Remember the accounting of now.
     Mark,
     /// Tasks.
@@ -75,7 +81,7 @@ pub enum Annotation {
 }
 
 impl Annotation {
-    const ALL: [Self; 3] = [Self::NotLeak, Self::Ignore, Self::NoScan];
+    pub(super) const ALL: [Self; 3] = [Self::NotLeak, Self::Ignore, Self::NoScan];
 
     /// The command's name.
     pub fn name(self) -> &'static str {
@@ -109,12 +115,23 @@ pub enum Account {
     Buddyinfo,
     /// Counters of the memory management.
     Vmstat,
+    /// Memory by use, as the crash utility shows it.
+    Kmem,
+    /// Slab caches, as the crash utility shows them.
+    KmemSlabs,
 }
 
 impl Account {
     /// All of them: what `mark` remembers.
-    pub const ALL: &[Self] =
-        &[Self::Slabinfo, Self::Vmallocinfo, Self::Meminfo, Self::Buddyinfo, Self::Vmstat];
+    pub const ALL: &[Self] = &[
+        Self::Slabinfo,
+        Self::Vmallocinfo,
+        Self::Meminfo,
+        Self::Buddyinfo,
+        Self::Vmstat,
+        Self::Kmem,
+        Self::KmemSlabs,
+    ];
 
     /// The command's name.
     pub fn name(self) -> &'static str {
@@ -124,10 +141,12 @@ impl Account {
             Self::Meminfo => "meminfo",
             Self::Buddyinfo => "buddyinfo",
             Self::Vmstat => "vmstat",
+            Self::Kmem => "kmem",
+            Self::KmemSlabs => "kmem -s",
         }
     }
 
-    fn of(name: &str) -> Option<Self> {
+    pub(super) fn of(name: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|account| account.name() == name)
     }
 }
@@ -348,6 +367,23 @@ pub const COMMANDS: &[Entry] = &[
         completions: &["vmstat", "vmstat diff"],
     },
     Entry {
+        name: "kmem",
+        usage: "kmem [-i|-s [CACHE]] [diff]",
+        summary: "memory by use, or slab caches, as the crash utility's kmem; or their change",
+        detail: "-i, or nothing: memory by use. -s: slab caches, or only CACHE. In the layout of crash's commands of these\n\
+                 names, from what meminfo and slabinfo read.",
+        completions: &["kmem", "kmem -i", "kmem -s", "kmem diff", "kmem -s diff"],
+    },
+    Entry {
+        name: "refs",
+        usage: "refs=ADDR|CACHE",
+        summary: "reference counts against the references found in memory",
+        detail: "Of the object at ADDR: its count, and who refers to it. Of a slab cache: the objects whose count is higher\n\
+                 than the references found, so that some user dropped its pointer and not its reference. ADDR begins\n\
+                 with 0x or ffff. The machine is paused for as long as a scan takes.",
+        completions: &["refs="],
+    },
+    Entry {
         name: "mark",
         usage: "mark",
         summary: "remember the accounting of now, for diff",
@@ -420,153 +456,6 @@ pub const COMMANDS: &[Entry] = &[
         completions: &["quit"],
     },
 ];
-
-impl Request {
-    /// Parses one line; surrounding white space does not matter.
-    pub fn parse(line: &str) -> Self {
-        let line = line.trim();
-        match line.split_once(char::is_whitespace) {
-            Some(("json", rest)) => Self { command: Command::parse(rest), json: true },
-            _ if line == "json" => Self { command: Err("json takes a command: try help".into()), json: true },
-            _ => Self { command: Command::parse(line), json: false },
-        }
-    }
-}
-
-impl Command {
-    /// Parses a command without the `json` prefix.
-    ///
-    /// # Errors
-    /// One line that says what was expected.
-    pub fn parse(line: &str) -> Result<Self, String> {
-        let line = line.trim();
-        let (name, argument) = match line.split_once(char::is_whitespace) {
-            Some((name, rest)) => (name, Some(rest.trim())),
-            None => (line, None),
-        };
-        if name == "help" {
-            return argument.map(find_entry).transpose().map(Self::Help);
-        }
-        if let Some((name, value)) = line.split_once('=') {
-            return Self::parse_assignment(name.trim_end(), value.trim());
-        }
-        if let Some(account) = Account::of(name) {
-            return match argument {
-                None => Ok(Self::Accounting(account, When::Now)),
-                Some("diff") => Ok(Self::Accounting(account, When::SinceMark)),
-                Some(word) => Err(format!("{name} takes nothing or diff, not {}", quote(word))),
-            };
-        }
-        if name == "top" {
-            return match argument {
-                None | Some("sites") => Ok(Self::Top(TopBy::Sites)),
-                Some("caches") => Ok(Self::Top(TopBy::Caches)),
-                Some(word) => Err(format!("top takes sites or caches, not {}", quote(word))),
-            };
-        }
-        if name == "bt" {
-            return match argument {
-                None => Ok(Self::Backtrace(None)),
-                Some(pid) => decimal(pid)
-                    .and_then(|pid| i32::try_from(pid).ok())
-                    .map(|pid| Self::Backtrace(Some(pid)))
-                    .ok_or_else(|| format!("bt takes a process id, not {}", quote(pid))),
-            };
-        }
-        let command = match name {
-            "ps" => Self::Ps,
-            "growth" => Self::Growth,
-            "procrank" => Self::Procrank,
-            "regs" => Self::Regs,
-            "pause" => Self::Pause,
-            "resume" => Self::Resume,
-            "mark" => Self::Mark,
-            "scan" => Self::Scan,
-            "report" => Self::Report,
-            "clear" => Self::Clear,
-            "off" => Self::Off,
-            "on" => Self::On,
-            "status" => Self::Status,
-            "roots" => Self::Roots,
-            "canary" => Self::Canary,
-            "audit" => Self::Audit,
-            "quit" => Self::Quit,
-            "stack" => return Err("stack takes a value: stack=on or stack=off".into()),
-            "alloc_calls" => return Err("alloc_calls takes a slab cache: alloc_calls=CACHE".into()),
-            "dump" | "path" | "not_leak" | "ignore" | "no_scan" => {
-                return Err(format!("{name} takes an address: {name}=ADDR"));
-            }
-            "" => return Err("empty command: try help".into()),
-            _ => return Err(unknown(name)),
-        };
-        match argument {
-            Some(argument) => Err(format!("{name} takes no argument, but was given {}", quote(argument))),
-            None => Ok(command),
-        }
-    }
-
-    fn parse_assignment(name: &str, value: &str) -> Result<Self, String> {
-        let address = || {
-            let expected = || format!("{name}= takes a hexadecimal address, not {}", quote(value));
-            parse_address(value).ok_or_else(expected)
-        };
-        if let Some(annotation) = Annotation::ALL.into_iter().find(|annotation| annotation.name() == name) {
-            return Ok(Self::Annotate(annotation, address()?));
-        }
-        match (name, value) {
-            ("stack", "on") => Ok(Self::Stack(true)),
-            ("stack", "off") => Ok(Self::Stack(false)),
-            ("stack", _) => Err(format!("stack= takes on or off, not {}", quote(value))),
-            ("scan", "on") => Ok(Self::PeriodicScan(true)),
-            ("scan", "off") => Ok(Self::PeriodicScan(false)),
-            ("scan", _) => decimal(value)
-                .map(Self::ScanPeriod)
-                .ok_or_else(|| format!("scan= takes on, off or a number of seconds, not {}", quote(value))),
-            ("dump", _) => Ok(Self::Dump(address()?)),
-            ("path", _) => Ok(Self::Path(address()?)),
-            ("alloc_calls", "") => Err("alloc_calls= takes the name of a slab cache".into()),
-            // No name has white space (`kmem_cache_sanity_check`, mm/slab_common.c); a line of help has.
-            ("alloc_calls", name) if name.contains(char::is_whitespace) => {
-                Err(format!("alloc_calls= takes the name of one slab cache, not {}", quote(name)))
-            }
-            ("alloc_calls", cache) => Ok(Self::AllocCalls(cache.to_owned())),
-            _ if COMMANDS.iter().any(|entry| entry.name == name) => Err(format!("{name} takes no value")),
-            _ => Err(unknown(name)),
-        }
-    }
-}
-
-/// Hexadecimal address, with or without `0x`.
-fn parse_address(text: &str) -> Option<Va> {
-    let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")).unwrap_or(text);
-    let all_hex = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
-    all_hex.then(|| u64::from_str_radix(digits, 16).ok().map(Va)).flatten()
-}
-
-/// Unsigned decimal; `u64::from_str` would take a leading plus sign.
-fn decimal(text: &str) -> Option<u64> {
-    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
-}
-
-fn find_entry(name: &str) -> Result<&'static Entry, String> {
-    COMMANDS
-        .iter()
-        .find(|entry| entry.name == name)
-        .or_else(|| COMMANDS.iter().find(|entry| entry.name == name.trim_end_matches('=')))
-        .ok_or_else(|| unknown(name))
-}
-
-fn unknown(name: &str) -> String {
-    format!("unknown command {}: try help", quote(name))
-}
-
-/// `text` between quotes, shortened and without control characters: it may come from the guest.
-fn quote(text: &str) -> String {
-    const SHOWN: usize = 40;
-    let short: String = text.chars().take(SHOWN).collect();
-    let dots = if short.len() < text.len() { "..." } else { "" };
-    format!("\"{}{dots}\"", short.escape_debug())
-}
 
 /// Spellings that begin with `prefix`, sorted: what Tab offers.
 ///

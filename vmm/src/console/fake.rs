@@ -112,6 +112,15 @@ impl Target for FakeTarget {
         let text = format!("{account:?} {when:?}");
         self.called(&text, answer(&format!("# {text}"), json!({ account.name(): [] })))
     }
+    fn kmem_cache(&self, name: &str, when: When) -> anyhow::Result<Answer> {
+        self.called("kmem_cache", answer(&format!("CACHE {name} {when:?}"), json!({ "kmem -s": [] })))
+    }
+    fn refs(&self, address: Va) -> anyhow::Result<Answer> {
+        self.called("refs", answer(&format!("object {address}: count 2"), json!({ "refs": [] })))
+    }
+    fn refs_of(&self, cache: &str) -> anyhow::Result<Answer> {
+        self.called("refs_of", answer(&format!("count  found  {cache}"), json!({ "refs": [] })))
+    }
     fn mark(&self) -> anyhow::Result<()> {
         self.called("mark", ())
     }

@@ -14,6 +14,7 @@ mod editor;
 pub mod execute;
 pub mod guest_port;
 pub mod mux;
+mod parse;
 pub mod signals;
 pub mod socket;
 pub mod terminal;
@@ -77,6 +78,12 @@ pub trait Target: Send + Sync {
     fn annotate(&self, how: Annotation, address: Va) -> anyhow::Result<Answer>;
     /// The guest's accounting.
     fn accounting(&self, account: Account, when: When) -> anyhow::Result<Answer>;
+    /// `kmem -s` of the caches of this name.
+    fn kmem_cache(&self, name: &str, when: When) -> anyhow::Result<Answer>;
+    /// The reference count of the object at or around `address`, and who refers to it.
+    fn refs(&self, address: Va) -> anyhow::Result<Answer>;
+    /// Objects of the slab cache of this name whose reference count is higher than the references found.
+    fn refs_of(&self, cache: &str) -> anyhow::Result<Answer>;
     /// Remembers the accounting of now.
     fn mark(&self) -> anyhow::Result<()>;
     /// Tasks.

@@ -12,6 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering::SeqCst};
 static SAVED: AtomicPtr<libc::termios> = AtomicPtr::new(ptr::null_mut());
 /// The terminal they belong to.
 static TERMINAL: AtomicI32 = AtomicI32::new(-1);
+/// Standard output shows the terminal's alternate screen, without a cursor.
+static SCREEN: AtomicBool = AtomicBool::new(false);
+/// Back from the alternate screen, with a cursor (xterm's control sequences, DECSET 1049 and 25).
+const LEAVE_SCREEN: &[u8] = b"\x1b[?1049l\x1b[?25h";
 /// A second raw mode would save the first one's modes.
 static ACTIVE: AtomicBool = AtomicBool::new(false);
 
@@ -38,6 +42,16 @@ impl RawTerminal {
         set_modes(fd, &raw_modes(modes))?;
         Ok(Some(this))
     }
+
+    /// The same for a program that draws on the alternate screen: standard output leaves that on every way out, too.
+    ///
+    /// # Errors
+    /// The terminal refuses.
+    pub fn enter_screen(terminal: &impl AsRawFd) -> io::Result<Option<Self>> {
+        let this = Self::enter(terminal)?;
+        SCREEN.store(this.is_some(), SeqCst);
+        Ok(this)
+    }
 }
 
 impl Drop for RawTerminal {
@@ -54,6 +68,10 @@ pub fn restore() {
     if !saved.is_null() {
         // SAFETY: the pointer came from Box::into_raw and is never freed; tcsetattr is async-signal-safe.
         unsafe { libc::tcsetattr(TERMINAL.load(SeqCst), libc::TCSANOW, saved) };
+    }
+    if SCREEN.swap(false, SeqCst) {
+        // SAFETY: the bytes are static; write is async-signal-safe. A terminal that is gone needs nothing.
+        unsafe { libc::write(libc::STDOUT_FILENO, LEAVE_SCREEN.as_ptr().cast(), LEAVE_SCREEN.len()) };
     }
 }
 

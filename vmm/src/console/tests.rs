@@ -47,6 +47,16 @@ fn every_form_of_a_command_parses() {
         ("meminfo diff", Command::Accounting(Account::Meminfo, When::SinceMark)),
         ("buddyinfo", Command::Accounting(Account::Buddyinfo, When::Now)),
         ("vmstat diff", Command::Accounting(Account::Vmstat, When::SinceMark)),
+        ("kmem", Command::Accounting(Account::Kmem, When::Now)),
+        ("kmem -i", Command::Accounting(Account::Kmem, When::Now)),
+        ("kmem diff", Command::Accounting(Account::Kmem, When::SinceMark)),
+        ("kmem  -s", Command::Accounting(Account::KmemSlabs, When::Now)),
+        ("kmem -s  diff", Command::Accounting(Account::KmemSlabs, When::SinceMark)),
+        ("kmem -s dentry", Command::KmemCache("dentry".into(), When::Now)),
+        ("kmem -s dentry diff", Command::KmemCache("dentry".into(), When::SinceMark)),
+        ("refs=0xffff888003a8e000", Command::Refs(Va(0xffff_8880_03a8_e000))),
+        ("refs=ffff888003a8e010", Command::Refs(Va(0xffff_8880_03a8_e010))),
+        ("refs = dentry", Command::RefsOf("dentry".into())),
         ("mark", Command::Mark),
         ("procrank", Command::Procrank),
         ("ps", Command::Ps),
@@ -96,6 +106,11 @@ fn a_refusal_is_one_line_that_names_what_was_expected() {
         ("top foo", "error: top takes sites or caches, not \"foo\"\n"),
         ("slabinfo foo", "error: slabinfo takes nothing or diff, not \"foo\"\n"),
         ("vmstat mark", "error: vmstat takes nothing or diff, not \"mark\"\n"),
+        ("kmem foo", "error: kmem takes -i, or -s and a slab cache, and diff, not \"foo\"\n"),
+        ("kmem -s a b", "error: kmem takes -i, or -s and a slab cache, and diff, not \"-s a b\"\n"),
+        ("refs", "error: refs takes an address or a slab cache: refs=ADDR or refs=CACHE\n"),
+        ("refs=", "error: refs= takes an address or the name of a slab cache\n"),
+        ("refs=a b", "error: refs= takes the name of one slab cache, not \"a b\"\n"),
         ("slabinfo=1", "error: slabinfo takes no value\n"),
         ("alloc_calls", "error: alloc_calls takes a slab cache: alloc_calls=CACHE\n"),
         ("alloc_calls=a b", "error: alloc_calls= takes the name of one slab cache, not \"a b\"\n"),
@@ -139,6 +154,11 @@ fn replies_in_text() {
         ("buddyinfo", "# Buddyinfo Now\n"),
         ("vmstat diff", "# Vmstat SinceMark\n"),
         ("alloc_calls=dentry", "dentry\n"),
+        ("kmem", "# Kmem Now\n"),
+        ("kmem -s diff", "# KmemSlabs SinceMark\n"),
+        ("kmem -s dentry", "CACHE dentry Now\n"),
+        ("refs=0x10", "object 0x10: count 2\n"),
+        ("refs=dentry", "count  found  dentry\n"),
         ("bt 3", "pid Some(3)\n"),
         ("pause", "paused: resume lets the guest go on\n"),
         ("resume", "running already\n"),
@@ -179,6 +199,9 @@ fn replies_in_json_are_one_line() {
         ("json meminfo diff", r#"{"meminfo":[]}"#),
         ("json buddyinfo diff", r#"{"buddyinfo":[]}"#),
         ("json vmstat", r#"{"vmstat":[]}"#),
+        ("json kmem", r#"{"kmem":[]}"#),
+        ("json kmem -s a", r#"{"kmem -s":[]}"#),
+        ("json refs=a", r#"{"refs":[]}"#),
         ("json bt", r#"{"bt":[]}"#),
         ("json pause", r#"{"changed":true,"paused":true}"#),
         ("json resume", r#"{"changed":false,"paused":false}"#),
@@ -224,7 +247,7 @@ fn completion_offers_each_spelling() {
     assert_eq!(complete("st"), ["stack=off", "stack=on", "status"]);
     assert_eq!(complete("scan"), ["scan", "scan=", "scan=off", "scan=on"]);
     assert_eq!(complete("json cl"), ["json clear"]);
-    assert_eq!(complete("help r"), ["help regs", "help report", "help resume", "help roots"]);
+    assert_eq!(complete("help r"), ["help refs=", "help regs", "help report", "help resume", "help roots"]);
     assert_eq!(complete("json j"), Vec::<String>::new());
     assert!(complete("x").is_empty());
     assert!(complete("").len() > COMMANDS.len());

@@ -1,12 +1,13 @@
 //! The console's accounting: the guest's memory by cache, by site, by zone, read at a pause.
 
+use super::readings::Readings;
 use super::reporting::resolve;
-use super::{Detector, Parts};
+use super::{Detector, Parts, Work};
 use crate::console::{Account, Answer, TopBy, When};
-use crate::machine::FrozenRam;
 use anyhow::{Context, Result, bail};
 use introspect::accounting::calls::{self, Calls};
-use introspect::accounting::{Table, areas, counters, growth, slabs, zones};
+use introspect::accounting::slabs::DamagedCache;
+use introspect::accounting::{Table, areas, counters, growth, kmem, slabs, zones};
 use introspect::linux::slab::Cache;
 use introspect::memory::Va;
 use rustc_hash::FxHashMap;
@@ -113,23 +114,36 @@ impl Detector {
 
     pub(super) fn account(&self, account: Account, when: When) -> Result<Answer> {
         let work = self.work();
-        let name = account.name();
-        let before = match (when, &work.mark) {
-            (When::Now, _) => None,
-            (When::SinceMark, None) => bail!("Nothing to compare with: mark remembers the present for diff"),
-            (When::SinceMark, Some(mark)) => Some(
-                mark.get(&account).with_context(|| format!("{name} could not be read at the last mark"))?,
-            ),
-        };
         let paused = self.parts.machine.pause()?;
-        let mut tables = self.tables(account, &paused.memory())?;
+        let mut read = self.read(account, &Readings::new(&self.parts.linux, &paused.memory()))?;
         drop(paused);
-        for ((_, table), (_, before)) in tables.iter_mut().zip(before.into_iter().flatten()) {
-            *table = table.since(before);
+        if when == When::SinceMark {
+            read.subtract(marked(&work, account)?);
         }
-        let texts: Vec<String> = tables.iter().map(|(_, table)| table.text()).collect();
-        let members = tables.iter().map(|(name, table)| ((*name).to_owned(), table.json()));
-        Ok(Answer { text: texts.join("\n"), json: Value::Object(members.collect()) })
+        Ok(read.answer(account))
+    }
+
+    pub(super) fn kmem_cache_named(&self, name: &str, when: When) -> Result<Answer> {
+        const ACCOUNT: Account = Account::KmemSlabs;
+        let work = self.work();
+        let paused = self.parts.machine.pause()?;
+        let mut read = self.read(ACCOUNT, &Readings::new(&self.parts.linux, &paused.memory()))?;
+        drop(paused);
+        let mut before = match when {
+            When::Now => None,
+            When::SinceMark => Some(marked(&work, ACCOUNT)?.clone()),
+        };
+        let mut known = false;
+        for (_, table) in read.tables.iter_mut().chain(before.iter_mut().flatten()) {
+            kmem::only(table, name);
+            known |= !table.rows.is_empty();
+        }
+        if !known {
+            bail!("The guest has no slab cache {name:?}; kmem -s lists them");
+        }
+        read.damage.iter_mut().for_each(|damage| damage.retain(|one| one.cache.as_deref() == Some(name)));
+        before.iter().for_each(|before| read.subtract(before));
+        Ok(read.answer(ACCOUNT))
     }
 
     /// Remembers what this kernel has of the accounting.
@@ -137,12 +151,13 @@ impl Detector {
         let mut work = self.work();
         let paused = self.parts.machine.pause()?;
         let memory = &paused.memory();
+        let readings = Readings::new(&self.parts.linux, memory);
         let mut mark = Mark::default();
         let mut reason = None;
         for &account in Account::ALL {
-            match self.tables(account, memory) {
-                Ok(tables) => {
-                    mark.insert(account, tables);
+            match self.read(account, &readings) {
+                Ok(read) => {
+                    mark.insert(account, read.tables);
                 }
                 Err(error) => reason = Some(error),
             }
@@ -156,29 +171,68 @@ impl Detector {
         }
     }
 
-    fn tables(&self, account: Account, memory: &FrozenRam<'_>) -> Result<Tables> {
-        let linux = &self.parts.linux;
-        let counters = || linux.counters(memory).context("Cannot read the guest's counters");
+    fn read(&self, account: Account, readings: &Readings<'_>) -> Result<Read> {
         let table = match account {
-            Account::Slabinfo => {
-                let map = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
-                slabs::table(&map)
+            Account::Slabinfo => slabs::table(readings.slabs()?),
+            Account::KmemSlabs => kmem::slabs(readings.slabs()?),
+            Account::Vmallocinfo => areas::table(&readings.areas()?, &|va| self.name(va)),
+            Account::Meminfo => counters::meminfo(readings.counters()?, readings.totals()?),
+            Account::Vmstat => counters::vmstat(readings.counters()?),
+            Account::Kmem => {
+                kmem::info(readings.counters()?, readings.totals()?, readings.shared_pages().ok())
             }
-            Account::Vmallocinfo => {
-                let areas = linux.vmalloc_info(memory).context("Cannot read the guest's vmalloc areas")?;
-                areas::table(&areas, &|va| self.name(va))
-            }
-            Account::Meminfo => {
-                let totals = linux.totals(memory).context("Cannot read the guest's amounts of memory")?;
-                counters::meminfo(&counters()?, &totals)
-            }
-            Account::Vmstat => counters::vmstat(&counters()?),
             Account::Buddyinfo => {
-                let zones = linux.memory_zones(memory).context("Cannot read the guest's memory zones")?;
+                let zones = readings.zones()?;
                 let by_type = ("pagetypeinfo", zones::blocks_by_type(&zones));
-                return Ok(vec![(account.name(), zones::blocks(&zones)), by_type]);
+                let tables = vec![(account.name(), zones::blocks(&zones)), by_type];
+                return Ok(Read { tables, damage: None });
             }
         };
-        Ok(vec![(account.name(), table)])
+        let damage = match account {
+            Account::Slabinfo | Account::KmemSlabs => Some(slabs::damage(readings.slabs()?)),
+            _ => None,
+        };
+        Ok(Read { tables: vec![(account.name(), table)], damage })
+    }
+}
+
+/// The mark's tables of one account.
+fn marked(work: &Work, account: Account) -> Result<&Tables> {
+    let Some(mark) = &work.mark else {
+        bail!("Nothing to compare with: mark remembers the present for diff");
+    };
+    mark.get(&account).with_context(|| format!("{} could not be read at the last mark", account.name()))
+}
+
+/// One account as read.
+struct Read {
+    tables: Tables,
+    /// Of accounts of slabs: where they cannot be trusted.
+    damage: Option<Vec<DamagedCache>>,
+}
+
+impl Read {
+    /// Leaves what changed since `before`.
+    fn subtract(&mut self, before: &Tables) {
+        for ((_, table), (_, before)) in self.tables.iter_mut().zip(before) {
+            *table = table.since(before);
+        }
+    }
+
+    fn answer(self, account: Account) -> Answer {
+        let text = |table: &Table| match account {
+            Account::Kmem => kmem::info_text(table),
+            Account::KmemSlabs => kmem::slabs_text(table),
+            _ => table.text(),
+        };
+        let texts: Vec<String> = self.tables.iter().map(|(_, table)| text(table)).collect();
+        let mut text = texts.join("\n");
+        let mut members: Map<String, Value> =
+            self.tables.iter().map(|(name, table)| ((*name).to_owned(), table.json())).collect();
+        if let Some(damage) = self.damage {
+            text.extend(damage.iter().map(|damage| format!("# {damage}\n")));
+            members.insert("damaged".into(), json!(damage));
+        }
+        Answer { text, json: Value::Object(members) }
     }
 }

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use introspect::memory::{Pa, PhysicalMemory};
 use introspect::registry::{Kind, Object, Paint};
 use introspect::report::Leak;
-use introspect::scan::{Referrer, addresses, referrers, scan};
+use introspect::scan::{Reference, Referrer, addresses, referrers, scan};
 use serde_json::json;
 use std::time::{Duration, Instant};
 
@@ -94,7 +94,7 @@ impl Detector {
             found.len(),
             object.address
         );
-        let place = |referrer: &Referrer| match referrer {
+        let place = |reference: &Reference| match &reference.holder {
             Referrer::Root { pa, .. } => Ok(Pa(*pa)),
             Referrer::Object { object, .. } if object.kind == Kind::Percpu => {
                 bail!("A per-CPU object, {}, refers to the canary", object.address)

@@ -114,7 +114,7 @@ impl Target for Detector {
         drop((modules, state));
         let referrers = self.referrers(&work, &object)?;
         for referrer in &referrers {
-            let _ = writeln!(text, "    {referrer}");
+            let _ = writeln!(text, "    {}", referrer.holder);
         }
         if referrers.is_empty() {
             text.push_str("    nothing\n");
@@ -222,6 +222,18 @@ impl Target for Detector {
 
     fn accounting(&self, account: Account, when: When) -> Result<Answer> {
         self.account(account, when)
+    }
+
+    fn kmem_cache(&self, name: &str, when: When) -> Result<Answer> {
+        self.kmem_cache_named(name, when)
+    }
+
+    fn refs(&self, address: Va) -> Result<Answer> {
+        self.references_of(address)
+    }
+
+    fn refs_of(&self, cache: &str) -> Result<Answer> {
+        self.counts_of(cache)
     }
 
     fn mark(&self) -> Result<()> {

@@ -1,12 +1,18 @@
 //! The console's commands that explain a scan: why an object is reachable, and what the roots contribute.
 
 use super::Detector;
+use super::reporting::resolve;
 use crate::console::Answer;
 use crate::machine::FrozenRam;
 use anyhow::{Context, Result};
+use introspect::accounting::calls;
 use introspect::memory::Va;
 use introspect::registry::Object;
-use introspect::scan::{ScanInput, coverage, path};
+use introspect::scan::{ScanInput, coverage, path, refs};
+use serde_json::json;
+
+/// Objects that `refs=CACHE` shows.
+const SHOWN: usize = 30;
 
 impl Detector {
     pub(super) fn path_to(&self, address: Va) -> Result<Answer> {
@@ -27,6 +33,30 @@ impl Detector {
         at(address)
             .or_else(|| at(self.parts.linux.percpu_cookie(self.ram(), address)?))
             .with_context(|| format!("No tracked object at {address}"))
+    }
+
+    pub(super) fn references_of(&self, address: Va) -> Result<Answer> {
+        let refs = self.look(|input| refs::of_object(input, &self.parts.rules.counts, address))?;
+        Ok(Answer { text: refs.text(), json: refs.json() })
+    }
+
+    pub(super) fn counts_of(&self, cache: &str) -> Result<Answer> {
+        self.look(|input| {
+            let found = refs::of_cache(input, &self.parts.rules.counts, cache)?;
+            let symbolize = |va, at| resolve(input.linux, input.modules, va, at);
+            let mut table = found.table(&|counted| {
+                let frames = input.registry.stacks.get(counted.object.stack);
+                calls::site(frames, counted.object.sequence, &symbolize)
+            });
+            table.truncate(SHOWN);
+            let counter = &found.counter;
+            let json = json!({
+                "refs": table.json(), "cache": counter.cache, "type": counter.structure,
+                "member": counter.member, "objects": found.objects, "omitted": table.omitted,
+            });
+            let text = format!("{}{}\n", table.text(), found.summary());
+            Ok(Answer { text, json })
+        })
     }
 
     /// Pauses the machine and looks at what a scan would look at.

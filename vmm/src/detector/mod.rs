@@ -6,6 +6,7 @@ mod commands;
 mod doing;
 mod explain;
 mod quiet;
+mod readings;
 mod reporting;
 
 pub use canary::CANARY;
@@ -20,7 +21,7 @@ use introspect::linux::Linux;
 use introspect::linux::percpu::PercpuChunk;
 use introspect::memory::Va;
 use introspect::registry::{AllocEvent, Audit, Kind, Object, Paint};
-use introspect::scan::{Referrer, ScanInput, ScanResult, Treatments, addresses, referrers, scan};
+use introspect::scan::{Reference, ScanInput, ScanResult, Treatments, addresses, referrers, scan};
 use quiet::Allocator;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -211,7 +212,7 @@ impl Detector {
     }
 
     /// Pauses the machine and lists who refers to `object`.
-    fn referrers(&self, work: &Work, object: &Object) -> Result<Vec<Referrer>> {
+    fn referrers(&self, work: &Work, object: &Object) -> Result<Vec<Reference>> {
         let paused = self.parts.machine.pause()?;
         self.frozen(work, &paused, |input| referrers(input, &addresses(object)))
     }

@@ -91,6 +91,11 @@ impl SerialPort {
         *lock(&self.sink) = sink;
     }
 
+    /// Passes bytes on as if the guest had sent them.
+    pub fn show(&self, bytes: &[u8]) {
+        lock(&self.sink).output(bytes);
+    }
+
     /// True while the guest's driver has the port open.
     pub fn is_open(&self) -> bool {
         lock(&self.registers).open
@@ -264,6 +269,8 @@ mod tests {
         }
         let sent: Vec<Event> = events.try_iter().collect();
         assert_eq!(sent, [Event::Output(b"h".to_vec()), Event::Output(b"i".to_vec())]);
+        port.show(b"ho");
+        assert_eq!(events.try_iter().collect::<Vec<_>>(), [Event::Output(b"ho".to_vec())]);
     }
 
     #[test]

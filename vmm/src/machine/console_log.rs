@@ -55,6 +55,11 @@ impl ConsoleLog {
         self.lock().oom_kills
     }
 
+    /// True while the last line has no end yet, such as a prompt.
+    pub fn is_within_line(&self) -> bool {
+        !self.lock().partial.is_empty()
+    }
+
     /// True once the kernel has panicked and printed all it has to say.
     pub fn is_dead(&self) -> bool {
         self.lock().dead
@@ -147,7 +152,11 @@ mod tests {
 
     #[test]
     fn the_tail_is_the_last_lines_with_the_unfinished_one() {
-        assert_eq!(log("one\r\ntwo\x1b[m\r\nthr").tail(2), ["two.[m", "thr"]);
+        let log = log("one\r\ntwo\x1b[m\r\nthr");
+        assert_eq!(log.tail(2), ["two.[m", "thr"]);
+        assert!(log.is_within_line());
+        log.add(b"ee\r\n");
+        assert!(!log.is_within_line());
     }
 
     #[test]

@@ -254,6 +254,13 @@ impl Machine {
         self.serial(port).connect(sink);
     }
 
+    /// Prints a line among the guest's console output: to whoever sees that, and into the log of it. The guest does not
+    /// know.
+    pub fn announce(&self, line: &str) {
+        let gap = if self.console.is_within_line() { "\r\n" } else { "" };
+        self.serial(0).show(format!("{gap}{line}\r\n").as_bytes());
+    }
+
     /// What the guest printed on its console.
     pub fn console_log(&self) -> &Arc<ConsoleLog> {
         &self.console

@@ -40,7 +40,7 @@ pub fn until_end(
         if due || oom {
             last_scan = Instant::now();
             reports += 1;
-            if let Err(error) = scan_and_keep(detector, options, reports, oom) {
+            if let Err(error) = scan_and_keep(machine, detector, options, reports, oom) {
                 eprintln!("kleak-vmm: warning: {error:#}");
             }
         }
@@ -49,14 +49,27 @@ pub fn until_end(
 
 /// One automatic scan: says what is new, keeps its report, clears when asked. When the guest has run out of memory it also
 /// says who holds it: most of that is referenced.
-fn scan_and_keep(detector: &Detector, options: &RunOptions, number: u32, oom: bool) -> Result<()> {
+fn scan_and_keep(
+    machine: &Machine,
+    detector: &Detector,
+    options: &RunOptions,
+    number: u32,
+    oom: bool,
+) -> Result<()> {
     let new = detector.scan()?;
     let holders = if oom { Some(detector.holders()?) } else { None };
     if let Some(holders) = holders.as_ref().filter(|_| !options.quiet) {
         eprint!("kleak-vmm: the guest has run out of memory\n{}", holders.text);
     }
-    if new > 0 && !options.quiet {
-        eprintln!("kleak-vmm: {new} new suspected memory leaks; `report` shows them");
+    if new > 0 {
+        // In the words of the kernel's own.
+        let notice = format!("kmemleak: {new} new suspected memory leaks");
+        if options.notice_on_console {
+            machine.announce(&notice);
+        }
+        if !options.quiet {
+            eprintln!("kleak-vmm: {notice}; `report` shows them");
+        }
     }
     if let Some(dir) = &options.report_dir {
         let (mut text, mut json) = (detector.report_text()?, detector.report_json()?);
