@@ -31,6 +31,8 @@ const TABLES: u64 = 0x2000;
 pub(super) const PERCPU: u64 = 0x8000;
 /// Offset of `vm_event_states` in it.
 pub(super) const EVENTS: u32 = 0x40;
+/// Per-CPU offset of the spare `vmap_area`.
+pub(super) const SPARE: u32 = 0x18;
 /// From here on RAM is free for a test's structures.
 pub(super) const HEAP: u64 = 0x20_0000;
 
@@ -464,6 +466,7 @@ fn era_types(
             percpu = vec![("vm_event_states", EVENTS), ("pcpu_hot", 0)];
         }
     }
+    percpu.push(("ne_fit_preload_node", SPARE));
     enumeration(b, &values);
     let mut section = Vec::new();
     for (name, at) in percpu {

@@ -352,7 +352,10 @@ fn vmalloc_areas_are_listed_and_found() {
                 guest.list(set + 32 + 8, &nodes);
             }
         }
+        assert_eq!(guest.linux.idle_vmap_areas(&guest.memory()), Ok(vec![]));
+        guest.put(PERCPU + u64::from(SPARE), direct(area(3)));
         let memory = guest.memory();
+        assert_eq!(guest.linux.idle_vmap_areas(&memory), Ok(vec![Va(direct(area(3)))]));
         let areas = guest.linux.vmalloc_areas(&memory).expect("areas");
         let found: Vec<_> = areas.iter().map(|a| (a.start - VMALLOC, a.size, a.frames.clone())).collect();
         let frame = HEAP / PAGE_SIZE;

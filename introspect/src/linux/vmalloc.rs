@@ -55,6 +55,9 @@ struct Idle {
     lists: Vec<Va>,
     /// List heads in each node: the lazy and the purge list, and the pools by size.
     in_nodes: Vec<u64>,
+    /// The per-CPU pointer to a spare `vmap_area` (`ne_fit_preload_node`). It has not been cleared since it described the
+    /// area that was cut up or merged last, and so may hold the address of a block that is in use by now.
+    spare: Option<u64>,
 }
 
 impl Idle {
@@ -69,7 +72,7 @@ impl Idle {
         {
             in_nodes.extend((start..end).step_by(stride.max(1) as usize));
         }
-        Self { lists, in_nodes }
+        Self { lists, in_nodes, spare: lookup.percpu_if_any("ne_fit_preload_node") }
     }
 }
 
@@ -149,8 +152,8 @@ impl Linux {
         Ok(areas)
     }
 
-    /// `vmap_area`s that describe unused address space: free, or given back and not purged yet. Their addresses are the
-    /// neighbours' or those of blocks that are gone, no references. Unsorted, bounded.
+    /// `vmap_area`s that describe unused address space (free, or given back and not purged yet) or nothing. Their addresses
+    /// are the neighbours' or those of other times, no references. Unsorted, bounded.
     ///
     /// # Errors
     /// A damaged list, with its address.
@@ -170,6 +173,12 @@ impl Linux {
             }
             let nodes = self.list(memory, head, MAX_AREAS - areas.len())?;
             areas.extend(nodes.into_iter().map(|node| node - layout.list));
+        }
+        if let Some(spare) = layout.idle.spare {
+            for cpu in 0..self.cpu_count(memory)? {
+                areas.push(self.read_va(memory, self.percpu_base(memory, cpu)? + spare)?);
+            }
+            areas.retain(|&area| area != Va(0));
         }
         Ok(areas)
     }
