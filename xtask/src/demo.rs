@@ -1,11 +1,13 @@
 //! `cargo xtask demo`: plants leaks in a stock kernel and finds them.
 
 use crate::{build, setup};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use images::host_packages::Purpose;
 use images::kernel::Headers;
 use images::{Cache, KernelPackage, leaky, modules};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::thread;
 
 /// Stock kernel of the demonstration.
 const KERNEL: &str = "6.1-cloud";
@@ -19,10 +21,14 @@ const CASES: [&str; 12] = [
 /// Boots, plants, finds, and checks that every planted leak was named and nothing else.
 pub fn run() -> Result<()> {
     setup::install(&[Purpose::Guests])?;
-    let binary = build::binary()?;
     let cache = Cache::of_workspace();
-    let kernel = KernelPackage::fetch(&cache, KERNEL)?;
-    let module = modules::own(&cache, &Headers::fetch(&cache, &kernel)?, "leaky")?;
+    // The first time, both take long.
+    let (binary, guest) = thread::scope(|scope| {
+        let guest = scope.spawn(|| guest(&cache));
+        (build::binary(), guest.join())
+    });
+    let binary = binary?;
+    let (kernel, module) = guest.map_err(|_| anyhow!("Preparing the guest panicked"))??;
     let mut spec = module.into_os_string();
     for case in CASES {
         spec.push(format!(",case={case}"));
@@ -42,6 +48,13 @@ pub fn run() -> Result<()> {
         .with_context(|| format!("Cannot run {}", binary.display()))?;
     ensure!(status.success(), "kleak-vmm ended with {status}");
     check(&std::fs::read_to_string(&report).context("Cannot read the report")?)
+}
+
+/// The stock kernel, and the module built for it.
+fn guest(cache: &Cache) -> Result<(KernelPackage, PathBuf)> {
+    let kernel = KernelPackage::fetch(cache, KERNEL)?;
+    let module = modules::own(cache, &Headers::fetch(cache, &kernel)?, "leaky")?;
+    Ok((kernel, module))
 }
 
 /// The report against what was planted: by function, since each case allocates in one named after it.
