@@ -7,6 +7,7 @@ use super::{ScanInput, collect_roots, heap};
 use crate::memory::{FrozenMemory, Va};
 use crate::registry::Object;
 use anyhow::Context;
+use rustc_hash::FxHashSet;
 use std::fmt;
 use std::ops::Range;
 
@@ -123,7 +124,11 @@ pub(super) fn each_word<M: FrozenMemory>(
             visit(Holder::Register { cpu: cpu.index }, word);
         }
     }
-    for object in heap(input.registry) {
+    // Stacks and modules lie in vmalloc blocks, of which the roots have what counts.
+    let modules = input.modules.live().flat_map(|module| &module.regions);
+    let in_roots: FxHashSet<Va> =
+        roots.stacks.iter().copied().chain(modules.map(|region| Va(region.range.start))).collect();
+    for object in heap(input.registry).filter(|object| !in_roots.contains(&object.address)) {
         for copy in guest.copies(object.address) {
             // As scans read them: aligned words only.
             let aligned = Va(copy.0.next_multiple_of(8))..copy + object.size;

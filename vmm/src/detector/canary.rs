@@ -60,6 +60,7 @@ impl Detector {
             "size": leak.size,
             "hidden_references": hidden.len(),
             "group": leak.group,
+            "sequence": object.sequence,
             "functions": symbols,
         } });
         Ok(Answer { text, json })
@@ -106,7 +107,11 @@ impl Detector {
             }
             Referrer::Register { cpu } => bail!("A register of vCPU {cpu} refers to the canary; try again"),
         };
-        found.iter().map(place).collect()
+        let mut places: Vec<Pa> = found.iter().map(place).collect::<Result<_>>()?;
+        // Two mappings of one page are one word.
+        places.sort_unstable_by_key(|pa| pa.0);
+        places.dedup();
+        Ok(places)
     }
 
     /// Scans as any scan does, without keeping the result, and looks for the object in the report.
@@ -137,8 +142,8 @@ fn hide(paused: &mut Paused<'_>, words: &[Pa], hidden: &mut Vec<Hidden>) -> Resu
     Ok(())
 }
 
-/// Puts the words back, all that can be.
+/// Puts the words back, all that can be; last taken, first put back.
 fn restore(paused: &mut Paused<'_>, hidden: &[Hidden]) -> Result<()> {
-    let written: Vec<_> = hidden.iter().map(|h| paused.write(h.pa, &h.word.to_le_bytes())).collect();
+    let written: Vec<_> = hidden.iter().rev().map(|h| paused.write(h.pa, &h.word.to_le_bytes())).collect();
     written.into_iter().collect::<Result<(), _>>().context("Cannot put the canary's references back")
 }
