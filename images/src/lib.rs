@@ -7,6 +7,7 @@ pub mod debian;
 pub mod host_packages;
 pub mod initramfs;
 pub mod kernel;
+#[cfg(feature = "lab")]
 pub mod lab;
 pub mod leaky;
 pub mod module_file;

@@ -1,12 +1,13 @@
 //! `cargo xtask images`: prepares or lists guest images.
 
-use crate::setup;
-use anyhow::{Result, bail};
+use crate::{build, setup};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use images::host_packages::Purpose;
 use images::kernel::{Headers, LINES};
-use images::{Cache, KernelPackage, Oracle, lab, modules, programs};
+use images::{Cache, KernelPackage, Oracle, modules, programs};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 /// See the module.
 #[derive(Args)]
@@ -56,7 +57,7 @@ pub fn run(options: &Options) -> Result<()> {
                     line("program", &programs::build(&cache, name)?);
                 }
             }
-            "lab" => line("lab", &lab::prepare_svm(&cache.folder().join("lab"))?.kernel),
+            "lab" => prepare_lab(&cache)?,
             "oracle" => prepare_oracle(&cache)?,
             kernel => prepare_kernel(&cache, kernel)?,
         }
@@ -83,6 +84,18 @@ fn prepare_kernel(cache: &Cache, name: &str) -> Result<()> {
     line("modules", &kernel.modules_dir);
     line("headers", &headers.build);
     prepare_modules(cache, &headers)
+}
+
+/// The binary does that itself, at the latest when it first needs the lab.
+fn prepare_lab(cache: &Cache) -> Result<()> {
+    let folder = cache.folder().join("lab");
+    let mut doctor = Command::new(build::binary()?);
+    doctor.args(["doctor", "--prepare-lab"]).env("KLEAK_LAB_DIR", &folder).stdout(Stdio::null());
+    // That no guest runs here even so, exit code 4, is for the doctor to say.
+    let status = doctor.status().context("Cannot run kleak-vmm")?;
+    ensure!(matches!(status.code(), Some(0 | 4)), "kleak-vmm doctor --prepare-lab ended with {status}");
+    line("lab", &folder);
+    Ok(())
 }
 
 fn prepare_oracle(cache: &Cache) -> Result<()> {

@@ -88,6 +88,9 @@ pub struct DoctorOptions {
     /// One line of JSON instead of text
     #[arg(long)]
     pub json: bool,
+    /// Prepare the lab first, which needs Debian's mirror once: later runs need no network
+    #[arg(long)]
+    pub prepare_lab: bool,
 }
 
 /// The whole program: parses `args` (with the program's name first), runs the subcommand, prints an error once.

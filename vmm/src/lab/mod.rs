@@ -28,6 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use images::lab::{SvmLab, prepare_svm, prepared_svm};
 
 pub use decide::{Decision, decide};
 pub use job::Job;
@@ -58,7 +59,7 @@ pub fn folder() -> Result<PathBuf> {
 
 /// Whether the lab's files are there already.
 pub fn is_prepared() -> bool {
-    folder().is_ok_and(|folder| images::lab::prepared_svm(&folder).is_some())
+    folder().is_ok_and(|folder| prepared_svm(&folder).is_some())
 }
 
 /// `kleak-vmm run` in the lab; `reason` is why it does not run here, where the user did not ask for the lab.
@@ -105,15 +106,22 @@ fn start(job: &Job, streams: &host::Streams) -> Result<host::Ended> {
             .hint("apt-get install qemu-system-x86")
     })?;
     job.check_memory()?;
+    host::run(job, &prepare()?, &program, streams)
+}
+
+/// Makes the lab's files, unless they are there.
+///
+/// # Errors
+/// Debian's mirror or a tool is missing, with a hint.
+pub fn prepare() -> Result<SvmLab> {
     let folder = folder()?;
-    if images::lab::prepared_svm(&folder).is_none() {
+    if prepared_svm(&folder).is_none() {
         eprintln!("kleak-vmm: preparing the lab (once): its kernel comes from Debian's mirror");
     }
-    let lab = images::lab::prepare_svm(&folder).with_context(|| {
+    prepare_svm(&folder).with_context(|| {
         Failure::host("Cannot prepare the lab")
             .hint("it needs apt-get, dpkg and Debian's mirror once; KLEAK_LAB_DIR may name a folder prepared elsewhere")
-    })?;
-    host::run(job, &lab, &program, streams)
+    })
 }
 
 fn exit_code(code: i32) -> Result<ExitCode> {
