@@ -318,12 +318,13 @@ impl Results {
     }
 
     /// The exit code of the contract. A lost canary comes first, as nothing else can be believed then; leaks go before
-    /// tests that could not be made, as `run --fail-on-leak` has it. A host that could run none of them cannot.
+    /// tests that could not be made, as `run --fail-on-leak` has it, and a test that failed may well leak on its way out.
+    /// A host that could run none of them cannot.
     pub fn exit_code(&self) -> ExitCode {
         let any = |outcomes: &[Outcome]| self.tests.iter().any(|test| outcomes.contains(&test.outcome));
         match () {
             () if self.canary_lost() => ExitCode::Guest,
-            () if any(&[Outcome::Leaked, Outcome::Missing]) => ExitCode::Leaks,
+            () if any(&[Outcome::Leaked, Outcome::Missing]) || self.leaks(State::New) > 0 => ExitCode::Leaks,
             () if !self.tests.is_empty() && self.count(Outcome::Worker) == self.tests.len() => ExitCode::Host,
             () if !self.complete || self.tests.iter().any(|test| test.outcome != Outcome::Passed) => {
                 ExitCode::Guest
@@ -404,6 +405,10 @@ mod tests {
         assert_eq!(of(&[Interrupted]).exit_code(), ExitCode::Guest);
         assert_eq!(of(&[Outcome::Worker, Outcome::Worker]).exit_code(), ExitCode::Host);
         assert_eq!(of(&[Outcome::Worker, Passed]).exit_code(), ExitCode::Guest);
+        let mut leaky = TestResult { outcome: Outcome::Failed, ..test("k/g/t", vec![group("a", 1, "a_probe")]) };
+        assert_eq!(results(vec![leaky.clone()]).exit_code(), ExitCode::Leaks);
+        leaky.groups[0].state = State::Known;
+        assert_eq!(results(vec![leaky]).exit_code(), ExitCode::Guest);
         let mut partial = of(&[Passed]);
         partial.complete = false;
         assert_eq!(partial.exit_code(), ExitCode::Guest);
