@@ -110,6 +110,8 @@ struct Session<'a> {
     began: Instant,
     /// Leaks of the boot itself, for the test that asks for them.
     of_boot: Vec<Group>,
+    /// Leaks of the test at hand: whatever happens next, they are in its result.
+    taken: Vec<Group>,
 }
 
 impl<'a> Session<'a> {
@@ -124,6 +126,7 @@ impl<'a> Session<'a> {
             up: false,
             began: Instant::now(),
             of_boot: Vec::new(),
+            taken: Vec::new(),
         }
     }
 
@@ -167,7 +170,7 @@ impl<'a> Session<'a> {
             canary: self.canary.take(),
             unasked_leaks: match suite.tests.iter().any(is_boot_test) {
                 true => 0,
-                false => self.of_boot.iter().map(|group| group.count).sum(),
+                false => count(&self.of_boot),
             },
         });
     }
@@ -277,7 +280,7 @@ impl<'a> Session<'a> {
             if mark.number > answered {
                 match mark.what {
                     What::Ready => {
-                        self.of_boot = take_leaks(worker).map_err(End::Detector)?;
+                        take_leaks(worker, &mut self.of_boot).map_err(End::Detector)?;
                         self.ask_canary(worker)?;
                         self.up = true;
                         self.console.clear();
@@ -311,19 +314,16 @@ impl<'a> Session<'a> {
             return Err(out_of_step());
         };
         let row = &self.suite().tests[test];
-        let mut groups = take_leaks(worker).map_err(End::Detector)?;
-        let count = |groups: &[Group]| groups.iter().map(|group| group.count).sum::<u64>();
+        take_leaks(worker, &mut self.taken).map_err(End::Detector)?;
         for _ in 1..TRIES {
-            if trouble.is_some() || !row.expected.any() || count(&groups) >= row.expected.count.unwrap_or(1) {
+            let wanted = row.expected.count.unwrap_or(1);
+            if trouble.is_some() || !row.expected.any() || count(&self.taken) >= wanted {
                 break;
             }
             std::thread::sleep(PAUSE);
-            add(&mut groups, take_leaks(worker).map_err(End::Detector)?);
+            take_leaks(worker, &mut self.taken).map_err(End::Detector)?;
         }
         self.ask_canary(worker)?;
-        if is_boot_test(row) {
-            add(&mut groups, std::mem::take(&mut self.of_boot));
-        }
         let (outcome, message) = match trouble {
             Some(Trouble::Late) => (Outcome::TimedOut, format!("it did not end within {} s", row.timeout_s)),
             Some(Trouble::Setup) => (Outcome::Failed, format!("its set-up exited with {status}")),
@@ -336,7 +336,6 @@ impl<'a> Session<'a> {
         };
         let mut result = self.result(test, outcome, &message);
         result.status = (row.action != Action::Nothing).then_some(status);
-        result.groups = groups;
         if outcome == Outcome::Passed {
             result.console.clear();
         }
@@ -393,12 +392,18 @@ impl<'a> Session<'a> {
     }
 
     fn fail(&mut self, test: usize, outcome: Outcome, message: &str) {
-        self.sink.test(self.result(test, outcome, message), &self.suite().tests[test]);
+        let result = self.result(test, outcome, message);
+        self.sink.test(result, &self.suite().tests[test]);
     }
 
-    fn result(&self, test: usize, outcome: Outcome, message: &str) -> TestResult {
+    /// The result of a test, with the leaks found so far.
+    fn result(&mut self, test: usize, outcome: Outcome, message: &str) -> TestResult {
         let suite = self.suite();
         let Boot { kernel, guest, .. } = self.boot;
+        let mut groups = std::mem::take(&mut self.taken);
+        if is_boot_test(&suite.tests[test]) {
+            add(&mut groups, std::mem::take(&mut self.of_boot));
+        }
         TestResult {
             id: matrix::id(suite, kernel, guest, test),
             kernel: suite.kernels[kernel].name.clone(),
@@ -408,7 +413,7 @@ impl<'a> Session<'a> {
             message: message.to_owned(),
             status: None,
             millis: millis(self.began),
-            groups: Vec::new(),
+            groups,
             console: self.console.iter().cloned().collect(),
         }
     }
@@ -507,16 +512,21 @@ impl Files {
     }
 }
 
-/// Scans, takes what is reported, and has it cleared.
-fn take_leaks(worker: &mut Worker) -> Result<Vec<Group>> {
+/// Scans, adds what is reported to `taken`, and has it cleared.
+fn take_leaks(worker: &mut Worker, taken: &mut Vec<Group>) -> Result<()> {
     worker.request("scan")?;
     let mut report = worker.request("report")?;
     let groups = report.get_mut("groups").map(Value::take).unwrap_or_default();
     let groups: Vec<Group> = serde_json::from_value(groups).context("The report's groups")?;
     if !groups.is_empty() {
+        add(taken, groups);
         worker.request("clear")?;
     }
-    Ok(groups)
+    Ok(())
+}
+
+fn count(groups: &[Group]) -> u64 {
+    groups.iter().map(|group| group.count).sum()
 }
 
 /// Adds leaks, those of the same group together.

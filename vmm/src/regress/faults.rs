@@ -80,9 +80,9 @@ fn play(command: &str, detector: &Detector) -> String {
             std::process::exit(3)
         }
         ["off"] => std::process::exit(0),
-        ["blind"] => {
+        ["blind", name, count] => {
             detector.canary.store(false, SeqCst);
-            "0 ok".to_owned()
+            play(&format!("leak {name} {count}"), detector)
         }
         ["killed"] => {
             // SAFETY: no pointers.
@@ -260,9 +260,10 @@ fn a_kernel_that_does_not_boot_hurts_no_other() {
 
 #[test]
 fn without_its_canary_no_test_is_believed() {
-    let results = Case::new(&suite("", &["good"], &["exit 0", "blind", "leak a 1"])).run();
-    let wanted = [("exit 0", Outcome::Passed), ("blind", Outcome::Canary), ("leak a 1", Outcome::Leaked)];
+    let results = Case::new(&suite("", &["good"], &["exit 0", "blind b 2", "leak a 1"])).run();
+    let wanted = [("exit 0", Outcome::Passed), ("blind b 2", Outcome::Canary), ("leak a 1", Outcome::Leaked)];
     assert_eq!(outcomes(&results), wanted);
+    assert_eq!(results.tests[1].leaks(State::New), 2, "leaks found before the canary was lost");
     assert!(
         results.canary_lost() && results.tests[1].message.contains("the canary flew"),
         "{:?}",
