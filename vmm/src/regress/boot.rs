@@ -366,7 +366,7 @@ impl<'a> Session<'a> {
                 (Outcome::Worker, format!("the process with the guest was killed by signal {signal}"))
             }
             (_, Ending { code: Some(4), .. }) => {
-                (Outcome::Worker, said.unwrap_or("this host cannot run it").to_owned())
+                (Outcome::Host, said.unwrap_or("this host cannot run it").to_owned())
             }
             (_, Ending { code: Some(3), .. }) if running => {
                 (Outcome::Crashed, said.unwrap_or("it failed").to_owned())

@@ -119,6 +119,10 @@ fn worker_that_is_played() {
             eprintln!("kleak-vmm: error: The guest triple faulted");
             std::process::exit(3);
         }
+        "no-kvm" => {
+            eprintln!("kleak-vmm: error: No usable KVM");
+            std::process::exit(4);
+        }
         "mute" => std::thread::sleep(Duration::from_secs(600)),
         "boot-leaks" => detector.leaks.lock().unwrap().push(("boot".into(), 2)),
         _ => {}
@@ -147,7 +151,7 @@ impl Case {
         let name = format!("kleak-faults-{}-{}", std::process::id(), NEXT.fetch_add(1, SeqCst));
         let folder = std::env::temp_dir().join(name);
         fs::create_dir_all(&folder).unwrap();
-        for kernel in ["good", "dead", "mute", "boot-leaks"] {
+        for kernel in ["good", "dead", "no-kvm", "mute", "boot-leaks"] {
             fs::write(folder.join(kernel), "kernel").unwrap();
         }
         let myself = std::env::current_exe().unwrap();
@@ -256,6 +260,16 @@ fn a_kernel_that_does_not_boot_hurts_no_other() {
         of("absent").iter().all(|(o, why)| *o == Outcome::NotBooted && why.contains("Cannot read kernel"))
     );
     assert_eq!(of("good"), [(Outcome::Passed, ""), (Outcome::Leaked, "1 new leaks")]);
+}
+
+#[test]
+fn a_host_that_cannot_is_told_from_a_process_that_died() {
+    let results = Case::new(&suite("", &["no-kvm"], &["exit 0", "leak a 1"])).run();
+    assert_eq!(outcomes(&results), [("exit 0", Outcome::Host), ("leak a 1", Outcome::Host)]);
+    assert_eq!(results.tests[0].message, "No usable KVM");
+    assert_eq!(results.exit_code(), ExitCode::Host);
+    let results = Case::new(&suite("", &["good"], &["killed"])).run();
+    assert_eq!((outcomes(&results)[0].1, results.exit_code()), (Outcome::Worker, ExitCode::Guest));
 }
 
 #[test]

@@ -29,8 +29,10 @@ pub enum Outcome {
     Hung,
     /// The guest did not come up, or died before the test's turn.
     NotBooted,
-    /// The process with the guest was killed, or this host could not run it.
+    /// The process with the guest was killed, or the detector did not answer.
     Worker,
+    /// This host cannot run the guest, says the process that was to.
+    Host,
     /// The detector no longer worked: its canary was not found.
     Canary,
     /// The run was ended before.
@@ -39,7 +41,7 @@ pub enum Outcome {
 
 impl Outcome {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Passed,
         Self::Leaked,
         Self::Missing,
@@ -49,6 +51,7 @@ impl Outcome {
         Self::Hung,
         Self::NotBooted,
         Self::Worker,
+        Self::Host,
         Self::Canary,
         Self::Interrupted,
     ];
@@ -65,6 +68,7 @@ impl Outcome {
             Self::Hung => "hung",
             Self::NotBooted => "not-booted",
             Self::Worker => "worker",
+            Self::Host => "host",
             Self::Canary => "canary",
             Self::Interrupted => "interrupted",
         }
@@ -325,7 +329,7 @@ impl Results {
         match () {
             () if self.canary_lost() => ExitCode::Guest,
             () if any(&[Outcome::Leaked, Outcome::Missing]) || self.leaks(State::New) > 0 => ExitCode::Leaks,
-            () if !self.tests.is_empty() && self.count(Outcome::Worker) == self.tests.len() => ExitCode::Host,
+            () if !self.tests.is_empty() && self.count(Outcome::Host) == self.tests.len() => ExitCode::Host,
             () if !self.complete || self.tests.iter().any(|test| test.outcome != Outcome::Passed) => {
                 ExitCode::Guest
             }
@@ -403,8 +407,9 @@ mod tests {
         assert_eq!(of(&[Missing]).exit_code(), ExitCode::Leaks);
         assert_eq!(of(&[Passed, Crashed]).exit_code(), ExitCode::Guest);
         assert_eq!(of(&[Interrupted]).exit_code(), ExitCode::Guest);
-        assert_eq!(of(&[Outcome::Worker, Outcome::Worker]).exit_code(), ExitCode::Host);
-        assert_eq!(of(&[Outcome::Worker, Passed]).exit_code(), ExitCode::Guest);
+        assert_eq!(of(&[Outcome::Host, Outcome::Host]).exit_code(), ExitCode::Host);
+        assert_eq!(of(&[Outcome::Host, Passed]).exit_code(), ExitCode::Guest);
+        assert_eq!(of(&[Outcome::Worker, Outcome::Worker]).exit_code(), ExitCode::Guest);
         let mut leaky = TestResult { outcome: Outcome::Failed, ..test("k/g/t", vec![group("a", 1, "a_probe")]) };
         assert_eq!(results(vec![leaky.clone()]).exit_code(), ExitCode::Leaks);
         leaky.groups[0].state = State::Known;
