@@ -327,7 +327,9 @@ impl<'a> Session<'a> {
         let (outcome, message) = match trouble {
             Some(Trouble::Late) => (Outcome::TimedOut, format!("it did not end within {} s", row.timeout_s)),
             Some(Trouble::Setup) => (Outcome::Failed, format!("its set-up exited with {status}")),
-            Some(Trouble::Load(name)) => (Outcome::Failed, format!("module {name} could not be loaded")),
+            Some(Trouble::Load(name)) => {
+                (Outcome::Failed, format!("module {name} could not be loaded, or was loaded already"))
+            }
             Some(Trouble::Unload(name)) => (Outcome::Failed, format!("module {name} could not be unloaded")),
             None if row.action != Action::Nothing && status != row.status => {
                 (Outcome::Failed, format!("it exited with {status}, not with {}", row.status))
