@@ -178,11 +178,15 @@ impl Case {
         Self { folder, options }
     }
 
-    fn run_with(&self, live: &Arc<Live>) -> Results {
+    fn finish(&self, live: &Arc<Live>) -> Finished {
         let suite = self.options.suite.as_ref().unwrap();
         let grace = Duration::from_millis(1500);
-        let results =
-            run_suite(suite, &self.options, &self.folder.join("worker"), grace, Arc::clone(live)).unwrap();
+        run_suite(suite, &self.options, &self.folder.join("worker"), grace, Arc::clone(live)).unwrap()
+    }
+
+    fn run_with(&self, live: &Arc<Live>) -> Results {
+        let Finished { results, saved } = self.finish(live);
+        saved.unwrap();
         let written = fs::read_to_string(self.folder.join("results.json")).unwrap();
         assert_eq!(serde_json::from_str::<Results>(&written).unwrap(), results);
         assert!(live.is_empty(), "a process is left behind");
@@ -344,7 +348,7 @@ fn a_baseline_tells_new_from_known_from_fixed() {
         Duration::ZERO,
         Arc::default(),
     );
-    assert_eq!(failure::exit_code(&missing.unwrap_err()), ExitCode::Usage);
+    assert_eq!(failure::exit_code(&missing.err().unwrap()), ExitCode::Usage);
     case.options.outputs.update_baseline = true;
     assert_eq!(case.run().exit_code(), ExitCode::Leaks);
     case.options.outputs.update_baseline = false;
@@ -359,6 +363,27 @@ fn a_baseline_tells_new_from_known_from_fixed() {
 }
 
 #[test]
+fn a_report_that_cannot_be_written_loses_nothing_else() {
+    for (command, code) in [("leak a 1", Some(ExitCode::Leaks)), ("blind a 1", Some(ExitCode::Guest)), ("exit 0", None)]
+    {
+        let mut case = Case::new(&suite("baseline = \"base.json\"", &["good"], &[command]));
+        // Where the report is to be made whole there is a folder already.
+        fs::create_dir(case.folder.join("blocked.json.part")).unwrap();
+        case.options.outputs.reports.insert(0, case.folder.join("blocked.json"));
+        case.options.outputs.update_baseline = true;
+        let finished = case.finish(&Arc::default());
+        let error = finished.saved.as_ref().unwrap_err();
+        assert_eq!(failure::exit_code(error), ExitCode::Usage, "{error:#}");
+        assert_eq!(finished.results.tests.len(), 1);
+        let written = fs::read_to_string(case.folder.join("results.json")).unwrap();
+        assert_eq!(serde_json::from_str::<Results>(&written).unwrap(), finished.results);
+        let known = Baseline::read(&case.folder.join("base.json"), false).unwrap();
+        assert_eq!(known.has("a"), code.is_some());
+        assert_eq!(finished.exit_code().ok(), code, "{command}");
+    }
+}
+
+#[test]
 fn merged_shards_are_the_whole() {
     let mut case = Case::new(&suite("", &["good"], &["exit 0", "leak a 1", "exit 3", "leak b 1", "noise"]));
     let whole = case.run();
@@ -369,14 +394,15 @@ fn merged_shards_are_the_whole() {
         assert!(part.tests.len() < 5 && !part.tests.is_empty());
         fs::rename(case.folder.join("results.json"), file).unwrap();
     }
-    let joined = merge(&files, &Outputs::default()).unwrap();
+    let joined = merge(&files, &Outputs::default()).unwrap().results;
     let mut all = outcomes(&joined);
     all.sort_by_key(|(name, _)| whole.tests.iter().position(|test| test.test == *name));
     assert_eq!((all, joined.shard.clone(), joined.complete), (outcomes(&whole), None, true));
     for wrong in
         [vec![files[0].clone(); 2], vec![case.folder.join("suite.toml")], vec![case.folder.join("absent")]]
     {
-        assert_eq!(failure::exit_code(&merge(&wrong, &Outputs::default()).unwrap_err()), ExitCode::Usage);
+        let error = merge(&wrong, &Outputs::default()).err().unwrap();
+        assert_eq!(failure::exit_code(&error), ExitCode::Usage);
     }
     let action = Some(RegressAction::Merge(MergeOptions {
         files: vec![case.folder.join("absent")],

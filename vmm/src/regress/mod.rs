@@ -64,8 +64,28 @@ pub fn regress(options: &RegressOptions) -> Result<ExitCode> {
     }
 }
 
+/// Results, and what became of the files that they go to.
+struct Finished {
+    results: Results,
+    saved: Result<()>,
+}
+
+impl Finished {
+    /// Leaks and a lost canary are worse than a file that could not be written.
+    fn exit_code(self) -> Result<ExitCode> {
+        let code = self.results.exit_code();
+        match self.saved {
+            Err(error) if code == ExitCode::Leaks || self.results.canary_lost() => {
+                failure::report(&error);
+                Ok(code)
+            }
+            saved => saved.map(|()| code),
+        }
+    }
+}
+
 fn run(options: &RegressOptions) -> Result<ExitCode> {
-    let results = match (&options.action, &options.suite) {
+    let mut finished = match (&options.action, &options.suite) {
         (Some(RegressAction::Merge(options)), _) => merge(&options.files, &options.outputs)?,
         (None, Some(suite)) => {
             let live = Arc::new(Live::default());
@@ -76,8 +96,8 @@ fn run(options: &RegressOptions) -> Result<ExitCode> {
         }
         (None, None) => return Err(Failure::usage("No suite").hint("kleak-vmm regress SUITE.toml").into()),
     };
-    print(&write::text(&results))?;
-    Ok(results.exit_code())
+    finished.saved = print(&write::text(&finished.results)).and(finished.saved);
+    finished.exit_code()
 }
 
 /// Runs the suite with `program` as the one that boots guests, and `grace` for what a guest does beside its tests.
@@ -87,7 +107,7 @@ fn run_suite(
     program: &Path,
     grace: Duration,
     live: Arc<Live>,
-) -> Result<Results> {
+) -> Result<Finished> {
     let suite = suite::read(path)?;
     check_files(&suite, &options.outputs)?;
     let boots = matrix::boots(&suite, options.shard, options.only.as_deref());
@@ -122,24 +142,25 @@ fn run_suite(
         live,
     };
     run_boots(&environment, &boots, options.jobs, &collector);
-    let mut results = collector.finish()?;
-    conclude(&mut results, baseline, baseline_path.as_deref(), &options.outputs)?;
-    Ok(results)
+    Ok(conclude(collector.finish(), baseline, baseline_path.as_deref(), &options.outputs))
 }
 
 /// Compares with the baseline, brings it up to date where asked, and writes the results for good.
 fn conclude(
-    results: &mut Results,
+    mut results: Results,
     mut baseline: Baseline,
     path: Option<&Path>,
     outputs: &Outputs,
-) -> Result<()> {
+) -> Finished {
     results.compare(&baseline);
+    let mut saved = Ok(());
     if let Some(path) = path.filter(|_| outputs.update_baseline) {
-        baseline.update(results);
-        write::whole(path, &baseline.text())?;
+        baseline.update(&results);
+        saved = write::whole(path, &baseline.text());
     }
-    write::all(results, &outputs.reports)
+    // One file that cannot be written does not keep the others.
+    let written = write::all(&results, &outputs.reports);
+    Finished { results, saved: saved.and(written) }
 }
 
 fn read_baseline(path: Option<&Path>, update: bool) -> Result<Baseline> {
@@ -217,7 +238,7 @@ fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collect
 }
 
 /// Joins the results of shards.
-fn merge(files: &[PathBuf], outputs: &Outputs) -> Result<Results> {
+fn merge(files: &[PathBuf], outputs: &Outputs) -> Result<Finished> {
     let mut joined: Option<Results> = None;
     for path in files {
         let failure = || {
@@ -241,10 +262,9 @@ fn merge(files: &[PathBuf], outputs: &Outputs) -> Result<Results> {
             Some(joined) => joined.join(results),
         }
     }
-    let mut results = joined.ok_or_else(|| Failure::usage("No results to merge"))?;
+    let results = joined.ok_or_else(|| Failure::usage("No results to merge"))?;
     let baseline = read_baseline(outputs.baseline.as_deref(), outputs.update_baseline)?;
-    conclude(&mut results, baseline, outputs.baseline.as_deref(), outputs)?;
-    Ok(results)
+    Ok(conclude(results, baseline, outputs.baseline.as_deref(), outputs))
 }
 
 /// Lets so many boots run at a time as there is memory for, one at least.
