@@ -384,6 +384,51 @@ fn a_report_that_cannot_be_written_loses_nothing_else() {
 }
 
 #[test]
+fn an_empty_shard_has_passed() {
+    let mut case = Case::new(&suite("", &["good"], &["exit 0"]));
+    let text = suite::read(case.options.suite.as_ref().unwrap()).unwrap();
+    let shard = |index| matrix::Shard { index, count: 2 };
+    let full = (1..=2).find(|&index| !matrix::boots(&text, Some(shard(index)), None).is_empty()).unwrap();
+    let files = [full, 3 - full].map(|index| {
+        case.options.shard = Some(shard(index));
+        case.options.only = Some("exit".to_owned());
+        let part = case.run();
+        assert_eq!((part.tests.is_empty(), part.complete), (index != full, true));
+        assert_eq!(part.exit_code(), ExitCode::Success);
+        let file = case.folder.join(format!("{index}.json"));
+        fs::rename(case.folder.join("results.json"), &file).unwrap();
+        file
+    });
+    assert_eq!(merge(&files, &Outputs::default()).unwrap().exit_code().unwrap(), ExitCode::Success);
+    case.options.only = Some("absent".to_owned());
+    let suite = case.options.suite.as_ref().unwrap();
+    let error = run_suite(suite, &case.options, Path::new("x"), Duration::ZERO, Arc::default()).err().unwrap();
+    assert_eq!(failure::exit_code(&error), ExitCode::Usage);
+}
+
+#[test]
+fn what_an_earlier_run_left_is_no_result() {
+    let case = Case::new(&suite("", &["good"], &["exit 0"]));
+    let file = case.folder.join("results.json");
+    assert_eq!(case.run().exit_code(), ExitCode::Success);
+    fs::write(case.folder.join("suite.toml"), suite("", &["mute"], &["exit 0"])).unwrap();
+    let live: Arc<Live> = Arc::default();
+    let (stop, seen) = (Arc::clone(&live), file.clone());
+    let ender = std::thread::spawn(move || {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let begun = || fs::read_to_string(&seen).is_ok_and(|text| text.contains("\"complete\": false"));
+        while !begun() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let began = begun();
+        stop.stop();
+        began
+    });
+    case.run_with(&live);
+    assert!(ender.join().unwrap(), "the results of the run before stay until the first test has ended");
+}
+
+#[test]
 fn merged_shards_are_the_whole() {
     let mut case = Case::new(&suite("", &["good"], &["exit 0", "leak a 1", "exit 3", "leak b 1", "noise"]));
     let whole = case.run();

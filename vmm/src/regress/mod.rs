@@ -115,12 +115,12 @@ fn run_suite(
         boot.tests.iter().map(|&test| matrix::id(&suite, boot.kernel, boot.guest, test)).collect::<Vec<_>>()
     };
     let order: Vec<String> = boots.iter().flat_map(ids).collect();
-    if order.is_empty() {
-        // A shard may well be empty; a name that is none is a mistake.
-        if let Some(only) = &options.only {
-            let what = format!("No test of {} has {only:?} in its name", path.display());
-            return Err(Failure::usage(what).hint("names are KERNEL/GUEST/TEST").into());
-        }
+    // A shard may well be empty; a name that is none is a mistake.
+    if let Some(only) = &options.only
+        && matrix::boots(&suite, None, Some(only)).is_empty()
+    {
+        let what = format!("No test of {} has {only:?} in its name", path.display());
+        return Err(Failure::usage(what).hint("names are KERNEL/GUEST/TEST").into());
     }
     let baseline_path = options.outputs.baseline.clone().or_else(|| suite.baseline.clone());
     let baseline = read_baseline(baseline_path.as_deref(), options.outputs.update_baseline)?;
@@ -132,6 +132,7 @@ fn run_suite(
     let collector =
         Collector::new(results, order, baseline.clone(), options.outputs.reports.clone(), options.quiet);
     let scratch = Scratch::new()?;
+    collector.begin();
     let environment = Environment {
         suite: &suite,
         program: program.to_owned(),
