@@ -443,9 +443,18 @@ fn merged_shards_are_the_whole() {
     let mut all = outcomes(&joined);
     all.sort_by_key(|(name, _)| whole.tests.iter().position(|test| test.test == *name));
     assert_eq!((all, joined.shard.clone(), joined.complete), (outcomes(&whole), None, true));
-    for wrong in
-        [vec![files[0].clone(); 2], vec![case.folder.join("suite.toml")], vec![case.folder.join("absent")]]
-    {
+    let half = merge(&files[..1], &Outputs::default()).unwrap().results;
+    assert!(!half.complete && half.exit_code() != ExitCode::Success, "a shard is missing");
+    let other = case.folder.join("other.json");
+    let results = Results { tests: Vec::new(), suite: "other".into(), ..joined };
+    fs::write(&other, serde_json::to_string(&results).unwrap()).unwrap();
+    let path = |name: &str| case.folder.join(name);
+    for wrong in [
+        vec![files[0].clone(); 2],
+        vec![files[0].clone(), other],
+        vec![path("suite.toml")],
+        vec![path("absent")],
+    ] {
         let error = merge(&wrong, &Outputs::default()).err().unwrap();
         assert_eq!(failure::exit_code(&error), ExitCode::Usage);
     }

@@ -16,6 +16,7 @@ mod faults;
 #[cfg(test)]
 mod fixture;
 mod matrix;
+mod merge;
 mod options;
 mod recipes;
 mod result;
@@ -240,30 +241,7 @@ fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collect
 
 /// Joins the results of shards.
 fn merge(files: &[PathBuf], outputs: &Outputs) -> Result<Finished> {
-    let mut joined: Option<Results> = None;
-    for path in files {
-        let failure = || {
-            Failure::usage(format!("Cannot read results {}", path.display()))
-                .hint("regress --report FILE.json writes them")
-        };
-        let text = fs::read_to_string(path).with_context(failure)?;
-        let results: Results = serde_json::from_str(&text).with_context(failure)?;
-        if results.schema != result::SCHEMA {
-            return Err(anyhow::anyhow!("Its schema is {:?}", results.schema).context(failure()));
-        }
-        if let Some(known) = &joined {
-            let twice = results.tests.iter().find(|test| known.tests.iter().any(|other| other.id == test.id));
-            if let Some(test) = twice {
-                let what = format!("{} has a result of {}, as a file before it", path.display(), test.id);
-                return Err(Failure::usage(what).hint("give the results of each shard once").into());
-            }
-        }
-        match &mut joined {
-            None => joined = Some(Results { shard: None, ..results }),
-            Some(joined) => joined.join(results),
-        }
-    }
-    let results = joined.ok_or_else(|| Failure::usage("No results to merge"))?;
+    let results = merge::join(files)?;
     let baseline = read_baseline(outputs.baseline.as_deref(), outputs.update_baseline)?;
     Ok(conclude(results, baseline, outputs.baseline.as_deref(), outputs))
 }
