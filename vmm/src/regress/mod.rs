@@ -20,6 +20,7 @@ mod merge;
 mod options;
 mod recipes;
 mod result;
+mod scratch;
 #[cfg(test)]
 mod shipped_tests;
 mod suite;
@@ -38,6 +39,7 @@ use collect::Collector;
 use matrix::Boot;
 use options::Outputs;
 use result::Results;
+use scratch::Scratch;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -139,7 +141,7 @@ fn run_suite(
         program: program.to_owned(),
         options: options.run_options(),
         logs: options.logs.clone(),
-        scratch: scratch.0.clone(),
+        scratch: scratch.path().to_owned(),
         grace,
         live,
     };
@@ -274,26 +276,5 @@ impl Drop for Admitted<'_> {
     fn drop(&mut self) {
         *self.0.used.lock().unwrap_or_else(PoisonError::into_inner) -= self.1;
         self.0.changed.notify_all();
-    }
-}
-
-/// A folder that goes with the value, for this user alone.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Self> {
-        use std::os::unix::fs::DirBuilderExt;
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("kleak-regress-{}-{}", std::process::id(), NEXT.fetch_add(1, SeqCst));
-        let path = std::env::temp_dir().join(name);
-        let made = fs::DirBuilder::new().mode(0o700).create(&path);
-        made.with_context(|| Failure::host(format!("Cannot create {}", path.display())))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
