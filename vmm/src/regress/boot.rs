@@ -59,21 +59,25 @@ pub trait Sink: Sync {
     fn boot(&self, result: BootResult);
 }
 
-/// Runs the tests of `boot`. A guest that dies takes only the test with it that was running: the others get another boot.
+/// Runs the tests of the boot at `index` of `boots`, all that there are. A guest that dies takes only the test with it that was running: the others get another boot.
 pub fn run(
     environment: &Environment<'_>,
-    boot: &Boot,
-    number: usize,
+    boots: &[Boot],
+    index: usize,
     kernel: &Result<Ready>,
     sink: &dyn Sink,
 ) {
+    let boot = &boots[index];
+    let same = |other: &&Boot| (other.kernel, other.guest) == (boot.kernel, boot.guest);
+    let mut tests = boots.iter().filter(same).flat_map(|other| &other.tests);
+    let judged = tests.any(|&test| is_boot_test(&environment.suite.tests[test]));
     let mut pending: Vec<usize> = boot.tests.clone();
     let mut attempt = 0;
     while !pending.is_empty() {
         attempt += 1;
         let part = Boot { tests: std::mem::take(&mut pending), ..*boot };
-        let name = format!("{number}-{attempt}");
-        let mut session = Session::new(environment, part, sink);
+        let name = format!("{}-{attempt}", index + 1);
+        let mut session = Session::new(environment, part, judged, sink);
         match kernel {
             _ if environment.live.stopped() => session.fail_rest(Outcome::Interrupted, STOPPED),
             Ok(kernel) => session.run(kernel, &name),
@@ -99,6 +103,8 @@ impl Drop for Prepared {
 struct Session<'a> {
     environment: &'a Environment<'a>,
     boot: Boot,
+    /// Some test of the run asks for the leaks of the boot itself.
+    judged: bool,
     sink: &'a dyn Sink,
     /// Tests of `boot` not ended yet, for another boot.
     left: Vec<usize>,
@@ -115,10 +121,11 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(environment: &'a Environment<'a>, boot: Boot, sink: &'a dyn Sink) -> Self {
+    fn new(environment: &'a Environment<'a>, boot: Boot, judged: bool, sink: &'a dyn Sink) -> Self {
         Self {
             environment,
             boot,
+            judged,
             sink,
             left: Vec::new(),
             canary: None,
@@ -168,10 +175,7 @@ impl<'a> Session<'a> {
             guest: suite.guests[self.boot.guest].name.clone(),
             millis: millis(began),
             canary: self.canary.take(),
-            unasked_leaks: match suite.tests.iter().any(is_boot_test) {
-                true => 0,
-                false => count(&self.of_boot),
-            },
+            unasked_leaks: if self.judged { 0 } else { count(&self.of_boot) },
         });
     }
 

@@ -307,9 +307,12 @@ fn leaks_of_the_boot_are_the_boot_tests() {
     let text = suite("", &["boot-leaks"], &["exit 0"]);
     let results = Case::new(&text).run();
     assert_eq!((results.exit_code(), results.boots[0].unasked_leaks), (ExitCode::Success, 2));
-    let results = Case::new(&format!("{text}[[test]]\nname = \"boot\"\n")).run();
+    let mut case = Case::new(&format!("{text}[[test]]\nname = \"boot\"\n"));
+    let results = case.run();
     assert_eq!(outcomes(&results), [("exit 0", Outcome::Passed), ("boot", Outcome::Leaked)]);
     assert_eq!(results.boots[0].unasked_leaks, 0);
+    case.options.only = Some("exit".to_owned());
+    assert_eq!(case.run().boots[0].unasked_leaks, 2, "the test that would judge them is left out");
 }
 
 #[test]

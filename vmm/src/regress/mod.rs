@@ -234,7 +234,7 @@ fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collect
                     let Some(kernel) = &kernels[boot.kernel] else { continue };
                     let needed = environment.suite.guests[boot.guest].mem_bytes + HEADROOM;
                     let _admitted = memory.admit(needed);
-                    boot::run(environment, boot, number + 1, kernel, collector);
+                    boot::run(environment, boots, number, kernel, collector);
                 }
             });
         }
