@@ -367,7 +367,8 @@ fn a_baseline_tells_new_from_known_from_fixed() {
 
 #[test]
 fn a_report_that_cannot_be_written_loses_nothing_else() {
-    for (command, code) in [("leak a 1", Some(ExitCode::Leaks)), ("blind a 1", Some(ExitCode::Guest)), ("exit 0", None)]
+    for (command, code) in
+        [("leak a 1", Some(ExitCode::Leaks)), ("blind a 1", Some(ExitCode::Guest)), ("exit 0", None)]
     {
         let mut case = Case::new(&suite("baseline = \"base.json\"", &["good"], &[command]));
         // Where the report is to be made whole there is a folder already.
@@ -405,7 +406,8 @@ fn an_empty_shard_has_passed() {
     assert_eq!(merge(&files, &Outputs::default()).unwrap().exit_code().unwrap(), ExitCode::Success);
     case.options.only = Some("absent".to_owned());
     let suite = case.options.suite.as_ref().unwrap();
-    let error = run_suite(suite, &case.options, Path::new("x"), Duration::ZERO, Arc::default()).err().unwrap();
+    let error =
+        run_suite(suite, &case.options, Path::new("x"), Duration::ZERO, Arc::default()).err().unwrap();
     assert_eq!(failure::exit_code(&error), ExitCode::Usage);
 }
 

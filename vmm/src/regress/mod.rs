@@ -131,7 +131,10 @@ fn run_suite(
         fs::create_dir_all(folder)
             .with_context(|| Failure::usage(format!("Cannot create {}", folder.display())))?;
     }
-    let results = Results::new(&suite.name, options.shard.map(|shard| shard.to_string()));
+    // Within a repository, what a reader of the results on another machine can find.
+    let here = std::env::current_dir().unwrap_or_default();
+    let file = path.strip_prefix(".").or_else(|_| path.strip_prefix(here)).unwrap_or(path);
+    let results = Results::new(&suite.name, file, options.shard.map(|shard| shard.to_string()));
     let collector =
         Collector::new(results, order, baseline.clone(), options.outputs.reports.clone(), options.quiet);
     let scratch = Scratch::new()?;

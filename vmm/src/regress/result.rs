@@ -1,10 +1,11 @@
 //! What a suite came to, `kleak-regress/1`: the model that every form of result is written from, and that `merge` reads.
 
-use super::baseline::Baseline;
+use super::baseline::{Baseline, Entry};
 use super::suite::Expected;
 use crate::cli::ExitCode;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 /// Name and version of the JSON form.
 pub const SCHEMA: &str = "kleak-regress/1";
@@ -251,6 +252,8 @@ pub struct Fixed {
     pub id: String,
     /// What the baseline calls it.
     pub site: String,
+    /// Ids of the tests that made it.
+    pub tests: BTreeSet<String>,
 }
 
 /// Everything.
@@ -260,6 +263,8 @@ pub struct Results {
     pub schema: String,
     /// Name of the suite.
     pub suite: String,
+    /// Its file, as it was given; relative where it is below the working folder.
+    pub file: String,
     /// Whether all tests have their result.
     pub complete: bool,
     /// The shard, `I/N`.
@@ -277,12 +282,13 @@ pub struct Results {
 }
 
 impl Results {
-    /// Of a suite of this name, before the first test.
-    pub fn new(suite: &str, shard: Option<String>) -> Self {
+    /// Of a suite of this name and file, before the first test.
+    pub fn new(suite: &str, file: &Path, shard: Option<String>) -> Self {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Self {
             schema: SCHEMA.to_owned(),
             suite: suite.to_owned(),
+            file: file.to_string_lossy().into_owned(),
             complete: false,
             shard,
             started: now.map_or(0, |now| now.as_secs()),
@@ -318,7 +324,12 @@ impl Results {
             let all_ran = entry.tests.iter().all(|id| ran.get(id.as_str()) == Some(&true));
             all_ran && !entry.tests.is_empty() && !seen.contains(entry.id.as_str())
         });
-        self.fixed = gone.map(|entry| Fixed { id: entry.id.clone(), site: entry.site.clone() }).collect();
+        let fixed = |entry: &Entry| Fixed {
+            id: entry.id.clone(),
+            site: entry.site.clone(),
+            tests: entry.tests.clone(),
+        };
+        self.fixed = gone.map(fixed).collect();
     }
 
     /// The exit code of the contract. A lost canary comes first, as nothing else can be believed then; leaks go before
@@ -410,7 +421,8 @@ mod tests {
         assert_eq!(of(&[Outcome::Host, Outcome::Host]).exit_code(), ExitCode::Host);
         assert_eq!(of(&[Outcome::Host, Passed]).exit_code(), ExitCode::Guest);
         assert_eq!(of(&[Outcome::Worker, Outcome::Worker]).exit_code(), ExitCode::Guest);
-        let mut leaky = TestResult { outcome: Outcome::Failed, ..test("k/g/t", vec![group("a", 1, "a_probe")]) };
+        let mut leaky =
+            TestResult { outcome: Outcome::Failed, ..test("k/g/t", vec![group("a", 1, "a_probe")]) };
         assert_eq!(results(vec![leaky.clone()]).exit_code(), ExitCode::Leaks);
         leaky.groups[0].state = State::Known;
         assert_eq!(results(vec![leaky]).exit_code(), ExitCode::Guest);
