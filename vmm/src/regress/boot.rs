@@ -59,21 +59,25 @@ pub trait Sink: Sync {
     fn boot(&self, result: BootResult);
 }
 
-/// Runs the tests of `boot`. A guest that dies takes only the test with it that was running: the others get another boot.
+/// Runs the tests of the boot at `index` of `boots`, all that there are. A guest that dies takes only the test with it that was running: the others get another boot.
 pub fn run(
     environment: &Environment<'_>,
-    boot: &Boot,
-    number: usize,
+    boots: &[Boot],
+    index: usize,
     kernel: &Result<Ready>,
     sink: &dyn Sink,
 ) {
+    let boot = &boots[index];
+    let same = |other: &&Boot| (other.kernel, other.guest) == (boot.kernel, boot.guest);
+    let mut tests = boots.iter().filter(same).flat_map(|other| &other.tests);
+    let judged = tests.any(|&test| is_boot_test(&environment.suite.tests[test]));
     let mut pending: Vec<usize> = boot.tests.clone();
     let mut attempt = 0;
     while !pending.is_empty() {
         attempt += 1;
         let part = Boot { tests: std::mem::take(&mut pending), ..*boot };
-        let name = format!("{number}-{attempt}");
-        let mut session = Session::new(environment, part, sink);
+        let name = format!("{}-{attempt}", index + 1);
+        let mut session = Session::new(environment, part, judged, sink);
         match kernel {
             _ if environment.live.stopped() => session.fail_rest(Outcome::Interrupted, STOPPED),
             Ok(kernel) => session.run(kernel, &name),
@@ -99,6 +103,8 @@ impl Drop for Prepared {
 struct Session<'a> {
     environment: &'a Environment<'a>,
     boot: Boot,
+    /// Some test of the run asks for the leaks of the boot itself.
+    judged: bool,
     sink: &'a dyn Sink,
     /// Tests of `boot` not ended yet, for another boot.
     left: Vec<usize>,
@@ -110,13 +116,16 @@ struct Session<'a> {
     began: Instant,
     /// Leaks of the boot itself, for the test that asks for them.
     of_boot: Vec<Group>,
+    /// Leaks of the test at hand: whatever happens next, they are in its result.
+    taken: Vec<Group>,
 }
 
 impl<'a> Session<'a> {
-    fn new(environment: &'a Environment<'a>, boot: Boot, sink: &'a dyn Sink) -> Self {
+    fn new(environment: &'a Environment<'a>, boot: Boot, judged: bool, sink: &'a dyn Sink) -> Self {
         Self {
             environment,
             boot,
+            judged,
             sink,
             left: Vec::new(),
             canary: None,
@@ -124,6 +133,7 @@ impl<'a> Session<'a> {
             up: false,
             began: Instant::now(),
             of_boot: Vec::new(),
+            taken: Vec::new(),
         }
     }
 
@@ -165,10 +175,7 @@ impl<'a> Session<'a> {
             guest: suite.guests[self.boot.guest].name.clone(),
             millis: millis(began),
             canary: self.canary.take(),
-            unasked_leaks: match suite.tests.iter().any(is_boot_test) {
-                true => 0,
-                false => self.of_boot.iter().map(|group| group.count).sum(),
-            },
+            unasked_leaks: if self.judged { 0 } else { count(&self.of_boot) },
         });
     }
 
@@ -277,7 +284,7 @@ impl<'a> Session<'a> {
             if mark.number > answered {
                 match mark.what {
                     What::Ready => {
-                        self.of_boot = take_leaks(worker).map_err(End::Detector)?;
+                        take_leaks(worker, &mut self.of_boot).map_err(End::Detector)?;
                         self.ask_canary(worker)?;
                         self.up = true;
                         self.console.clear();
@@ -311,23 +318,22 @@ impl<'a> Session<'a> {
             return Err(out_of_step());
         };
         let row = &self.suite().tests[test];
-        let mut groups = take_leaks(worker).map_err(End::Detector)?;
-        let count = |groups: &[Group]| groups.iter().map(|group| group.count).sum::<u64>();
+        take_leaks(worker, &mut self.taken).map_err(End::Detector)?;
         for _ in 1..TRIES {
-            if trouble.is_some() || !row.expected.any() || count(&groups) >= row.expected.count.unwrap_or(1) {
+            let wanted = row.expected.count.unwrap_or(1);
+            if trouble.is_some() || !row.expected.any() || count(&self.taken) >= wanted {
                 break;
             }
             std::thread::sleep(PAUSE);
-            add(&mut groups, take_leaks(worker).map_err(End::Detector)?);
+            take_leaks(worker, &mut self.taken).map_err(End::Detector)?;
         }
         self.ask_canary(worker)?;
-        if is_boot_test(row) {
-            add(&mut groups, std::mem::take(&mut self.of_boot));
-        }
         let (outcome, message) = match trouble {
             Some(Trouble::Late) => (Outcome::TimedOut, format!("it did not end within {} s", row.timeout_s)),
             Some(Trouble::Setup) => (Outcome::Failed, format!("its set-up exited with {status}")),
-            Some(Trouble::Load(name)) => (Outcome::Failed, format!("module {name} could not be loaded")),
+            Some(Trouble::Load(name)) => {
+                (Outcome::Failed, format!("module {name} could not be loaded, or was loaded already"))
+            }
             Some(Trouble::Unload(name)) => (Outcome::Failed, format!("module {name} could not be unloaded")),
             None if row.action != Action::Nothing && status != row.status => {
                 (Outcome::Failed, format!("it exited with {status}, not with {}", row.status))
@@ -336,7 +342,6 @@ impl<'a> Session<'a> {
         };
         let mut result = self.result(test, outcome, &message);
         result.status = (row.action != Action::Nothing).then_some(status);
-        result.groups = groups;
         if outcome == Outcome::Passed {
             result.console.clear();
         }
@@ -367,7 +372,7 @@ impl<'a> Session<'a> {
                 (Outcome::Worker, format!("the process with the guest was killed by signal {signal}"))
             }
             (_, Ending { code: Some(4), .. }) => {
-                (Outcome::Worker, said.unwrap_or("this host cannot run it").to_owned())
+                (Outcome::Host, said.unwrap_or("this host cannot run it").to_owned())
             }
             (_, Ending { code: Some(3), .. }) if running => {
                 (Outcome::Crashed, said.unwrap_or("it failed").to_owned())
@@ -393,12 +398,18 @@ impl<'a> Session<'a> {
     }
 
     fn fail(&mut self, test: usize, outcome: Outcome, message: &str) {
-        self.sink.test(self.result(test, outcome, message), &self.suite().tests[test]);
+        let result = self.result(test, outcome, message);
+        self.sink.test(result, &self.suite().tests[test]);
     }
 
-    fn result(&self, test: usize, outcome: Outcome, message: &str) -> TestResult {
+    /// The result of a test, with the leaks found so far.
+    fn result(&mut self, test: usize, outcome: Outcome, message: &str) -> TestResult {
         let suite = self.suite();
         let Boot { kernel, guest, .. } = self.boot;
+        let mut groups = std::mem::take(&mut self.taken);
+        if is_boot_test(&suite.tests[test]) {
+            add(&mut groups, std::mem::take(&mut self.of_boot));
+        }
         TestResult {
             id: matrix::id(suite, kernel, guest, test),
             kernel: suite.kernels[kernel].name.clone(),
@@ -408,7 +419,7 @@ impl<'a> Session<'a> {
             message: message.to_owned(),
             status: None,
             millis: millis(self.began),
-            groups: Vec::new(),
+            groups,
             console: self.console.iter().cloned().collect(),
         }
     }
@@ -507,16 +518,21 @@ impl Files {
     }
 }
 
-/// Scans, takes what is reported, and has it cleared.
-fn take_leaks(worker: &mut Worker) -> Result<Vec<Group>> {
+/// Scans, adds what is reported to `taken`, and has it cleared.
+fn take_leaks(worker: &mut Worker, taken: &mut Vec<Group>) -> Result<()> {
     worker.request("scan")?;
     let mut report = worker.request("report")?;
     let groups = report.get_mut("groups").map(Value::take).unwrap_or_default();
     let groups: Vec<Group> = serde_json::from_value(groups).context("The report's groups")?;
     if !groups.is_empty() {
+        add(taken, groups);
         worker.request("clear")?;
     }
-    Ok(groups)
+    Ok(())
+}
+
+fn count(groups: &[Group]) -> u64 {
+    groups.iter().map(|group| group.count).sum()
 }
 
 /// Adds leaks, those of the same group together.

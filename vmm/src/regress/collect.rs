@@ -5,7 +5,6 @@ use super::boot::Sink;
 use super::result::{BootResult, FOUND, Results, TestResult};
 use super::suite::Test;
 use super::write;
-use anyhow::Result;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -23,8 +22,8 @@ pub struct Collector {
 
 struct State {
     results: Results,
-    /// The last error of writing; said once, and again at the end.
-    unwritten: Option<anyhow::Error>,
+    /// The last attempt to write them failed, and the user knows.
+    unwritten: bool,
 }
 
 impl Collector {
@@ -36,8 +35,14 @@ impl Collector {
         reports: Vec<PathBuf>,
         quiet: bool,
     ) -> Self {
-        let state = Mutex::new(State { results, unwritten: None });
+        let state = Mutex::new(State { results, unwritten: false });
         Self { state, order, baseline, reports, quiet, began: Instant::now() }
+    }
+
+    /// Writes that there is nothing yet: what an earlier run left must not pass for this one's. With no tests, as in an empty
+    /// shard, that is complete.
+    pub fn begin(&self) {
+        self.change(|_| {});
     }
 
     /// Tells the user.
@@ -48,12 +53,8 @@ impl Collector {
     }
 
     /// All results.
-    ///
-    /// # Errors
-    /// The last attempt to write them failed.
-    pub fn finish(self) -> Result<Results> {
-        let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        state.unwritten.map_or(Ok(state.results), Err)
+    pub fn finish(self) -> Results {
+        self.state.into_inner().unwrap_or_else(PoisonError::into_inner).results
     }
 
     fn change(&self, change: impl FnOnce(&mut Results)) {
@@ -64,10 +65,10 @@ impl Collector {
         state.results.complete = state.results.tests.len() == self.order.len();
         state.results.millis = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let written = write::all(&state.results, &self.reports);
-        if let (Err(error), None) = (&written, &state.unwritten) {
+        if let (Err(error), false) = (&written, state.unwritten) {
             eprintln!("kleak-vmm: warning: {error:#}");
         }
-        state.unwritten = written.err();
+        state.unwritten = written.is_err();
     }
 }
 

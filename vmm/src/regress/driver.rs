@@ -55,7 +55,7 @@ pub enum Trouble {
     Late,
     /// Its set-up failed, with this status.
     Setup,
-    /// A module could not be loaded.
+    /// A module could not be loaded, or was loaded already, with parameters or state of another's.
     Load(String),
     /// A module could not be unloaded.
     Unload(String),
@@ -103,6 +103,8 @@ pub struct Step<'a> {
     pub settle_ms: u64,
 }
 
+/// A module that could not be unloaded is `stuck`: a later test that names it would run on what an earlier one left of it.
+/// One that was there before is as good, but takes no parameters any more.
 const PROLOGUE: &str = r#"
 set -f
 n=0
@@ -121,13 +123,23 @@ settle() {
     sync
     sleep "$1"
 }
+stuck=
 load() {
-    [ "$bad" = ok ] && [ ! -d "/sys/module/$2" ] || return
-    if insmod "$1" $3; then loaded="$2 $loaded"; else bad=load:$2; fi
+    [ "$bad" = ok ] || return
+    case " $stuck " in *" $2 "*) bad=load:$2; return ;; esac
+    if [ -d "/sys/module/$2" ]; then
+        [ -z "$3" ] || bad=load:$2
+    elif insmod "$1" $3; then
+        loaded="$2 $loaded"
+    else
+        bad=load:$2
+    fi
 }
 unload() {
     for name in $loaded; do
-        rmmod "$name" || [ "$bad" != ok ] || bad=unload:$name
+        rmmod "$name" && continue
+        stuck="$stuck $name"
+        [ "$bad" != ok ] || bad=unload:$name
     done
 }
 stop() { kill -KILL "-$1" "$1" 2> /dev/null; }
@@ -255,6 +267,18 @@ mod tests {
             [[test]]
             name = "module"
             run = "x"
+            [[test]]
+            name = "stays"
+            run = "x"
+            [[test]]
+            name = "stale"
+            run = "x"
+            [[test]]
+            name = "there"
+            run = "x"
+            [[test]]
+            name = "there with parameters"
+            run = "x"
             "#,
         );
         let folder = std::env::temp_dir().join(format!("kleak-driver-{}", std::process::id()));
@@ -272,14 +296,28 @@ mod tests {
         program("3/setup", "exit 1");
         program("3/test", "echo NEVER");
         program("5/test", "echo NEVER");
+        program("6/test", "echo ONCE");
+        program("7/test", "echo NEVER");
+        program("8/test", "echo ONCE");
+        program("9/test", "echo NEVER");
+        std::fs::create_dir_all(folder.join("modules/there")).unwrap();
         let step = |index: usize| Step {
             test: &suite.tests[index],
-            modules: if index == 5 { vec![("absent".into(), "a=1".into())] } else { Vec::new() },
+            modules: match index {
+                5 => vec![("absent".into(), "a=1".into())],
+                6 | 7 => vec![("stays".into(), String::new())],
+                8 => vec![("there".into(), String::new())],
+                9 => vec![("there".into(), "a=1".into())],
+                _ => Vec::new(),
+            },
             settle_ms: 0,
         };
-        let steps: Vec<_> = (0..6).map(step).collect();
-        let text = script("t", 0, &steps).replace(FOLDER, folder.to_str().unwrap());
-        let fakes = "insmod() { echo INSMOD $@; return 1; }\nmount() { echo MOUNT $@; }\nmkdir() { :; }\ncd() { :; }\n";
+        let steps: Vec<_> = (0..10).map(step).collect();
+        let modules = folder.join("modules");
+        let text = script("t", 0, &steps)
+            .replace(FOLDER, folder.to_str().unwrap())
+            .replace("/sys/module", modules.to_str().unwrap());
+        let fakes = "insmod() { echo INSMOD $@; case $1 in */5/*) return 1 ;; esac; }\nrmmod() { return 1; }\nmount() { echo MOUNT $@; }\nmkdir() { :; }\ncd() { :; }\n";
         let mut shell = Command::new("busybox")
             .args(["sh", "-c", &format!("{fakes}{text}")])
             .stdin(Stdio::piped())
@@ -307,11 +345,16 @@ mod tests {
                 done(2, 137, Some(Trouble::Late)),
                 done(3, 1, Some(Trouble::Setup)),
                 done(4, 0, None),
-                done(5, 0, Some(Trouble::Load("absent".into())))
+                done(5, 0, Some(Trouble::Load("absent".into()))),
+                done(6, 0, Some(Trouble::Unload("stays".into()))),
+                done(7, 0, Some(Trouble::Load("stays".into()))),
+                done(8, 0, None),
+                done(9, 0, Some(Trouble::Load("there".into())))
             ]
         );
         let count = |word: &str| said.iter().filter(|line| line.contains(word)).count();
         assert_eq!((count("RAN"), count("STATUS"), count("NEVER")), (2, 1, 0), "{said:?}");
+        assert_eq!(count("ONCE"), 2, "{said:?}");
         assert!(
             said.iter().any(|line| line.starts_with("INSMOD ") && line.ends_with("/5/0.ko a=1")),
             "{said:?}"

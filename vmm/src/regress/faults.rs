@@ -80,9 +80,9 @@ fn play(command: &str, detector: &Detector) -> String {
             std::process::exit(3)
         }
         ["off"] => std::process::exit(0),
-        ["blind"] => {
+        ["blind", name, count] => {
             detector.canary.store(false, SeqCst);
-            "0 ok".to_owned()
+            play(&format!("leak {name} {count}"), detector)
         }
         ["killed"] => {
             // SAFETY: no pointers.
@@ -119,6 +119,10 @@ fn worker_that_is_played() {
             eprintln!("kleak-vmm: error: The guest triple faulted");
             std::process::exit(3);
         }
+        "no-kvm" => {
+            eprintln!("kleak-vmm: error: No usable KVM");
+            std::process::exit(4);
+        }
         "mute" => std::thread::sleep(Duration::from_secs(600)),
         "boot-leaks" => detector.leaks.lock().unwrap().push(("boot".into(), 2)),
         _ => {}
@@ -147,7 +151,7 @@ impl Case {
         let name = format!("kleak-faults-{}-{}", std::process::id(), NEXT.fetch_add(1, SeqCst));
         let folder = std::env::temp_dir().join(name);
         fs::create_dir_all(&folder).unwrap();
-        for kernel in ["good", "dead", "mute", "boot-leaks"] {
+        for kernel in ["good", "dead", "no-kvm", "mute", "boot-leaks"] {
             fs::write(folder.join(kernel), "kernel").unwrap();
         }
         let myself = std::env::current_exe().unwrap();
@@ -174,11 +178,15 @@ impl Case {
         Self { folder, options }
     }
 
-    fn run_with(&self, live: &Arc<Live>) -> Results {
+    fn finish(&self, live: &Arc<Live>) -> Finished {
         let suite = self.options.suite.as_ref().unwrap();
         let grace = Duration::from_millis(1500);
-        let results =
-            run_suite(suite, &self.options, &self.folder.join("worker"), grace, Arc::clone(live)).unwrap();
+        run_suite(suite, &self.options, &self.folder.join("worker"), grace, Arc::clone(live)).unwrap()
+    }
+
+    fn run_with(&self, live: &Arc<Live>) -> Results {
+        let Finished { results, saved } = self.finish(live);
+        saved.unwrap();
         let written = fs::read_to_string(self.folder.join("results.json")).unwrap();
         assert_eq!(serde_json::from_str::<Results>(&written).unwrap(), results);
         assert!(live.is_empty(), "a process is left behind");
@@ -259,10 +267,21 @@ fn a_kernel_that_does_not_boot_hurts_no_other() {
 }
 
 #[test]
+fn a_host_that_cannot_is_told_from_a_process_that_died() {
+    let results = Case::new(&suite("", &["no-kvm"], &["exit 0", "leak a 1"])).run();
+    assert_eq!(outcomes(&results), [("exit 0", Outcome::Host), ("leak a 1", Outcome::Host)]);
+    assert_eq!(results.tests[0].message, "No usable KVM");
+    assert_eq!(results.exit_code(), ExitCode::Host);
+    let results = Case::new(&suite("", &["good"], &["killed"])).run();
+    assert_eq!((outcomes(&results)[0].1, results.exit_code()), (Outcome::Worker, ExitCode::Guest));
+}
+
+#[test]
 fn without_its_canary_no_test_is_believed() {
-    let results = Case::new(&suite("", &["good"], &["exit 0", "blind", "leak a 1"])).run();
-    let wanted = [("exit 0", Outcome::Passed), ("blind", Outcome::Canary), ("leak a 1", Outcome::Leaked)];
+    let results = Case::new(&suite("", &["good"], &["exit 0", "blind b 2", "leak a 1"])).run();
+    let wanted = [("exit 0", Outcome::Passed), ("blind b 2", Outcome::Canary), ("leak a 1", Outcome::Leaked)];
     assert_eq!(outcomes(&results), wanted);
+    assert_eq!(results.tests[1].leaks(State::New), 2, "leaks found before the canary was lost");
     assert!(
         results.canary_lost() && results.tests[1].message.contains("the canary flew"),
         "{:?}",
@@ -288,9 +307,12 @@ fn leaks_of_the_boot_are_the_boot_tests() {
     let text = suite("", &["boot-leaks"], &["exit 0"]);
     let results = Case::new(&text).run();
     assert_eq!((results.exit_code(), results.boots[0].unasked_leaks), (ExitCode::Success, 2));
-    let results = Case::new(&format!("{text}[[test]]\nname = \"boot\"\n")).run();
+    let mut case = Case::new(&format!("{text}[[test]]\nname = \"boot\"\n"));
+    let results = case.run();
     assert_eq!(outcomes(&results), [("exit 0", Outcome::Passed), ("boot", Outcome::Leaked)]);
     assert_eq!(results.boots[0].unasked_leaks, 0);
+    case.options.only = Some("exit".to_owned());
+    assert_eq!(case.run().boots[0].unasked_leaks, 2, "the test that would judge them is left out");
 }
 
 #[test]
@@ -329,7 +351,7 @@ fn a_baseline_tells_new_from_known_from_fixed() {
         Duration::ZERO,
         Arc::default(),
     );
-    assert_eq!(failure::exit_code(&missing.unwrap_err()), ExitCode::Usage);
+    assert_eq!(failure::exit_code(&missing.err().unwrap()), ExitCode::Usage);
     case.options.outputs.update_baseline = true;
     assert_eq!(case.run().exit_code(), ExitCode::Leaks);
     case.options.outputs.update_baseline = false;
@@ -344,6 +366,74 @@ fn a_baseline_tells_new_from_known_from_fixed() {
 }
 
 #[test]
+fn a_report_that_cannot_be_written_loses_nothing_else() {
+    for (command, code) in
+        [("leak a 1", Some(ExitCode::Leaks)), ("blind a 1", Some(ExitCode::Guest)), ("exit 0", None)]
+    {
+        let mut case = Case::new(&suite("baseline = \"base.json\"", &["good"], &[command]));
+        // Where the report is to be made whole there is a folder already.
+        fs::create_dir(case.folder.join("blocked.json.part")).unwrap();
+        case.options.outputs.reports.insert(0, case.folder.join("blocked.json"));
+        case.options.outputs.update_baseline = true;
+        let finished = case.finish(&Arc::default());
+        let error = finished.saved.as_ref().unwrap_err();
+        assert_eq!(failure::exit_code(error), ExitCode::Usage, "{error:#}");
+        assert_eq!(finished.results.tests.len(), 1);
+        let written = fs::read_to_string(case.folder.join("results.json")).unwrap();
+        assert_eq!(serde_json::from_str::<Results>(&written).unwrap(), finished.results);
+        let known = Baseline::read(&case.folder.join("base.json"), false).unwrap();
+        assert_eq!(known.has("a"), code.is_some());
+        assert_eq!(finished.exit_code().ok(), code, "{command}");
+    }
+}
+
+#[test]
+fn an_empty_shard_has_passed() {
+    let mut case = Case::new(&suite("", &["good"], &["exit 0"]));
+    let text = suite::read(case.options.suite.as_ref().unwrap()).unwrap();
+    let shard = |index| matrix::Shard { index, count: 2 };
+    let full = (1..=2).find(|&index| !matrix::boots(&text, Some(shard(index)), None).is_empty()).unwrap();
+    let files = [full, 3 - full].map(|index| {
+        case.options.shard = Some(shard(index));
+        case.options.only = Some("exit".to_owned());
+        let part = case.run();
+        assert_eq!((part.tests.is_empty(), part.complete), (index != full, true));
+        assert_eq!(part.exit_code(), ExitCode::Success);
+        let file = case.folder.join(format!("{index}.json"));
+        fs::rename(case.folder.join("results.json"), &file).unwrap();
+        file
+    });
+    assert_eq!(merge(&files, &Outputs::default()).unwrap().exit_code().unwrap(), ExitCode::Success);
+    case.options.only = Some("absent".to_owned());
+    let suite = case.options.suite.as_ref().unwrap();
+    let error =
+        run_suite(suite, &case.options, Path::new("x"), Duration::ZERO, Arc::default()).err().unwrap();
+    assert_eq!(failure::exit_code(&error), ExitCode::Usage);
+}
+
+#[test]
+fn what_an_earlier_run_left_is_no_result() {
+    let case = Case::new(&suite("", &["good"], &["exit 0"]));
+    let file = case.folder.join("results.json");
+    assert_eq!(case.run().exit_code(), ExitCode::Success);
+    fs::write(case.folder.join("suite.toml"), suite("", &["mute"], &["exit 0"])).unwrap();
+    let live: Arc<Live> = Arc::default();
+    let (stop, seen) = (Arc::clone(&live), file.clone());
+    let ender = std::thread::spawn(move || {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let begun = || fs::read_to_string(&seen).is_ok_and(|text| text.contains("\"complete\": false"));
+        while !begun() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let began = begun();
+        stop.stop();
+        began
+    });
+    case.run_with(&live);
+    assert!(ender.join().unwrap(), "the results of the run before stay until the first test has ended");
+}
+
+#[test]
 fn merged_shards_are_the_whole() {
     let mut case = Case::new(&suite("", &["good"], &["exit 0", "leak a 1", "exit 3", "leak b 1", "noise"]));
     let whole = case.run();
@@ -354,14 +444,24 @@ fn merged_shards_are_the_whole() {
         assert!(part.tests.len() < 5 && !part.tests.is_empty());
         fs::rename(case.folder.join("results.json"), file).unwrap();
     }
-    let joined = merge(&files, &Outputs::default()).unwrap();
+    let joined = merge(&files, &Outputs::default()).unwrap().results;
     let mut all = outcomes(&joined);
     all.sort_by_key(|(name, _)| whole.tests.iter().position(|test| test.test == *name));
     assert_eq!((all, joined.shard.clone(), joined.complete), (outcomes(&whole), None, true));
-    for wrong in
-        [vec![files[0].clone(); 2], vec![case.folder.join("suite.toml")], vec![case.folder.join("absent")]]
-    {
-        assert_eq!(failure::exit_code(&merge(&wrong, &Outputs::default()).unwrap_err()), ExitCode::Usage);
+    let half = merge(&files[..1], &Outputs::default()).unwrap().results;
+    assert!(!half.complete && half.exit_code() != ExitCode::Success, "a shard is missing");
+    let other = case.folder.join("other.json");
+    let results = Results { tests: Vec::new(), suite: "other".into(), ..joined };
+    fs::write(&other, serde_json::to_string(&results).unwrap()).unwrap();
+    let path = |name: &str| case.folder.join(name);
+    for wrong in [
+        vec![files[0].clone(); 2],
+        vec![files[0].clone(), other],
+        vec![path("suite.toml")],
+        vec![path("absent")],
+    ] {
+        let error = merge(&wrong, &Outputs::default()).err().unwrap();
+        assert_eq!(failure::exit_code(&error), ExitCode::Usage);
     }
     let action = Some(RegressAction::Merge(MergeOptions {
         files: vec![case.folder.join("absent")],

@@ -16,9 +16,11 @@ mod faults;
 #[cfg(test)]
 mod fixture;
 mod matrix;
+mod merge;
 mod options;
 mod recipes;
 mod result;
+mod scratch;
 #[cfg(test)]
 mod shipped_tests;
 mod suite;
@@ -37,6 +39,7 @@ use collect::Collector;
 use matrix::Boot;
 use options::Outputs;
 use result::Results;
+use scratch::Scratch;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -64,8 +67,28 @@ pub fn regress(options: &RegressOptions) -> Result<ExitCode> {
     }
 }
 
+/// Results, and what became of the files that they go to.
+struct Finished {
+    results: Results,
+    saved: Result<()>,
+}
+
+impl Finished {
+    /// Leaks and a lost canary are worse than a file that could not be written.
+    fn exit_code(self) -> Result<ExitCode> {
+        let code = self.results.exit_code();
+        match self.saved {
+            Err(error) if code == ExitCode::Leaks || self.results.canary_lost() => {
+                failure::report(&error);
+                Ok(code)
+            }
+            saved => saved.map(|()| code),
+        }
+    }
+}
+
 fn run(options: &RegressOptions) -> Result<ExitCode> {
-    let results = match (&options.action, &options.suite) {
+    let mut finished = match (&options.action, &options.suite) {
         (Some(RegressAction::Merge(options)), _) => merge(&options.files, &options.outputs)?,
         (None, Some(suite)) => {
             let live = Arc::new(Live::default());
@@ -76,8 +99,8 @@ fn run(options: &RegressOptions) -> Result<ExitCode> {
         }
         (None, None) => return Err(Failure::usage("No suite").hint("kleak-vmm regress SUITE.toml").into()),
     };
-    print(&write::text(&results))?;
-    Ok(results.exit_code())
+    finished.saved = print(&write::text(&finished.results)).and(finished.saved);
+    finished.exit_code()
 }
 
 /// Runs the suite with `program` as the one that boots guests, and `grace` for what a guest does beside its tests.
@@ -87,7 +110,7 @@ fn run_suite(
     program: &Path,
     grace: Duration,
     live: Arc<Live>,
-) -> Result<Results> {
+) -> Result<Finished> {
     let suite = suite::read(path)?;
     check_files(&suite, &options.outputs)?;
     let boots = matrix::boots(&suite, options.shard, options.only.as_deref());
@@ -95,12 +118,12 @@ fn run_suite(
         boot.tests.iter().map(|&test| matrix::id(&suite, boot.kernel, boot.guest, test)).collect::<Vec<_>>()
     };
     let order: Vec<String> = boots.iter().flat_map(ids).collect();
-    if order.is_empty() {
-        // A shard may well be empty; a name that is none is a mistake.
-        if let Some(only) = &options.only {
-            let what = format!("No test of {} has {only:?} in its name", path.display());
-            return Err(Failure::usage(what).hint("names are KERNEL/GUEST/TEST").into());
-        }
+    // A shard may well be empty; a name that is none is a mistake.
+    if let Some(only) = &options.only
+        && matrix::boots(&suite, None, Some(only)).is_empty()
+    {
+        let what = format!("No test of {} has {only:?} in its name", path.display());
+        return Err(Failure::usage(what).hint("names are KERNEL/GUEST/TEST").into());
     }
     let baseline_path = options.outputs.baseline.clone().or_else(|| suite.baseline.clone());
     let baseline = read_baseline(baseline_path.as_deref(), options.outputs.update_baseline)?;
@@ -108,38 +131,43 @@ fn run_suite(
         fs::create_dir_all(folder)
             .with_context(|| Failure::usage(format!("Cannot create {}", folder.display())))?;
     }
-    let results = Results::new(&suite.name, options.shard.map(|shard| shard.to_string()));
+    // Within a repository, what a reader of the results on another machine can find.
+    let here = std::env::current_dir().unwrap_or_default();
+    let file = path.strip_prefix(".").or_else(|_| path.strip_prefix(here)).unwrap_or(path);
+    let results = Results::new(&suite.name, file, options.shard.map(|shard| shard.to_string()));
     let collector =
         Collector::new(results, order, baseline.clone(), options.outputs.reports.clone(), options.quiet);
     let scratch = Scratch::new()?;
+    collector.begin();
     let environment = Environment {
         suite: &suite,
         program: program.to_owned(),
         options: options.run_options(),
         logs: options.logs.clone(),
-        scratch: scratch.0.clone(),
+        scratch: scratch.path().to_owned(),
         grace,
         live,
     };
     run_boots(&environment, &boots, options.jobs, &collector);
-    let mut results = collector.finish()?;
-    conclude(&mut results, baseline, baseline_path.as_deref(), &options.outputs)?;
-    Ok(results)
+    Ok(conclude(collector.finish(), baseline, baseline_path.as_deref(), &options.outputs))
 }
 
 /// Compares with the baseline, brings it up to date where asked, and writes the results for good.
 fn conclude(
-    results: &mut Results,
+    mut results: Results,
     mut baseline: Baseline,
     path: Option<&Path>,
     outputs: &Outputs,
-) -> Result<()> {
+) -> Finished {
     results.compare(&baseline);
+    let mut saved = Ok(());
     if let Some(path) = path.filter(|_| outputs.update_baseline) {
-        baseline.update(results);
-        write::whole(path, &baseline.text())?;
+        baseline.update(&results);
+        saved = write::whole(path, &baseline.text());
     }
-    write::all(results, &outputs.reports)
+    // One file that cannot be written does not keep the others.
+    let written = write::all(&results, &outputs.reports);
+    Finished { results, saved: saved.and(written) }
 }
 
 fn read_baseline(path: Option<&Path>, update: bool) -> Result<Baseline> {
@@ -209,7 +237,7 @@ fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collect
                     let Some(kernel) = &kernels[boot.kernel] else { continue };
                     let needed = environment.suite.guests[boot.guest].mem_bytes + HEADROOM;
                     let _admitted = memory.admit(needed);
-                    boot::run(environment, boot, number + 1, kernel, collector);
+                    boot::run(environment, boots, number, kernel, collector);
                 }
             });
         }
@@ -217,34 +245,10 @@ fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collect
 }
 
 /// Joins the results of shards.
-fn merge(files: &[PathBuf], outputs: &Outputs) -> Result<Results> {
-    let mut joined: Option<Results> = None;
-    for path in files {
-        let failure = || {
-            Failure::usage(format!("Cannot read results {}", path.display()))
-                .hint("regress --report FILE.json writes them")
-        };
-        let text = fs::read_to_string(path).with_context(failure)?;
-        let results: Results = serde_json::from_str(&text).with_context(failure)?;
-        if results.schema != result::SCHEMA {
-            return Err(anyhow::anyhow!("Its schema is {:?}", results.schema).context(failure()));
-        }
-        if let Some(known) = &joined {
-            let twice = results.tests.iter().find(|test| known.tests.iter().any(|other| other.id == test.id));
-            if let Some(test) = twice {
-                let what = format!("{} has a result of {}, as a file before it", path.display(), test.id);
-                return Err(Failure::usage(what).hint("give the results of each shard once").into());
-            }
-        }
-        match &mut joined {
-            None => joined = Some(Results { shard: None, ..results }),
-            Some(joined) => joined.join(results),
-        }
-    }
-    let mut results = joined.ok_or_else(|| Failure::usage("No results to merge"))?;
+fn merge(files: &[PathBuf], outputs: &Outputs) -> Result<Finished> {
+    let results = merge::join(files)?;
     let baseline = read_baseline(outputs.baseline.as_deref(), outputs.update_baseline)?;
-    conclude(&mut results, baseline, outputs.baseline.as_deref(), outputs)?;
-    Ok(results)
+    Ok(conclude(results, baseline, outputs.baseline.as_deref(), outputs))
 }
 
 /// Lets so many boots run at a time as there is memory for, one at least.
@@ -275,26 +279,5 @@ impl Drop for Admitted<'_> {
     fn drop(&mut self) {
         *self.0.used.lock().unwrap_or_else(PoisonError::into_inner) -= self.1;
         self.0.changed.notify_all();
-    }
-}
-
-/// A folder that goes with the value, for this user alone.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Self> {
-        use std::os::unix::fs::DirBuilderExt;
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("kleak-regress-{}-{}", std::process::id(), NEXT.fetch_add(1, SeqCst));
-        let path = std::env::temp_dir().join(name);
-        let made = fs::DirBuilder::new().mode(0o700).create(&path);
-        made.with_context(|| Failure::host(format!("Cannot create {}", path.display())))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }

@@ -1,10 +1,11 @@
 //! What a suite came to, `kleak-regress/1`: the model that every form of result is written from, and that `merge` reads.
 
-use super::baseline::Baseline;
+use super::baseline::{Baseline, Entry};
 use super::suite::Expected;
 use crate::cli::ExitCode;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 /// Name and version of the JSON form.
 pub const SCHEMA: &str = "kleak-regress/1";
@@ -29,8 +30,10 @@ pub enum Outcome {
     Hung,
     /// The guest did not come up, or died before the test's turn.
     NotBooted,
-    /// The process with the guest was killed, or this host could not run it.
+    /// The process with the guest was killed, or the detector did not answer.
     Worker,
+    /// This host cannot run the guest, says the process that was to.
+    Host,
     /// The detector no longer worked: its canary was not found.
     Canary,
     /// The run was ended before.
@@ -39,7 +42,7 @@ pub enum Outcome {
 
 impl Outcome {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Passed,
         Self::Leaked,
         Self::Missing,
@@ -49,6 +52,7 @@ impl Outcome {
         Self::Hung,
         Self::NotBooted,
         Self::Worker,
+        Self::Host,
         Self::Canary,
         Self::Interrupted,
     ];
@@ -65,6 +69,7 @@ impl Outcome {
             Self::Hung => "hung",
             Self::NotBooted => "not-booted",
             Self::Worker => "worker",
+            Self::Host => "host",
             Self::Canary => "canary",
             Self::Interrupted => "interrupted",
         }
@@ -247,6 +252,8 @@ pub struct Fixed {
     pub id: String,
     /// What the baseline calls it.
     pub site: String,
+    /// Ids of the tests that made it.
+    pub tests: BTreeSet<String>,
 }
 
 /// Everything.
@@ -256,6 +263,8 @@ pub struct Results {
     pub schema: String,
     /// Name of the suite.
     pub suite: String,
+    /// Its file, as it was given; relative where it is below the working folder.
+    pub file: String,
     /// Whether all tests have their result.
     pub complete: bool,
     /// The shard, `I/N`.
@@ -273,12 +282,13 @@ pub struct Results {
 }
 
 impl Results {
-    /// Of a suite of this name, before the first test.
-    pub fn new(suite: &str, shard: Option<String>) -> Self {
+    /// Of a suite of this name and file, before the first test.
+    pub fn new(suite: &str, file: &Path, shard: Option<String>) -> Self {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Self {
             schema: SCHEMA.to_owned(),
             suite: suite.to_owned(),
+            file: file.to_string_lossy().into_owned(),
             complete: false,
             shard,
             started: now.map_or(0, |now| now.as_secs()),
@@ -314,17 +324,23 @@ impl Results {
             let all_ran = entry.tests.iter().all(|id| ran.get(id.as_str()) == Some(&true));
             all_ran && !entry.tests.is_empty() && !seen.contains(entry.id.as_str())
         });
-        self.fixed = gone.map(|entry| Fixed { id: entry.id.clone(), site: entry.site.clone() }).collect();
+        let fixed = |entry: &Entry| Fixed {
+            id: entry.id.clone(),
+            site: entry.site.clone(),
+            tests: entry.tests.clone(),
+        };
+        self.fixed = gone.map(fixed).collect();
     }
 
     /// The exit code of the contract. A lost canary comes first, as nothing else can be believed then; leaks go before
-    /// tests that could not be made, as `run --fail-on-leak` has it. A host that could run none of them cannot.
+    /// tests that could not be made, as `run --fail-on-leak` has it, and a test that failed may well leak on its way out.
+    /// A host that could run none of them cannot.
     pub fn exit_code(&self) -> ExitCode {
         let any = |outcomes: &[Outcome]| self.tests.iter().any(|test| outcomes.contains(&test.outcome));
         match () {
             () if self.canary_lost() => ExitCode::Guest,
-            () if any(&[Outcome::Leaked, Outcome::Missing]) => ExitCode::Leaks,
-            () if !self.tests.is_empty() && self.count(Outcome::Worker) == self.tests.len() => ExitCode::Host,
+            () if any(&[Outcome::Leaked, Outcome::Missing]) || self.leaks(State::New) > 0 => ExitCode::Leaks,
+            () if !self.tests.is_empty() && self.count(Outcome::Host) == self.tests.len() => ExitCode::Host,
             () if !self.complete || self.tests.iter().any(|test| test.outcome != Outcome::Passed) => {
                 ExitCode::Guest
             }
@@ -402,8 +418,14 @@ mod tests {
         assert_eq!(of(&[Missing]).exit_code(), ExitCode::Leaks);
         assert_eq!(of(&[Passed, Crashed]).exit_code(), ExitCode::Guest);
         assert_eq!(of(&[Interrupted]).exit_code(), ExitCode::Guest);
-        assert_eq!(of(&[Outcome::Worker, Outcome::Worker]).exit_code(), ExitCode::Host);
-        assert_eq!(of(&[Outcome::Worker, Passed]).exit_code(), ExitCode::Guest);
+        assert_eq!(of(&[Outcome::Host, Outcome::Host]).exit_code(), ExitCode::Host);
+        assert_eq!(of(&[Outcome::Host, Passed]).exit_code(), ExitCode::Guest);
+        assert_eq!(of(&[Outcome::Worker, Outcome::Worker]).exit_code(), ExitCode::Guest);
+        let mut leaky =
+            TestResult { outcome: Outcome::Failed, ..test("k/g/t", vec![group("a", 1, "a_probe")]) };
+        assert_eq!(results(vec![leaky.clone()]).exit_code(), ExitCode::Leaks);
+        leaky.groups[0].state = State::Known;
+        assert_eq!(results(vec![leaky]).exit_code(), ExitCode::Guest);
         let mut partial = of(&[Passed]);
         partial.complete = false;
         assert_eq!(partial.exit_code(), ExitCode::Guest);

@@ -252,6 +252,10 @@ fn parse(text: &str, folder: &Path, default_name: &str) -> Result<Suite, Wrong> 
         guests.push((default_guest(), 0..0));
     }
     let tests = each(file.tests, |table, span| reader.test(table, span, &kernels, &guests))?;
+    let boot = file.boot.unwrap_or(BootMode::Shared);
+    if boot == BootMode::Shared {
+        one_file_a_path(&tests)?;
+    }
     let kernels = unique(kernels, "kernel", |kernel| &kernel.name)?;
     let guests = unique(guests, "guest", |guest| &guest.name)?;
     let tests = unique(tests, "test", |test| &test.name)?;
@@ -259,7 +263,7 @@ fn parse(text: &str, folder: &Path, default_name: &str) -> Result<Suite, Wrong> 
         file.settle_ms.map(|ms| within(ms, MIN_SETTLE_MS..=MAX_SECONDS * 1000, "settle_ms")).transpose()?;
     Ok(Suite {
         name: file.name.unwrap_or_else(|| default_name.to_owned()),
-        boot: file.boot.unwrap_or(BootMode::Shared),
+        boot,
         boot_timeout_s: seconds(file.boot_timeout_s, "boot_timeout_s", 300)?,
         settle_ms,
         profile: file.profile.map(|path| folder.join(path)),
@@ -301,6 +305,30 @@ fn unique<T>(rows: Placed<T>, what: &str, name: impl Fn(&T) -> &String) -> Resul
         }
     }
     Ok(rows.into_iter().map(|(row, _)| row).collect())
+}
+
+/// Files are in the guest from the start of the boot: of two for the same path, both tests would get the last.
+fn one_file_a_path(tests: &Placed<Test>) -> Result<(), Wrong> {
+    let meet = |a: &Option<Vec<String>>, b: &Option<Vec<String>>| match (a, b) {
+        (Some(a), Some(b)) => a.iter().any(|name| b.contains(name)),
+        _ => true,
+    };
+    for (at, (test, span)) in tests.iter().enumerate() {
+        let earlier = tests[..=at].iter().map(|(other, _)| other);
+        let same_boot =
+            |other: &&Test| meet(&test.kernels, &other.kernels) && meet(&test.guests, &other.guests);
+        for other in earlier.filter(same_boot) {
+            let differs = |file: &&FileSpec| {
+                other.files.iter().any(|earlier| earlier.guest == file.guest && earlier.host != file.host)
+            };
+            if let Some(file) = test.files.iter().find(differs) {
+                let guest = file.guest.display();
+                let what = format!("test {:?} has another file for {guest} in the same boot", other.name);
+                return wrong(span, what);
+            }
+        }
+    }
+    Ok(())
 }
 
 fn within<T: PartialOrd + std::fmt::Display + Copy>(

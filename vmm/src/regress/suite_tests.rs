@@ -115,6 +115,29 @@ fn what_is_wrong_is_said_with_its_line() {
 }
 
 #[test]
+fn two_files_for_one_path_need_two_boots() {
+    let two = |head: &str, first: &str, second: &str| {
+        let test = |name: &str, keys: &str| format!("[[test]]\nname = \"{name}\"\n{keys}\n");
+        let text = format!(
+            "{head}\n[[kernel]]\npath = \"k\"\n[[kernel]]\npath = \"l\"\n{}{}",
+            test("one", first),
+            test("two", second)
+        );
+        parsed(&text).map(drop).map_err(|wrong| (text[..wrong.at].matches('\n').count() + 1, wrong.what))
+    };
+    let (a, b) = ("files = [\"a:/x\"]", "files = [\"b:/x\"]");
+    let (line, what) = two("", a, b).unwrap_err();
+    assert_eq!(line, 9);
+    assert!(what.contains("\"one\"") && what.contains("/x"), "{what}");
+    assert_eq!(two("", a, a), Ok(()));
+    assert_eq!(two("", a, "files = [\"b:/y\"]"), Ok(()));
+    assert_eq!(two("boot = \"per-test\"", a, b), Ok(()));
+    assert_eq!(two("", &format!("{a}\nkernels = [\"k\"]"), &format!("{b}\nkernels = [\"l\"]")), Ok(()));
+    assert_eq!(two("", &format!("{a}\nkernels = [\"k\"]"), b).unwrap_err().0, 10);
+    assert_eq!(two("", "files = [\"a:/x\", \"b:/x\"]", "").unwrap_err().0, 6);
+}
+
+#[test]
 fn the_error_of_a_file_is_one_line() {
     let path = std::env::temp_dir().join(format!("kleak-suite-{}.toml", std::process::id()));
     std::fs::write(&path, "[[kernel]]\npath = \"k\"\n\n[[test]]\nnaem = \"t\"\n").unwrap();

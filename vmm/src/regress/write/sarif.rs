@@ -1,7 +1,11 @@
 //! SARIF 2.1.0 (OASIS): one result for each leak of each test, by its group, so that code scanning tells old from new.
+//!
+//! GitHub's code scanning takes only results with a place in a file, and tells them apart by `primaryLocationLineHash`. The lines
+//! that allocate are not known here, so the place is the suite's file, and the print that of the leak.
 
-use super::super::result::{Frame, Group, Results, State, TestResult};
+use super::super::result::{Fixed, Frame, Group, Results, State, TestResult};
 use serde_json::{Value, json};
+use std::fmt::Write;
 
 const SCHEMA: &str = "https://json.schemastore.org/sarif-2.1.0.json";
 /// The rules; a result names its own by index.
@@ -15,11 +19,13 @@ pub fn sarif(results: &Results) -> Value {
     let rules = RULES.map(|(id, text)| json!({ "id": id, "shortDescription": { "text": text } }));
     let leaks = results.tests.iter().flat_map(|test| test.groups.iter().map(move |group| leak(test, group)));
     let others = results.tests.iter().filter(|test| !test.outcome.is_verdict()).map(not_made);
-    let fixed = results.fixed.iter().map(|fixed| {
-        let mut row = row(0, "none", &format!("Fixed: {}", fixed.site), &fixed.id, "absent");
-        row["locations"] = json!([location(&fixed.site)]);
+    let fixed = results.fixed.iter().flat_map(|leak| leak.tests.iter().map(move |test| fixed(test, leak)));
+    let uri = uri(&results.file);
+    let placed = |mut row: Value| {
+        row["locations"][0]["physicalLocation"] =
+            json!({ "artifactLocation": { "uri": uri }, "region": { "startLine": 1 } });
         row
-    });
+    };
     json!({
         "$schema": SCHEMA,
         "version": "2.1.0",
@@ -31,9 +37,25 @@ pub fn sarif(results: &Results) -> Value {
             } },
             "automationDetails": { "id": format!("{}/", results.suite) },
             "invocations": [{ "executionSuccessful": results.complete && others.clone().next().is_none() }],
-            "results": leaks.chain(others).chain(fixed).collect::<Vec<_>>(),
+            "results": leaks.chain(others).chain(fixed).map(placed).collect::<Vec<_>>(),
         }],
     })
+}
+
+/// A file's path as a URI reference (RFC 3986): relative ones stay so.
+pub fn uri(file: &str) -> String {
+    let mut uri = if file.starts_with('/') { "file://".to_owned() } else { String::new() };
+    for byte in file.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => {
+                uri.push(byte.into())
+            }
+            _ => {
+                let _ = write!(uri, "%{byte:02X}");
+            }
+        }
+    }
+    uri
 }
 
 fn row(rule: usize, level: &str, text: &str, fingerprint: &str, baseline: &str) -> Value {
@@ -42,7 +64,7 @@ fn row(rule: usize, level: &str, text: &str, fingerprint: &str, baseline: &str) 
         "ruleIndex": rule,
         "level": level,
         "message": { "text": text },
-        "partialFingerprints": { "kleakGroup/v1": fingerprint },
+        "partialFingerprints": { "kleakGroup/v1": fingerprint, "primaryLocationLineHash": fingerprint },
         "baselineState": baseline,
     })
 }
@@ -61,12 +83,24 @@ fn leak(test: &TestResult, group: &Group) -> Value {
         group.retained_bytes,
         group.site()
     );
-    let mut row = row(0, level, &text, &format!("{}:{}", test.id, group.id), baseline);
+    let mut row = row(0, level, &text, &fingerprint(&test.id, &group.id), baseline);
     row["locations"] = json!([location(&group.site())]);
     let frames: Vec<Value> = group.backtrace.iter().map(frame).collect();
     row["stacks"] = json!([{ "message": { "text": "Where it was allocated" }, "frames": frames }]);
     row["properties"] =
         json!({ "test": test.id, "group": group.id, "count": group.count, "bytes": group.bytes });
+    row
+}
+
+/// The same for a leak whether it is new, known or gone.
+fn fingerprint(test: &str, group: &str) -> String {
+    format!("{test}:{group}")
+}
+
+fn fixed(test: &str, leak: &Fixed) -> Value {
+    let text = format!("Fixed: {test} no longer leaks what {} allocates", leak.site);
+    let mut row = row(0, "none", &text, &fingerprint(test, &leak.id), "absent");
+    row["locations"] = json!([location(&leak.site)]);
     row
 }
 

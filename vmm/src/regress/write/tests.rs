@@ -25,7 +25,8 @@ fn sample() -> Results {
         crashed,
         test("6.12/small/fine", Vec::new()),
     ]);
-    all.fixed.push(Fixed { id: "f".into(), site: "fixed_probe".into() });
+    let tests = ["6.1/small/fine".to_owned(), "6.12/small/fine".to_owned()].into();
+    all.fixed.push(Fixed { id: "f".into(), site: "fixed_probe".into(), tests });
     all
 }
 
@@ -94,12 +95,40 @@ fn sarif_has_a_result_for_each_leak() {
         .map(|r| {
             let rule = r["ruleIndex"].as_u64().unwrap() as usize;
             assert_eq!(run["tool"]["driver"]["rules"][rule]["id"], r["ruleId"]);
-            assert!(r["message"]["text"].is_string() && r["partialFingerprints"].is_object());
+            assert!(r["message"]["text"].is_string());
+            // What GitHub's code scanning needs of each.
+            let place = &r["locations"][0]["physicalLocation"];
+            assert_eq!(place["artifactLocation"]["uri"], "suites/my%20suite.toml");
+            assert_eq!(place["region"]["startLine"], 1);
             (r["level"].as_str().unwrap(), r["baselineState"].as_str().unwrap())
         })
         .collect();
-    assert_eq!(states, [("error", "new"), ("warning", "unchanged"), ("error", "new"), ("none", "absent")]);
+    let fixed = ("none", "absent");
+    assert_eq!(states, [("error", "new"), ("warning", "unchanged"), ("error", "new"), fixed, fixed]);
+    let prints = |key: &str| {
+        results.iter().map(|r| r["partialFingerprints"][key].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        prints("kleakGroup/v1"),
+        [
+            "6.1/small/leaky:n",
+            "6.1/small/leaky:k",
+            "6.1/small/crash",
+            "6.1/small/fine:f",
+            "6.12/small/fine:f"
+        ]
+    );
+    assert_eq!(prints("primaryLocationLineHash"), prints("kleakGroup/v1"));
     assert_eq!(results[0]["stacks"][0]["frames"].as_array().map(Vec::len), Some(2));
+}
+
+#[test]
+fn sarif_names_the_suite_by_a_uri() {
+    let table =
+        [("a/b.toml", "a/b.toml"), ("/a b/\u{e4}%.toml", "file:///a%20b/%C3%A4%25.toml"), ("a:b", "a%3Ab")];
+    for (file, uri) in table {
+        assert_eq!(sarif::uri(file), uri);
+    }
 }
 
 #[test]
