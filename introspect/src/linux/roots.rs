@@ -12,7 +12,8 @@ pub struct StaticRoot {
     pub name: String,
     /// Run-time addresses.
     pub range: Range<Va>,
-    /// What in it is not to be read, ascending: a detector's own records, which hold the address of every object.
+    /// What in it is not to be read, ascending: a detector's own records, which hold the address of every object, and
+    /// [`NOTES`].
     pub unread: Vec<Range<Va>>,
 }
 
@@ -37,6 +38,11 @@ const SECTIONS: [(&str, &str, &str); 3] = [
     ("bss", "__bss_start", "__bss_stop"),
     ("ro_after_init", "__start_ro_after_init", "__end_ro_after_init"),
 ];
+
+/// Per-CPU variables that tell other CPUs something for a moment and keep what they said. `flush_tlb_info`
+/// (arch/x86/mm/tlb.c) has the bounds of the address range flushed last, which may be in use again by now; its `mm` is
+/// held by whoever flushes.
+const NOTES: [&str; 1] = ["flush_tlb_info"];
 
 impl Linux {
     /// Static data that kmemleak scans: writable sections of the image, data that became read-only after
@@ -63,12 +69,19 @@ impl Linux {
         else {
             return Ok(roots);
         };
+        let notes = NOTES.iter().flat_map(|name| symbols.lookup_all(name));
+        let mut notes: Vec<Range<Va>> = notes
+            .map(|symbol| symbol.va..symbol.va + symbols.size_of(symbol))
+            .filter(|note| start <= note.start && note.end <= end)
+            .collect();
+        notes.sort_unstable_by_key(|note| note.start);
         for cpu in 0..self.cpu_count(memory)? {
             let base = self.percpu_base(memory, cpu)?;
             let range = base + start.0..base + end.0;
+            let unread = notes.iter().map(|note| base + note.start.0..base + note.end.0).collect();
             // Before the areas are set up all CPUs share the one in the image.
             if start < end && !roots.iter().any(|r| r.range == range) {
-                roots.push(StaticRoot { name: format!("percpu{cpu}"), range, unread: Vec::new() });
+                roots.push(StaticRoot { name: format!("percpu{cpu}"), range, unread });
             }
         }
         Ok(roots)

@@ -93,7 +93,7 @@ impl Roots {
             roots.add(root.name, extents);
             records.extend(root.unread);
         }
-        roots.leave("records of the in-kernel kmemleak", records);
+        roots.leave("records of the in-kernel kmemleak, and of the last TLB flushes", records);
         roots.add_percpu(input, guest, &mut claims);
         for (name, range) in input.modules.data() {
             let range = Va(range.start)..Va(range.end);
