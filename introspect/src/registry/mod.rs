@@ -59,6 +59,27 @@ impl Kind {
     }
 }
 
+#[cfg(test)]
+impl Object {
+    /// A slab object of 96 bytes, for tests to say what matters to them.
+    pub(crate) fn sample() -> Self {
+        Self {
+            address: Va(0x1000),
+            size: 96,
+            kind: Kind::Slab,
+            cache: Va(1),
+            comm: 0,
+            pid: 0,
+            jiffies: 0,
+            stack: StackId(0),
+            paint: Paint::Normal,
+            no_scan: false,
+            reported: false,
+            sequence: 0,
+        }
+    }
+}
+
 /// An allocation that was just made.
 #[derive(Debug, Clone, Copy)]
 pub struct AllocEvent<'a> {

@@ -146,23 +146,10 @@ impl Place {
 mod tests {
     use super::*;
     use crate::memory::{Pa, Va};
-    use crate::registry::{Kind, Object, Paint, StackId};
+    use crate::registry::Object;
 
     fn hop(address: u64, word: Option<u64>, next: Option<u64>) -> Hop {
-        let object = Object {
-            address: Va(address),
-            size: 96,
-            kind: Kind::Slab,
-            cache: Va(1),
-            comm: 0,
-            pid: 0,
-            jiffies: 0,
-            stack: StackId(0),
-            paint: Paint::Normal,
-            no_scan: false,
-            reported: false,
-            sequence: 0,
-        };
+        let object = Object { address: Va(address), ..Object::sample() };
         Hop { object, cache: Some("a\nquit".into()), structure: Some("file".into()), word, next }
     }
 

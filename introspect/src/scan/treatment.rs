@@ -138,7 +138,7 @@ fn plain_name(name: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::{Kind, Paint};
+    use crate::registry::Kind;
     use guest_profiles::annotations::{Action, parse};
 
     fn function(name: &str, start: u64, len: u64) -> Function<'_> {
@@ -146,20 +146,7 @@ mod tests {
     }
 
     fn object(stack: StackId, kind: Kind) -> Object {
-        Object {
-            address: Va(0x1000),
-            size: 8,
-            kind,
-            cache: Va(0),
-            comm: 0,
-            pid: 0,
-            jiffies: 0,
-            stack,
-            paint: Paint::Normal,
-            no_scan: false,
-            reported: false,
-            sequence: 0,
-        }
+        Object { size: 8, cache: Va(0), kind, stack, ..Object::sample() }
     }
 
     #[test]
