@@ -51,7 +51,7 @@ pub use treatment::{Function, Treatments};
 
 use crate::arch::CpuState;
 use crate::linux::{Linux, ModuleMap};
-use crate::memory::{FrozenMemory, PAGE_SIZE, Va};
+use crate::memory::{FrozenMemory, PAGE_SIZE, PhysicalMemory, Va};
 use crate::registry::{Kind, Object, Paint, Registry};
 use anyhow::Context;
 use guest::{Extent, GuestMemory};
@@ -145,6 +145,35 @@ pub struct ScanResult {
     pub graph: Duration,
 }
 
+impl<'a, M: FrozenMemory> ScanInput<'a, M> {
+    fn guest(&self) -> anyhow::Result<GuestMemory<'a, M>> {
+        GuestMemory::new(self.linux, self.memory)
+            .context("Cannot find the guest's direct map and per-CPU memory")
+    }
+
+    fn object_at(&self, address: Va) -> anyhow::Result<Object> {
+        let at = |va| self.registry.containing(va);
+        object_at(self.linux, self.memory, address, at).map(|(_, object)| object)
+    }
+}
+
+/// The tracked object at or around an address as `containing` knows it, and the address as the registry has it: of a
+/// per-CPU object the address of any CPU's copy will do.
+///
+/// # Errors
+/// No such object.
+pub fn object_at(
+    linux: &Linux,
+    memory: &impl PhysicalMemory,
+    address: Va,
+    containing: impl Fn(Va) -> Option<Object>,
+) -> anyhow::Result<(Va, Object)> {
+    let at = |va| Some((va, containing(va)?));
+    at(address)
+        .or_else(|| at(linux.percpu_cookie(memory, address)?))
+        .with_context(|| format!("No tracked object at {address}"))
+}
+
 impl ScanResult {
     /// Drops leaks that were freed, cleared or painted since the scan: what a later `report` shows.
     pub fn keep_reportable(&mut self, registry: &Registry) {
@@ -214,8 +243,7 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
     /// Finds roots and objects; also returns the slots that are taken.
     fn collect(input: &ScanInput<'a, M>) -> anyhow::Result<(Self, Vec<u32>)> {
         let ScanInput { linux, memory, registry, .. } = *input;
-        let guest = GuestMemory::new(linux, memory)
-            .context("Cannot find the guest's direct map and per-CPU memory")?;
+        let guest = input.guest()?;
         let roots = collect_roots(input, &guest)?;
         let mut blocks: Vec<Block> = heap(registry).map(|o| block(&o)).collect();
         blocks.sort_unstable();

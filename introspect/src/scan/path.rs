@@ -68,8 +68,7 @@ pub struct Hop {
 /// # Errors
 /// As [`super::scan`]; and no such object.
 pub fn path<M: FrozenMemory>(input: &ScanInput<'_, M>, address: Va) -> anyhow::Result<Path> {
-    let object = input.registry.containing(address);
-    let object = object.with_context(|| format!("No tracked object at {address}"))?;
+    let object = input.object_at(address)?;
     let (frozen, slots) = Frozen::collect(input)?;
     let (mut marker, treated) = frozen.marker(input, &slots, Trail::default())?;
     let slot = marker.slot(object.address.0);

@@ -6,7 +6,6 @@ use super::guest::{GuestMemory, Mapping};
 use super::{ScanInput, collect_roots, heap};
 use crate::memory::{FrozenMemory, Va};
 use crate::registry::Object;
-use anyhow::Context;
 use rustc_hash::FxHashSet;
 use std::fmt;
 use std::ops::Range;
@@ -75,7 +74,7 @@ pub fn referrers<M: FrozenMemory>(
     target: &Range<u64>,
 ) -> anyhow::Result<Vec<Reference>> {
     let mut found = Vec::new();
-    each_word(input, target, |holder, word| {
+    each_word(input, &input.guest()?, target, |holder, word| {
         let own = matches!(&holder, Holder::Object { object, .. } if target.contains(&object.address.0));
         if !own && found.len() < MAX {
             found.push(Reference { holder: holder.to_referrer(), word });
@@ -105,12 +104,11 @@ impl Holder<'_> {
 /// Calls `visit` with every word of roots and tracked objects that lies in `window`.
 pub(super) fn each_word<M: FrozenMemory>(
     input: &ScanInput<'_, M>,
+    guest: &GuestMemory<'_, M>,
     window: &Range<u64>,
     mut visit: impl FnMut(Holder<'_>, u64),
 ) -> anyhow::Result<()> {
-    let guest = GuestMemory::new(input.linux, input.memory)
-        .context("Cannot find the guest's direct map and per-CPU memory")?;
-    let roots = collect_roots(input, &guest)?;
+    let roots = collect_roots(input, guest)?;
     for region in &roots.regions {
         for &extent in &region.extents {
             for (offset, word) in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, window))

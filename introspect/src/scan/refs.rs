@@ -167,8 +167,7 @@ pub fn of_object<M: FrozenMemory>(
     rules: &[Count],
     address: Va,
 ) -> anyhow::Result<ObjectRefs> {
-    let object = input.registry.containing(address);
-    let object = object.with_context(|| format!("No tracked object at {address}"))?;
+    let object = input.object_at(address)?;
     let caches = caches(input)?;
     let cache = caches.iter().find(|cache| cache.va == object.cache);
     let counted = match cache {
@@ -180,9 +179,10 @@ pub fn of_object<M: FrozenMemory>(
     };
     let mut counted = counted.map_err(|error| format!("{error:#}"));
     let base = counted.as_ref().map_or(0, |(counter, _)| counter.base);
-    let mut listing = Listing::new(input, &caches)?;
+    let guest = input.guest()?;
+    let mut listing = Listing::new(input, &guest, &caches);
     let start = object.address.0;
-    each_word(input, &super::addresses(&object), |holder, word| {
+    each_word(input, &guest, &super::addresses(&object), |holder, word| {
         if !is_of(&holder, object.address) {
             listing.add(holder, word - start, word - start == base);
         }
@@ -207,7 +207,7 @@ fn tally<M: FrozenMemory>(input: &ScanInput<'_, M>, all: &mut [Counted], base: u
     all.sort_unstable_by_key(|counted| counted.object.address);
     let (Some(first), Some(last)) = (all.first(), all.last()) else { return Ok(()) };
     let window: Range<u64> = first.object.address.0..super::addresses(&last.object).end;
-    each_word(input, &window, |holder, word| {
+    each_word(input, &input.guest()?, &window, |holder, word| {
         let from = match holder {
             Holder::Object { object, .. } => Some(object.address),
             Holder::Root { .. } | Holder::Register { .. } => None,
@@ -357,7 +357,7 @@ impl Chain {
 struct Listing<'x, 'a, M> {
     input: &'x ScanInput<'a, M>,
     caches: &'x [Cache],
-    guest: GuestMemory<'a, M>,
+    guest: &'x GuestMemory<'a, M>,
     exact: Vec<(Referrer, u64)>,
     other: Vec<(Referrer, u64)>,
     found: u64,
@@ -365,10 +365,8 @@ struct Listing<'x, 'a, M> {
 }
 
 impl<'x, 'a, M: FrozenMemory> Listing<'x, 'a, M> {
-    fn new(input: &'x ScanInput<'a, M>, caches: &'x [Cache]) -> anyhow::Result<Self> {
-        let guest =
-            GuestMemory::new(input.linux, input.memory).context("Cannot find the guest's direct map")?;
-        Ok(Self { input, caches, guest, exact: Vec::new(), other: Vec::new(), found: 0, inside: 0 })
+    fn new(input: &'x ScanInput<'a, M>, guest: &'x GuestMemory<'a, M>, caches: &'x [Cache]) -> Self {
+        Self { input, caches, guest, exact: Vec::new(), other: Vec::new(), found: 0, inside: 0 }
     }
 
     fn add(&mut self, holder: Holder<'_>, to: u64, counts: bool) {
@@ -397,7 +395,7 @@ impl<'x, 'a, M: FrozenMemory> Listing<'x, 'a, M> {
     fn describe(&self, holder: &Referrer) -> anyhow::Result<HeldBy> {
         Ok(match holder {
             Referrer::Root { region, pa } => {
-                let place = place(self.input, &self.guest, region, Pa(*pa));
+                let place = place(self.input, self.guest, region, Pa(*pa));
                 HeldBy::Root(place.context("Cannot find out whose a reference is")?)
             }
             Referrer::Register { cpu } => HeldBy::Register(*cpu),
@@ -429,25 +427,11 @@ fn member_at(types: &Btf, structure: &str, offset: u64) -> Option<String> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::registry::{Kind, Paint, StackId};
     use crate::types::synthetic::{Builder, Part};
     use proptest::prelude::*;
 
     pub(in crate::scan) fn counted(address: u64, count: i64) -> Counted {
-        let object = Object {
-            address: Va(address),
-            size: 96,
-            kind: Kind::Slab,
-            cache: Va(1),
-            comm: 0,
-            pid: 7,
-            jiffies: 0,
-            stack: StackId(0),
-            paint: Paint::Normal,
-            no_scan: false,
-            reported: false,
-            sequence: 0,
-        };
+        let object = Object { address: Va(address), pid: 7, ..Object::sample() };
         Counted { object, count, own: 0, found: 0, inside: 0 }
     }
 

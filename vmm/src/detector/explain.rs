@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use introspect::accounting::calls;
 use introspect::memory::Va;
 use introspect::registry::Object;
-use introspect::scan::{ScanInput, coverage, path, refs};
+use introspect::scan::{ScanInput, coverage, object_at, path, refs};
 use serde_json::json;
 
 /// Objects that `refs=CACHE` shows.
@@ -16,7 +16,6 @@ const SHOWN: usize = 30;
 
 impl Detector {
     pub(super) fn path_to(&self, address: Va) -> Result<Answer> {
-        let (address, _) = self.object_at(address)?;
         let path = self.look(|input| path(input, address))?;
         Ok(Answer { text: path.text(), json: path.json() })
     }
@@ -26,13 +25,10 @@ impl Detector {
         Ok(Answer { text: coverage.text(), json: coverage.json() })
     }
 
-    /// The tracked object at or around an address, and the address as the registry has it: of a per-CPU object the address
-    /// of any CPU's copy will do.
+    /// See [`object_at`]. The guest goes on meanwhile.
     pub(super) fn object_at(&self, address: Va) -> Result<(Va, Object)> {
-        let at = |va| self.parts.recorder.state().registry.containing(va).map(|object| (va, object));
-        at(address)
-            .or_else(|| at(self.parts.linux.percpu_cookie(self.ram(), address)?))
-            .with_context(|| format!("No tracked object at {address}"))
+        let containing = |va| self.parts.recorder.state().registry.containing(va);
+        object_at(&self.parts.linux, self.ram(), address, containing)
     }
 
     pub(super) fn references_of(&self, address: Va) -> Result<Answer> {
