@@ -3,6 +3,8 @@
 use super::command::Request;
 use super::execute::Reply;
 use super::socket::END_OF_REPLY;
+use anyhow::Context;
+use serde_json::Value;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -44,6 +46,15 @@ impl<R: Read, W: Write> Client<R, W> {
         let failed = body.starts_with(if request.json { "{\"error\":" } else { "error: " });
         let quit = !failed && request.command == Ok(super::Command::Quit);
         Ok(Reply { body, failed, quit })
+    }
+
+    /// Sends one command and waits for its reply in JSON, which may be an `error`.
+    ///
+    /// # Errors
+    /// As [`Client::request`]; or the reply is no JSON.
+    pub fn json(&mut self, command: &str) -> anyhow::Result<Value> {
+        let reply = self.request(&format!("json {command}"))?;
+        serde_json::from_str(&reply.body).with_context(|| format!("The reply to {command} is no JSON"))
     }
 
     fn text(&mut self) -> io::Result<String> {

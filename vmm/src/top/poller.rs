@@ -114,17 +114,12 @@ fn poll<R: Read, W: Write>(
 }
 
 fn table<R: Read, W: Write>(client: &mut Client<R, W>, view: View) -> Result<Update> {
-    let status = json(client, "json status")?;
-    let table = json(client, &format!("json top {}", view.word()))?;
+    let status = client.json("status")?;
+    let table = client.json(&format!("top {}", view.word()))?;
     match table["error"].as_str() {
         Some(error) => Ok(Update::Said(error.to_owned())),
         None => Ok(Update::Table { view, status, table }),
     }
-}
-
-fn json<R: Read, W: Write>(client: &mut Client<R, W>, line: &str) -> Result<Value> {
-    let reply = client.request(line)?;
-    serde_json::from_str(&reply.body).with_context(|| format!("The reply to {line} is no JSON"))
 }
 
 /// A command's first line, an error included.
