@@ -88,13 +88,12 @@ pub fn compare() -> Result<()> {
     let attributed = |count: fn(&Row) -> usize| rows.iter().map(count).sum::<usize>();
     let (kernel_theirs, kernel_ours) =
         (theirs.len() - attributed(|r| r.theirs), ours.len() - attributed(|r| r.ours));
-    let why = String::new();
     rows.push(Row {
         name: "the kernel itself".into(),
         planted: 0,
         theirs: kernel_theirs,
         ours: kernel_ours,
-        why,
+        why: String::new(),
     });
     let table = table(&rows);
     println!("{table}");

@@ -163,7 +163,7 @@ impl<'a> Session<'a> {
         };
         let trouble = self.follow(&mut worker, &token).err();
         if trouble.as_ref().is_some_and(|end| !matches!(end, End::NoLine(NoLine::Ended))) {
-            worker.kill();
+            worker.ask_to_end();
         }
         let ending = worker.finish();
         if let Some(end) = trouble {

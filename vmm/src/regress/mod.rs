@@ -50,6 +50,7 @@ use worker::Live;
 
 /// Memory a boot takes beside its guest's: the process, or the helper system of a lab.
 const HEADROOM: u64 = 1 << 30;
+
 /// Runs a suite, or joins the results of its shards.
 ///
 /// # Errors

@@ -69,7 +69,7 @@ impl Ready {
 
     fn module(&self, path: &Path) -> Result<PathBuf> {
         let Some(name) = recipe(path) else {
-            return Ok(PathBuf::from(path.to_string_lossy().replace(KERNEL_PLACE, &self.name)));
+            return Ok(self.placed(path));
         };
         let package = self.package.as_ref();
         let package =
@@ -82,6 +82,11 @@ impl Ready {
         }
     }
 
+    /// A path of the suite for this kernel.
+    fn placed(&self, path: &Path) -> PathBuf {
+        path.to_string_lossy().replace(KERNEL_PLACE, &self.name).into()
+    }
+
     /// A file for the guest.
     ///
     /// # Errors
@@ -89,7 +94,7 @@ impl Ready {
     pub fn file(&self, path: &Path) -> Result<PathBuf> {
         let path = match recipe(path) {
             Some(name) => programs::build(&store()?, name)?,
-            None => PathBuf::from(path.to_string_lossy().replace(KERNEL_PLACE, &self.name)),
+            None => self.placed(path),
         };
         std::fs::File::open(&path).with_context(|| format!("Cannot read file {}", path.display()))?;
         Ok(path)

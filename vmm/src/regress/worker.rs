@@ -197,10 +197,7 @@ impl Worker {
                 self.client.insert(Client::new(stream.try_clone().with_context(connect)?, stream))
             }
         };
-        let reply =
-            client.request(&format!("json {command}")).with_context(|| format!("No reply to {command}"))?;
-        let value: Value =
-            serde_json::from_str(&reply.body).with_context(|| format!("The reply to {command}"))?;
+        let value = client.json(command).with_context(|| format!("No reply to {command}"))?;
         match value.get("error").and_then(Value::as_str) {
             Some(error) => Ok(Err(error.to_owned())),
             None => Ok(Ok(value)),
@@ -255,8 +252,8 @@ impl Worker {
         }
     }
 
-    /// Ends the process now, whatever it does.
-    pub fn kill(&self) {
+    /// Asks the process to end, whatever it does.
+    pub fn ask_to_end(&self) {
         signal(self.child.id() as i32, libc::SIGTERM);
     }
 }
@@ -264,7 +261,7 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         if !self.ended {
-            self.kill();
+            self.ask_to_end();
             self.end();
         }
     }

@@ -1,7 +1,7 @@
 //! From the first instruction to the exit code: periodic scans, the end, the last scan, the reports.
 
 use crate::cli::options::{ReportFormat, RunOptions, ScanTrigger};
-use crate::cli::{ExitCode, Failure, print};
+use crate::cli::{ExitCode, Failure, print, write_whole};
 use crate::console::Target;
 use crate::detector::Detector;
 use crate::machine::{Machine, Outcome};
@@ -208,13 +208,9 @@ fn failure_of(outcome: Option<&Outcome>, timeout_s: Option<u64>) -> Option<Strin
     }
 }
 
-/// Whole or not at all: a reader never sees half a report.
 fn write(path: &Path, text: &str) -> Result<()> {
     let failure = || Failure::usage(format!("Cannot write report {}", path.display())).hint("check --report");
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    std::fs::write(&part, text).with_context(failure)?;
-    std::fs::rename(&part, path).with_context(failure)
+    write_whole(path, text).with_context(failure)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ mod text;
 pub use text::{line, text};
 
 use super::result::Results;
-use crate::cli::Failure;
+use crate::cli::{Failure, write_whole};
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 
@@ -35,7 +35,7 @@ fn form(results: &Results, path: &Path) -> Result<String> {
     })
 }
 
-/// Writes a file: a reader, or a crash, never sees half of it.
+/// Writes a file.
 ///
 /// # Errors
 /// Exit code 2: no place to write to, or no room.
@@ -44,14 +44,7 @@ pub fn whole(path: &Path, text: &str) -> Result<()> {
         Failure::usage(format!("Cannot write {}", path.display()))
             .hint("check the path, and the room on its disk")
     };
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    let part = PathBuf::from(part);
-    let written = std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, path));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&part);
-    }
-    written.with_context(failure)
+    write_whole(path, text).with_context(failure)
 }
 
 #[cfg(test)]
