@@ -18,6 +18,8 @@ pub enum Displaced {
     Move(Register, Register),
     /// `mov r, imm`, already extended as the instruction does
     Load(Register, u64),
+    /// `mov r64, [base + displacement]`
+    Fetch(Register, Register, u64),
     /// `lea r64, [base + displacement]`
     Address(Register, Register, u64),
     /// `add r64, imm` and `sub r64, imm` (as an addition), with flags
@@ -71,15 +73,16 @@ impl Displaced {
             Mnemonic::Mov if two_registers => {
                 Some(Self::Move(general(i.op0_register())?, general(i.op1_register())?))
             }
+            Mnemonic::Mov if i.code() == Code::Mov_r64_rm64 && is_plain_address(i) => {
+                Some(Self::Fetch(i.op0_register(), i.memory_base(), i.memory_displacement64()))
+            }
             Mnemonic::Mov if i.op0_kind() == OpKind::Register => {
                 let to = general(i.op0_register())?;
                 let value = immediate(1)?;
                 Some(Self::Load(to, if to.is_gpr32() { value & 0xffff_ffff } else { value }))
             }
-            Mnemonic::Lea => {
-                let plain = i.memory_index() == Register::None && i.memory_base().is_gpr64();
-                (plain && i.op0_register().is_gpr64())
-                    .then(|| Self::Address(i.op0_register(), i.memory_base(), i.memory_displacement64()))
+            Mnemonic::Lea if i.op0_register().is_gpr64() && is_plain_address(i) => {
+                Some(Self::Address(i.op0_register(), i.memory_base(), i.memory_displacement64()))
             }
             Mnemonic::Add if i.op0_kind() == OpKind::Register && i.op0_register().is_gpr64() => {
                 Some(Self::Add(i.op0_register(), immediate(1)?))
@@ -117,6 +120,10 @@ impl Displaced {
                 write(registers, to, value);
             }
             Self::Load(to, value) => write(registers, to, value),
+            Self::Fetch(to, base, displacement) => {
+                let value = load(Va(read(registers, base).wrapping_add(displacement)))?;
+                write(registers, to, value);
+            }
             Self::Address(to, base, displacement) => {
                 let value = read(registers, base).wrapping_add(displacement);
                 write(registers, to, value);
@@ -154,6 +161,13 @@ impl Displaced {
         }
         Some(Step::Done)
     }
+}
+
+/// True for a memory operand of a base register and a displacement alone.
+fn is_plain_address(i: &Instruction) -> bool {
+    i.memory_index() == Register::None
+        && i.memory_base().is_gpr64()
+        && !matches!(i.memory_segment(), Register::FS | Register::GS)
 }
 
 fn set_flags(registers: &mut Registers, result: u64, carry: bool, auxiliary: bool, overflow: bool) {
@@ -239,11 +253,24 @@ mod tests {
     }
 
     #[test]
+    fn a_load_takes_a_word_from_memory() {
+        // mov rcx, [rdi - 8]
+        let fetch = decode(&[0x48, 0x8b, 0x4f, 0xf8]).unwrap();
+        let mut r = Registers { rdi: 0x1008, ..Default::default() };
+        assert_eq!(fetch.execute(&mut r, |va| (va == Va(0x1000)).then_some(7)), Some(Step::Done));
+        assert_eq!(r.rcx, 7);
+        assert_eq!(fetch.execute(&mut r, |_| None), None);
+    }
+
+    #[test]
     fn patchable_and_complex_instructions_are_refused() {
         for bytes in [
             &[0x0f, 0x1f, 0x44, 0, 0][..],   // nop: a jump label or an ftrace slot
             &[0xe8, 0, 0, 0, 0],             // call
-            &[0x48, 0x8b, 0x07],             // load from memory
+            &[0x8b, 0x07],                   // load of half a word
+            &[0x48, 0x8b, 0x04, 0xf7],       // load from an element
+            &[0x65, 0x48, 0x8b, 0x07],       // load from per-CPU memory
+            &[0x48, 0x8b, 0x05, 0, 0, 0, 0], // load relative to the instruction
             &[0xf0, 0x48, 0xff, 0x07],       // lock inc
             &[0x65, 0x8b, 0x05, 0, 0, 0, 0], // gs-relative
             &[0x8b, 0xc8][..1],              // truncated
