@@ -27,10 +27,54 @@ pub enum Role {
     Vfree,
     /// Returns the cookie of a per-CPU allocation; size of one copy in argument 0.
     PercpuAlloc,
+    /// Returns an address of mapped device memory; size in argument 1.
+    Ioremap,
+    /// Returns the `struct page` of a block of pages; order in argument 1.
+    PageAlloc,
+    /// Fills a list (argument 4) or an array (argument 5) with single pages and returns how many are there.
+    PageBulkAlloc,
+    /// Gives back the block whose `struct page` is `argument`; order in the next argument.
+    PageFree,
+    /// Gives back the single pages on the list at `argument`.
+    PageListFree,
+    /// Gives back the blocks in the `struct folio_batch` at `argument`.
+    PageBatchFree,
     /// A module is about to start; `struct module` in `argument`.
     ModuleLoad,
     /// A module's memory goes away.
     ModuleUnload,
+}
+
+/// What can be tracked; `run --track` takes these words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tracked {
+    /// Slab objects, and kmalloc beyond the largest cache.
+    Slab,
+    /// vmalloc blocks.
+    Vmalloc,
+    /// Per-CPU allocations.
+    Percpu,
+    /// Blocks of the page allocator.
+    Pages,
+    /// Mapped device memory.
+    Ioremap,
+}
+
+impl Tracked {
+    /// Everything, in the order of reports.
+    pub const ALL: [Self; 5] = [Self::Slab, Self::Vmalloc, Self::Percpu, Self::Pages, Self::Ioremap];
+
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Slab => "slab",
+            Self::Vmalloc => "vmalloc",
+            Self::Percpu => "percpu",
+            Self::Pages => "pages",
+            Self::Ioremap => "ioremap",
+        }
+    }
 }
 
 /// Where in the function to look.
@@ -53,6 +97,9 @@ pub struct Hook {
     pub role: Role,
     /// Place.
     pub point: Point,
+    /// What it is needed for; empty: always.
+    #[serde(default)]
+    pub track: Vec<Tracked>,
     /// Alternative symbols, best first.
     pub functions: Vec<String>,
     /// Symbols whose presence makes this hook unnecessary.
@@ -72,6 +119,13 @@ pub struct Hook {
 #[serde(deny_unknown_fields)]
 struct File {
     hook: Vec<Hook>,
+}
+
+impl Hook {
+    /// True when it is needed to track these.
+    pub fn is_for(&self, tracked: &[Tracked]) -> bool {
+        self.track.is_empty() || self.track.iter().any(|what| tracked.contains(what))
+    }
 }
 
 /// The built-in hooks.
@@ -108,6 +162,29 @@ mod tests {
         }
         let percpu = |h: &Hook| h.role == Role::Free && h.functions == ["free_percpu"];
         assert!(hooks.iter().any(percpu), "free_percpu is missing");
+    }
+
+    #[test]
+    fn everything_that_can_be_tracked_has_hooks_that_see_it_come_and_go() {
+        let hooks = builtin();
+        for (what, comes, goes) in [
+            (Tracked::Slab, Role::SlabAlloc, Role::Free),
+            (Tracked::Vmalloc, Role::Vmalloc, Role::Vfree),
+            (Tracked::Percpu, Role::PercpuAlloc, Role::Free),
+            (Tracked::Pages, Role::PageAlloc, Role::PageFree),
+            (Tracked::Ioremap, Role::Ioremap, Role::Vfree),
+        ] {
+            for role in [comes, goes] {
+                assert!(hooks.iter().any(|h| h.role == role && h.is_for(&[what])), "{what:?}: {role:?}");
+            }
+        }
+        let always = hooks.iter().filter(|h| h.is_for(&[]));
+        let always: Vec<Role> = always.map(|h| h.role).collect();
+        assert_eq!(
+            always,
+            [Role::ModuleLoad, Role::ModuleUnload],
+            "modules are followed whatever is tracked"
+        );
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub use sites::{Site, SiteError};
 
 use crate::kernel::Kernel;
 use crate::memory::Va;
-use guest_profiles::hooks::{Hook, Point, Role};
+use guest_profiles::hooks::{Hook, Point, Role, Tracked};
 use serde::Serialize;
 
 /// One trap to plant.
@@ -57,10 +57,10 @@ impl Plan {
     }
 }
 
-/// Finds the traps of `hooks` in `kernel` for a trap instruction of `trap_len` bytes.
-pub fn plan(kernel: &Kernel, hooks: &[Hook], trap_len: usize) -> Plan {
+/// Finds the traps of those `hooks` in `kernel` that are for what is `tracked`, for a trap instruction of `trap_len` bytes.
+pub fn plan(kernel: &Kernel, hooks: &[Hook], tracked: &[Tracked], trap_len: usize) -> Plan {
     let mut plan = Plan::default();
-    for hook in hooks {
+    for hook in hooks.iter().filter(|hook| hook.is_for(tracked)) {
         if hook.unless.iter().any(|name| kernel.symbols.lookup(name).is_some()) {
             continue;
         }

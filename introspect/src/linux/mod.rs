@@ -12,7 +12,9 @@ mod counters_tests;
 mod lookup;
 mod module_map;
 pub mod modules;
+mod page_lists;
 mod page_structs;
+mod page_tables;
 pub mod pages;
 pub mod percpu;
 pub mod processes;
@@ -31,7 +33,7 @@ pub mod vmalloc_info;
 pub mod zones;
 
 pub use module_map::ModuleMap;
-pub use page_structs::{PageChunk, PageStructs};
+pub use page_structs::{PageChunk, PagePlaces, PageStructs};
 pub use read::Walk;
 pub use roots::StaticRoot;
 
@@ -71,6 +73,7 @@ pub struct Linux {
     tasks: tasks::Layout,
     slab: slab::Layout,
     pages: page_structs::Layout,
+    page_lists: page_lists::Layout,
     zones: pages::Layout,
     percpu: percpu::Layout,
     vmalloc: vmalloc::Layout,
@@ -110,6 +113,7 @@ impl Linux {
             tasks: tasks::Layout::new(&lookup)?,
             slab: slab::Layout::new(&lookup)?,
             pages: page_structs::Layout::new(&lookup)?,
+            page_lists: page_lists::Layout::new(&lookup)?,
             zones: pages::Layout::new(&lookup)?,
             percpu: percpu::Layout::new(&lookup)?,
             vmalloc: vmalloc::Layout::new(&lookup)?,

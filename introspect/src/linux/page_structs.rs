@@ -2,13 +2,13 @@
 
 use super::Linux;
 use super::lookup::Lookup;
-use super::read::{le32, le64};
+use super::read::{le32, le64, physical_end};
 use crate::arch::Leaf;
-use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, PhysicalMemory, Va};
-use std::ops::ControlFlow;
+use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, Pa, PhysicalMemory, Va};
+use std::ops::{ControlFlow, Range};
 
 /// Most orders a block of pages can have; real kernels stop at 10.
-pub(super) const MAX_ORDER: u64 = 20;
+pub const MAX_ORDER: u64 = 20;
 
 /// Offsets inside `struct page` and the tests for the kinds of pages.
 pub(super) struct Layout {
@@ -127,6 +127,45 @@ pub struct PageStructs<'m> {
     pub chunks: Vec<PageChunk<'m>>,
 }
 
+/// Where frames and their `struct page`s are: turns the address of one into that of the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PagePlaces {
+    /// Address of frame 0's `struct page`.
+    pub structs: Va,
+    /// Size of a `struct page`, bytes.
+    pub size: u64,
+    /// Address of frame 0 in the direct map.
+    pub direct: Va,
+    /// End of RAM.
+    pub end: Pa,
+}
+
+impl PagePlaces {
+    /// The frame whose `struct page` starts at `page`.
+    pub fn pa(&self, page: Va) -> Option<Pa> {
+        let offset = page.0.checked_sub(self.structs.0)?;
+        let pa = Pa((offset / self.size).checked_mul(PAGE_SIZE)?);
+        (offset.is_multiple_of(self.size) && pa < self.end).then_some(pa)
+    }
+
+    /// Its direct-map address.
+    pub fn address(&self, page: Va) -> Option<Va> {
+        self.pa(page).map(|pa| self.direct + pa.0)
+    }
+
+    /// The `struct page`s of a block of frames in the direct map.
+    pub fn structs_of(&self, block: &Range<Va>) -> Range<Va> {
+        let place = |va: Va| self.structs + ((va - self.direct) >> PAGE_SHIFT) * self.size;
+        place(block.start)..place(block.end)
+    }
+
+    /// The direct-map address of the frame whose `struct page` holds `va`.
+    pub fn frame_of(&self, va: Va) -> Option<Va> {
+        let offset = va.0.checked_sub(self.structs.0)?;
+        self.address(self.structs + offset / self.size * self.size)
+    }
+}
+
 impl<'m> PageStructs<'m> {
     /// A frame's entry, and all behind it in the same chunk.
     pub fn from(&self, frame: u64) -> Option<&'m [u8]> {
@@ -169,6 +208,19 @@ impl Linux {
         Ok(structs)
     }
 
+    /// Where frames and their `struct page`s are.
+    ///
+    /// # Errors
+    /// As [`Linux::page_structs_base`] and [`Linux::direct_map_base`].
+    pub fn page_places(&self, memory: &impl PhysicalMemory) -> Result<PagePlaces, MemoryError> {
+        Ok(PagePlaces {
+            structs: self.page_structs_base(memory)?,
+            size: self.pages.size,
+            direct: self.direct_map_base(memory)?,
+            end: Pa(physical_end(memory)),
+        })
+    }
+
     /// Address of a frame's `struct page`.
     ///
     /// # Errors
@@ -183,7 +235,7 @@ fn add_chunk<'m>(
     structs: &mut PageStructs<'m>,
     memory: &'m impl FrozenMemory,
     leaf: Leaf,
-    frames: std::ops::Range<u64>,
+    frames: Range<u64>,
 ) -> Result<(), MemoryError> {
     let start = leaf.va.max(structs.base + frames.start * structs.size);
     let end = (leaf.va + leaf.size).min(structs.base + frames.end * structs.size);

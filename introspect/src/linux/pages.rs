@@ -2,7 +2,8 @@
 
 use super::Linux;
 use super::lookup::Lookup;
-use super::page_structs::{Kind, MAX_ORDER, PageStructs};
+pub use super::page_structs::MAX_ORDER;
+use super::page_structs::{Kind, PageStructs};
 use super::read::{le64, physical_end};
 use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, Pa, PhysicalMemory, Va};
 use std::ops::Range;

@@ -42,6 +42,13 @@ pub struct SlabMap {
     pub damaged: Vec<Damage>,
 }
 
+impl SlabMap {
+    /// All slab pages with their caches.
+    pub fn pages_with_caches(&self) -> impl Iterator<Item = (&SlabPage, &Cache)> {
+        self.pages.iter().filter_map(|page| Some((page, self.caches.get(page.cache as usize)?)))
+    }
+}
+
 /// What is wrong with a slab.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Damage {

@@ -3,8 +3,12 @@
 //! Built for events: an allocation or a free touches one place of a table of 32-byte records ([`table`],
 //! [`record`]); backtraces, task names and caches are each stored once. Scans freeze their own index over it
 //! ([`crate::scan`]).
+//!
+//! Blocks of the page allocator are kept apart ([`blocks`]): slabs, large kmallocs and vmalloc blocks are made of them,
+//! so that they and other objects have the same addresses; and they may be given back in parts.
 
 mod audit;
+mod blocks;
 mod depot;
 mod intern;
 mod record;
@@ -12,10 +16,11 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub use audit::{Audit, Mismatch};
+pub use audit::{Audit, Mismatch, Truth};
 pub use depot::{StackDepot, StackId};
 
 use crate::memory::Va;
+use blocks::Blocks;
 use intern::Interner;
 use record::{CACHE_BITS, COMM_BITS, New, OVERSIZE, Record};
 use rustc_hash::FxHashMap;
@@ -164,6 +169,7 @@ pub struct Registry {
     /// Counters.
     pub counters: Counters,
     records: Table,
+    blocks: Blocks,
     /// Sizes of objects too large for their record, by address.
     oversize: FxHashMap<Va, u64>,
     comms: Interner<[u8; 16], COMM_BITS>,
@@ -173,7 +179,8 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Records an allocation. An object already live at the address is replaced, and counted as an overwrite.
+    /// Records an allocation. An object already live at the address, or block of pages that it meets, is replaced, and
+    /// counted as an overwrite.
     pub fn alloc(&mut self, event: &AllocEvent<'_>) {
         self.counters.allocs += 1;
         self.sequence += 1;
@@ -189,6 +196,10 @@ impl Registry {
             cache: self.caches.intern(event.cache),
             comm: self.comms.intern(event.comm),
         });
+        if event.kind == Kind::Page {
+            self.counters.overwrites += u64::from(self.blocks.insert(record));
+            return;
+        }
         if self.records.insert(record).is_some() {
             self.counters.overwrites += 1;
         }
@@ -212,14 +223,29 @@ impl Registry {
         Some(object)
     }
 
-    /// Object starting at `address`.
-    pub fn get(&self, address: Va) -> Option<Object> {
-        self.records.get(address).map(|record| self.object(record))
+    /// Records that the pages of `size` bytes from `start` on are given back; what else their block has stays. Pages never
+    /// seen allocated are no news: the boot allocator gives its memory away this way.
+    pub fn free_pages(&mut self, start: Va, size: u64) {
+        self.sequence += 1;
+        self.counters.frees += u64::from(self.blocks.remove(start, size));
     }
 
-    /// Object whose memory contains `address`. Looks at every object: for `dump=`, not for scans.
+    /// Object starting at `address`: of a block of pages and what lies in it, the latter.
+    pub fn get(&self, address: Va) -> Option<Object> {
+        let record = self.records.get(address).or_else(|| self.blocks.get(address));
+        record.map(|record| self.object(record))
+    }
+
+    /// Object whose memory contains `address`: of a block of pages and what lies in it, the latter. Looks at every object:
+    /// for `dump=`, not for scans.
     pub fn containing(&self, address: Va) -> Option<Object> {
-        self.objects().find(|o| address - o.address < o.size)
+        let object = self.objects().find(|o| address - o.address < o.size);
+        object.or_else(|| self.block_with(address))
+    }
+
+    /// The block of pages whose memory contains `address`.
+    pub fn block_with(&self, address: Va) -> Option<Object> {
+        self.blocks.containing(address).map(|record| self.object(record))
     }
 
     /// Changes the treatment of the object starting at `address`; false when there is none.
@@ -237,12 +263,17 @@ impl Registry {
         self.change(address, Record::set_reported);
     }
 
-    /// Every live object, in no order.
+    /// Every live object but blocks of pages, in no order.
     pub fn objects(&self) -> impl Iterator<Item = Object> + '_ {
         self.records.iter().map(|r| self.object(r))
     }
 
-    /// Number of live objects.
+    /// Every block of pages, whoever has it: a cache's slabs, page cache and user memory are among them. Ascending.
+    pub fn blocks(&self) -> impl Iterator<Item = Object> + '_ {
+        self.blocks.iter().map(|r| self.object(r))
+    }
+
+    /// Number of live objects, blocks of pages not among them.
     pub fn len(&self) -> usize {
         self.records.len()
     }
@@ -260,6 +291,7 @@ impl Registry {
     /// Forgets every object (`off`). Backtraces stay, because reports still name them, and so do the counters.
     pub fn clear(&mut self) {
         self.records = Table::default();
+        self.blocks = Blocks::default();
         self.oversize = FxHashMap::default();
     }
 
@@ -270,11 +302,11 @@ impl Registry {
 
     /// Bytes of host memory held, backtraces included.
     pub fn memory(&self) -> usize {
-        self.records.memory() + self.stacks.memory()
+        self.records.memory() + self.blocks.memory() + self.stacks.memory()
     }
 
     fn change(&mut self, address: Va, change: impl FnOnce(&mut Record)) -> bool {
-        let record = self.records.get_mut(address);
+        let record = self.records.get_mut(address).or_else(|| self.blocks.get_mut(address));
         record.map(change).is_some()
     }
 

@@ -74,6 +74,13 @@ impl Record {
         }
     }
 
+    /// The part of this block of pages from `start` on that has `size` bytes.
+    pub(super) fn part(mut self, start: Va, size: u32) -> Self {
+        self.place = self.place & !ADDRESS | (start.0 & ADDRESS);
+        self.size = size;
+        self
+    }
+
     pub(super) fn is_vacant(&self) -> bool {
         self.order == VACANT
     }

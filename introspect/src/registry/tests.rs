@@ -211,7 +211,11 @@ fn audit_agrees_with_an_exact_registry() {
     for slot in [0, 1] {
         registry.alloc(&event(BASE + 0x1000 + slot * 64, 56, &[]));
     }
-    let audit = registry.audit(&slabs(), &[], &[Va(BASE + 0x10c0)]);
+    let audit = registry.audit(&Truth {
+        slabs: Some(&slabs()),
+        boot_objects: &[Va(BASE + 0x10c0)],
+        ..Truth::default()
+    });
     assert_eq!(audit, Audit { tracked: 2, ..Audit::default() });
 }
 
@@ -222,7 +226,7 @@ fn audit_names_missing_and_stale_objects() {
     registry.alloc(&event(BASE + 0x1080, 56, &[]));
     registry.alloc(&event(BASE + 0x9000, 56, &[]));
     registry.alloc(&AllocEvent { kind: Kind::Large, ..event(BASE + 0xa000, 9000, &[]) });
-    let audit = registry.audit(&slabs(), &[], &[]);
+    let audit = registry.audit(&Truth { slabs: Some(&slabs()), ..Truth::default() });
     assert_eq!((audit.tracked, audit.missing, audit.stale), (1, 2, 2));
     let named: Vec<_> = audit.examples.iter().map(|m| (m.address.0 - BASE, m.missing)).collect();
     assert_eq!(named, [(0x1040, true), (0x10c0, true), (0x1080, false), (0x9000, false)]);
@@ -241,8 +245,33 @@ fn audit_looks_at_per_cpu_memory() {
         size: 0x8000,
         allocated: vec![0..8, 8..12],
     };
-    let audit = registry.audit(&SlabMap { caches: Vec::new(), ..slabs() }, &[chunk], &[]);
+    let audit = registry.audit(&Truth { percpu: &[chunk], ..Truth::default() });
     assert_eq!((audit.tracked, audit.missing, audit.stale), (1, 1, 1));
     let named: Vec<_> = audit.examples.iter().map(|m| (m.address.0, m.missing, m.cache.as_str())).collect();
     assert_eq!(named, [(0x3b008, true, "(percpu)"), (0x3b100, false, "(percpu)")]);
+}
+
+#[test]
+fn audit_looks_at_pages() {
+    use crate::linux::pages::{PageMap, Use};
+    let mut registry = Registry::default();
+    for (page, pages) in [(1, 2), (4, 2), (6, 1)] {
+        let block = event(BASE + page * 4096, pages * 4096, &[]);
+        registry.alloc(&AllocEvent { kind: Kind::Page, ..block });
+    }
+    let uses = vec![
+        Use::Reserved,
+        Use::Kernel,
+        Use::Slab,
+        Use::User,
+        Use::Kernel,
+        Use::Free,
+        Use::User,
+        Use::PageTable,
+        Use::Free,
+    ];
+    let audit = registry.audit(&Truth { pages: Some((&PageMap { uses }, Va(BASE))), ..Truth::default() });
+    assert_eq!((audit.tracked, audit.missing, audit.stale), (2, 1, 1));
+    let named: Vec<_> = audit.examples.iter().map(|m| (m.address.0 - BASE, m.missing)).collect();
+    assert_eq!(named, [(0x7000, true), (0x4000, false)]);
 }

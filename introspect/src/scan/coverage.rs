@@ -103,7 +103,7 @@ pub fn coverage<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<Cov
     };
     let through_gray = begin(Origin::Gray, treated.gray);
     let through_young = begin(Origin::Young, treated.young);
-    let unreferenced = unreached(input.registry, &frozen.guest, &marker).len() as u64;
+    let unreferenced = unreached(input.registry, &frozen, &marker).len() as u64;
     let not_read = not_read(input, &frozen, &marker);
     Ok(Coverage { roots, not_read, through_objects, through_gray, through_young, unreferenced })
 }

@@ -21,7 +21,9 @@
 //!   when it lies in the cookie's bytes, flags in the cookie's low bits included; the copies of all CPUs are its
 //!   contents. (So does kmemleak from 6.12 on; before, it reads them and never reports them.) Cookies of the first
 //!   chunk are small numbers, so that an equal number anywhere may hide a lost one.
-//! - Memblock and ioremap objects are never reported: their memory is among the roots or is no RAM.
+//! - A block of pages that the kernel's own code asked for and has to itself is an object ([`pages`]). A word refers to
+//!   it when it points into its memory or into its `struct page`s; both are its contents.
+//! - Device memory is an object without contents. Memblock objects are never reported: their memory is among the roots.
 
 mod coverage;
 pub mod dead_words;
@@ -29,6 +31,7 @@ mod graph;
 pub mod guest;
 pub mod index;
 pub mod mark;
+mod pages;
 mod path;
 mod path_text;
 mod places;
@@ -46,7 +49,7 @@ pub mod words;
 pub use coverage::{Coverage, NotRead, RootShare, coverage};
 pub use path::{Hop, Path, Start, path};
 pub use places::{Owner, Place};
-pub use referrers::{Reference, Referrer, addresses, referrers};
+pub use referrers::{Reference, Referrer, referrers};
 pub use treatment::{Function, Treatments};
 
 use crate::arch::CpuState;
@@ -58,6 +61,7 @@ use guest::{Extent, GuestMemory};
 use guest_profiles::annotations::Action;
 use index::{Block, Index};
 use mark::{Contents, Marker, Origin, Special, Witness};
+use pages::Pages;
 use roots::{RootInput, Roots};
 use rustc_hash::FxHashMap;
 use std::ops::Range;
@@ -86,6 +90,8 @@ pub struct ScanInput<'a, M> {
     pub min_age_ms: u64,
     /// False: stacks are no roots.
     pub stack: bool,
+    /// False: slab objects are not tracked, and slab pages are roots.
+    pub slab: bool,
 }
 
 /// An object that cannot be reached.
@@ -214,7 +220,7 @@ pub fn scan<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<ScanRes
 
     let start = Instant::now();
     let leak = |(object, standing)| leak(&frozen, object, standing);
-    result.leaks = unreached(input.registry, &frozen.guest, &marker).into_iter().map(leak).collect();
+    result.leaks = unreached(input.registry, &frozen, &marker).into_iter().map(leak).collect();
     result.graph = start.elapsed();
     Ok(result)
 }
@@ -222,6 +228,7 @@ pub fn scan<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<ScanRes
 /// A frozen heap, ready to be marked.
 struct Frozen<'a, M> {
     guest: GuestMemory<'a, M>,
+    pages: Pages,
     roots: Roots,
     index: Index,
     /// Names of slab caches.
@@ -244,18 +251,22 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
     fn collect(input: &ScanInput<'a, M>) -> anyhow::Result<(Self, Vec<u32>)> {
         let ScanInput { linux, memory, registry, .. } = *input;
         let guest = input.guest()?;
-        let roots = collect_roots(input, &guest)?;
-        let mut blocks: Vec<Block> = heap(registry).map(|o| block(&o)).collect();
+        let (pages, roots) = collect_roots(input, &guest)?;
+        let objects = || heap(registry).chain(pages.objects());
+        let mut blocks: Vec<Block> = objects().map(|o| block(&o)).chain(pages.structs()).collect();
         blocks.sort_unstable();
         let (index, slots) = Index::new(&blocks, guest.direct());
         let caches = linux.caches(memory).context("Cannot read the guest's list of slab caches")?;
+        let (objects, object_bytes) =
+            objects().fold((0, 0_u64), |(n, b), o| (n + 1, b.saturating_add(o.size)));
         let frozen = Self {
             guest,
+            pages,
             roots,
             index,
             caches: caches.into_iter().map(|c| (c.va, c.name)).collect(),
-            objects: blocks.len() as u64,
-            object_bytes: blocks.iter().map(|b| b.size).fold(0, u64::saturating_add),
+            objects,
+            object_bytes,
         };
         Ok((frozen, slots))
     }
@@ -269,9 +280,57 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
     ) -> anyhow::Result<(Marker<'s, GuestMemory<'a, M>, W>, Treated)> {
         let mut marker = Marker::new(&self.index, &self.guest, slots, witness);
         set_vmalloc_specials(input, &mut marker)?;
-        let treated = set_treatments(input, &self.caches, &mut marker);
+        self.pages.join(&mut marker);
+        let treated = self.set_treatments(input, &mut marker);
         self.roots.stacks.iter().for_each(|stack| marker.set_black(stack.0));
         Ok((marker, treated))
+    }
+
+    /// Tells the marker how every object is to be treated, but for those that marking begins with.
+    fn set_treatments<W: Witness>(
+        &self,
+        input: &ScanInput<'_, M>,
+        marker: &mut Marker<'_, GuestMemory<'a, M>, W>,
+    ) -> Treated {
+        // As msecs_to_jiffies, which rounds up.
+        let min_age = (input.min_age_ms * input.linux.hz()).div_ceil(1000);
+        let mut treated = Treated::default();
+        for object in self.objects(input.registry) {
+            let va = object.address.0;
+            let blocks = || self.pages.blocks_of(&object);
+            if object.no_scan || object.kind == Kind::Ioremap {
+                blocks().for_each(|va| marker.set_no_scan(va));
+            }
+            let rule = input.treatments.of(&object, self.cache_of(&object));
+            match (object.paint, rule.map(|r| r.action)) {
+                (Paint::Black, _) | (Paint::Normal, Some(Action::Black)) => {
+                    blocks().for_each(|va| marker.set_black(va));
+                }
+                (Paint::Gray, _) | (_, Some(Action::Gray)) => treated.gray.extend(blocks()),
+                (_, Some(Action::NoScan)) => blocks().for_each(|va| marker.set_no_scan(va)),
+                // Of pages kmemleak has no areas.
+                (_, Some(Action::Area)) if object.kind == Kind::Page => {}
+                (_, Some(Action::Area)) => {
+                    let area = rule.and_then(|r| r.start).unwrap_or(0)
+                        ..rule.and_then(|r| r.end).unwrap_or(object.size);
+                    let areas = Some(std::iter::once(area).collect());
+                    marker.set_special(va, Special { areas, ..Special::default() });
+                }
+                (Paint::Normal, None) => {}
+            }
+            if input.now_jiffies.saturating_sub(object.jiffies) < min_age {
+                treated.young.extend(blocks());
+            }
+        }
+        for region in input.modules.live().flat_map(|m| &m.regions) {
+            marker.set_black(region.range.start);
+        }
+        treated
+    }
+
+    /// Every object.
+    fn objects<'s>(&'s self, registry: &'s Registry) -> impl Iterator<Item = Object> + 's {
+        heap(registry).chain(self.pages.objects())
     }
 
     /// Name of an object's slab cache; empty when it has none.
@@ -283,22 +342,31 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
 fn collect_roots<M: FrozenMemory>(
     input: &ScanInput<'_, M>,
     guest: &GuestMemory<'_, M>,
-) -> anyhow::Result<Roots> {
+) -> anyhow::Result<(Pages, Roots)> {
+    let uses = input.linux.page_map(input.memory).context("Cannot read the guest's page frames")?;
+    let mut objects = page_objects(input.registry, guest);
+    let pages = Pages::collect(input, guest, &uses, &objects).context("Cannot tell whose pages are whose")?;
+    objects.extend(pages.extents(guest));
     let root_input = RootInput {
         linux: input.linux,
         cpus: input.cpus,
         modules: input.modules,
         stack: input.stack,
-        objects: &page_objects(input.registry, guest),
+        slab: input.slab,
+        uses: &uses,
+        objects: &objects,
+        pages: &pages.frames(),
         percpu: &percpu_objects(input.registry),
     };
-    Roots::collect(&root_input, guest, input.memory).context("Cannot collect the roots of the scan")
+    let roots = Roots::collect(&root_input, guest, input.memory);
+    Ok((pages, roots.context("Cannot collect the roots of the scan")?))
 }
 
-/// Objects that scans know how to treat.
+/// Objects that scans know how to treat, but blocks of pages.
 fn heap(registry: &Registry) -> impl Iterator<Item = Object> + '_ {
-    let known =
-        |o: &Object| matches!(o.kind, Kind::Slab | Kind::Large | Kind::Vmalloc | Kind::Percpu | Kind::Page);
+    let known = |o: &Object| {
+        matches!(o.kind, Kind::Slab | Kind::Large | Kind::Vmalloc | Kind::Percpu | Kind::Ioremap)
+    };
     registry.objects().filter(known)
 }
 
@@ -310,7 +378,7 @@ fn block(object: &Object) -> Block {
 /// allocator gave.
 fn page_objects<M: FrozenMemory>(registry: &Registry, guest: &GuestMemory<'_, M>) -> Vec<Extent> {
     let mut extents = Vec::new();
-    for object in heap(registry).filter(|o| !matches!(o.kind, Kind::Slab | Kind::Percpu)) {
+    for object in heap(registry).filter(|o| matches!(o.kind, Kind::Large | Kind::Vmalloc)) {
         let size = match object.kind {
             Kind::Vmalloc => object.size.next_multiple_of(PAGE_SIZE),
             _ => object.size.max(PAGE_SIZE).checked_next_power_of_two().unwrap_or(object.size),
@@ -372,46 +440,6 @@ fn set_vmalloc_specials<M: FrozenMemory, C: Contents, W: Witness>(
     Ok(())
 }
 
-/// Tells the marker how every object is to be treated, but for those that marking begins with.
-fn set_treatments<M: FrozenMemory, C: Contents, W: Witness>(
-    input: &ScanInput<'_, M>,
-    caches: &FxHashMap<Va, String>,
-    marker: &mut Marker<'_, C, W>,
-) -> Treated {
-    // As msecs_to_jiffies, which rounds up.
-    let min_age = (input.min_age_ms * input.linux.hz()).div_ceil(1000);
-    let mut treated = Treated::default();
-    for object in heap(input.registry) {
-        let va = object.address.0;
-        if object.no_scan {
-            marker.set_no_scan(va);
-        }
-        let cache = caches.get(&object.cache).map_or("", String::as_str);
-        let rule = input.treatments.of(&object, cache);
-        match (object.paint, rule.map(|r| r.action)) {
-            (Paint::Black, _) | (Paint::Normal, Some(Action::Black)) => marker.set_black(va),
-            (Paint::Gray, _) | (_, Some(Action::Gray)) => treated.gray.push(va),
-            (_, Some(Action::NoScan)) => marker.set_no_scan(va),
-            (_, Some(Action::Area)) => {
-                let area =
-                    rule.and_then(|r| r.start).unwrap_or(0)..rule.and_then(|r| r.end).unwrap_or(object.size);
-                marker.set_special(
-                    va,
-                    Special { areas: Some(std::iter::once(area).collect()), ..Special::default() },
-                );
-            }
-            (Paint::Normal, None) => {}
-        }
-        if input.now_jiffies.saturating_sub(object.jiffies) < min_age {
-            treated.young.push(va);
-        }
-    }
-    for region in input.modules.live().flat_map(|m| &m.regions) {
-        marker.set_black(region.range.start);
-    }
-    treated
-}
-
 /// Reads all roots.
 fn read_roots<M: FrozenMemory, C: Contents, W: Witness>(
     input: &ScanInput<'_, M>,
@@ -442,21 +470,27 @@ fn read_roots<M: FrozenMemory, C: Contents, W: Witness>(
 /// What was not reached, in allocation order, sorted out.
 fn unreached<M: FrozenMemory, C: Contents, W: Witness>(
     registry: &Registry,
-    guest: &GuestMemory<'_, M>,
+    frozen: &Frozen<'_, M>,
     marker: &Marker<'_, C, W>,
 ) -> Vec<(Object, graph::Standing)> {
-    let mut white: Vec<Object> = heap(registry).filter(|o| !marker.is_reached(o.address.0)).collect();
+    let mut white: Vec<Object> =
+        frozen.objects(registry).filter(|o| !marker.is_reached(o.address.0)).collect();
     white.sort_unstable_by_key(|o| o.sequence);
-    let numbers: FxHashMap<u64, u32> = (0..).zip(&white).map(|(n, o)| (o.address.0, n)).collect();
+    let numbered = (0..).zip(&white);
+    let places: Vec<(u64, u32)> =
+        numbered.flat_map(|(n, o)| frozen.pages.blocks_of(o).map(move |start| (start, n))).collect();
+    let numbers: FxHashMap<u64, u32> = places.iter().copied().collect();
     let mut edges = Vec::new();
-    for (from, object) in (0..).zip(&white) {
-        marker.references(object.address.0, |reference| {
-            if let Some(&to) = numbers.get(&reference.target.start) {
+    for (start, from) in places {
+        marker.references(start, |reference| {
+            if let Some(&to) = numbers.get(&reference.target.start)
+                && to != from
+            {
                 edges.push((from, to));
             }
         });
     }
-    let memory = |o: &Object| o.size.saturating_mul(guest.copies(o.address).len() as u64);
+    let memory = |o: &Object| o.size.saturating_mul(frozen.guest.copies(o.address).len() as u64);
     let sizes: Vec<u64> = white.iter().map(memory).collect();
     let standings = graph::classify(&sizes, &edges);
     white.into_iter().zip(standings).collect()

@@ -81,7 +81,7 @@ pub fn path<M: FrozenMemory>(input: &ScanInput<'_, M>, address: Va) -> anyhow::R
     begin(&mut marker, Origin::Young, treated.young);
     let mut lost = Vec::new();
     if !marker.is_reached(object.address.0) {
-        lost = unreached(input.registry, &frozen.guest, &marker);
+        lost = unreached(input.registry, &frozen, &marker);
         let direct = lost.iter().filter(|(_, standing)| standing.direct);
         begin(&mut marker, Origin::Lost, direct.map(|(object, _)| object.address.0).collect());
     }
@@ -190,7 +190,7 @@ impl<M: FrozenMemory> Explain<'_, '_, M> {
     }
 
     fn object(&self, block: &Block) -> anyhow::Result<Object> {
-        let object = self.input.registry.get(Va(block.start));
+        let object = self.input.registry.get(self.frozen.pages.object_of(Va(block.start)));
         object.with_context(|| format!("No tracked object at {}", Va(block.start)))
     }
 

@@ -2,10 +2,10 @@
 //!
 //! Slow next to a scan (it looks at everything once for one question), so it is for `dump=` and `refs=`.
 
-use super::guest::{GuestMemory, Mapping};
+use super::guest::{Extent, GuestMemory, Mapping};
 use super::{ScanInput, collect_roots, heap};
 use crate::memory::{FrozenMemory, Va};
-use crate::registry::Object;
+use crate::registry::{Kind, Object};
 use rustc_hash::FxHashSet;
 use std::fmt;
 use std::ops::Range;
@@ -64,18 +64,24 @@ pub struct Reference {
     pub word: u64,
 }
 
-/// Lists references into `target` (addresses), at most [`MAX`] of them; references of an object to itself are left
-/// out. Whether such a word counts in a scan depends on its holder: dead objects' words are listed too.
+/// Lists references to `target`, at most [`MAX`] of them; references of an object to itself are left out. Whether such a
+/// word counts in a scan depends on its holder: dead objects' words are listed too.
 ///
 /// # Errors
 /// As [`super::scan`].
 pub fn referrers<M: FrozenMemory>(
     input: &ScanInput<'_, M>,
-    target: &Range<u64>,
+    target: &Object,
 ) -> anyhow::Result<Vec<Reference>> {
     let mut found = Vec::new();
-    each_word(input, &input.guest()?, target, |holder, word| {
-        let own = matches!(&holder, Holder::Object { object, .. } if target.contains(&object.address.0));
+    let mut windows = vec![addresses(target)];
+    if target.kind == Kind::Page {
+        let places = input.linux.page_places(input.memory)?;
+        let structs = places.structs_of(&(target.address..target.address + target.size));
+        windows.push(structs.start.0..structs.end.0);
+    }
+    each_word(input, &input.guest()?, &windows, |holder, word| {
+        let own = matches!(&holder, Holder::Object { object, .. } if object.address == target.address);
         if !own && found.len() < MAX {
             found.push(Reference { holder: holder.to_referrer(), word });
         }
@@ -101,24 +107,29 @@ impl Holder<'_> {
     }
 }
 
-/// Calls `visit` with every word of roots and tracked objects that lies in `window`.
+/// Calls `visit` with every word of roots and tracked objects that lies in one of the `windows`. Words in the
+/// `struct page`s of tracked blocks count as the roots' that those of all others are.
 pub(super) fn each_word<M: FrozenMemory>(
     input: &ScanInput<'_, M>,
     guest: &GuestMemory<'_, M>,
-    window: &Range<u64>,
+    windows: &[Range<u64>],
     mut visit: impl FnMut(Holder<'_>, u64),
 ) -> anyhow::Result<()> {
-    let roots = collect_roots(input, guest)?;
-    for region in &roots.regions {
-        for &extent in &region.extents {
-            for (offset, word) in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, window))
-            {
-                visit(Holder::Root { region: &region.name, pa: extent.start.0 + offset }, word);
-            }
+    let (pages, roots) = collect_roots(input, guest)?;
+    let mut in_extent = |region: &str, extent: Extent| {
+        for (offset, word) in guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, windows)) {
+            visit(Holder::Root { region, pa: extent.start.0 + offset }, word);
         }
+    };
+    for region in &roots.regions {
+        region.extents.iter().for_each(|&extent| in_extent(&region.name, extent));
+    }
+    for structs in pages.structs() {
+        let extents = guest.extents(Va(structs.start)..Va(structs.start) + structs.size);
+        extents.into_iter().for_each(|extent| in_extent("page structs", extent));
     }
     for cpu in input.cpus.iter().filter(|c| c.online) {
-        for word in cpu.registers.words().into_iter().filter(|word| window.contains(word)) {
+        for word in cpu.registers.words().into_iter().filter(|word| is_in(windows, *word)) {
             visit(Holder::Register { cpu: cpu.index }, word);
         }
     }
@@ -126,12 +137,13 @@ pub(super) fn each_word<M: FrozenMemory>(
     let modules = input.modules.live().flat_map(|module| &module.regions);
     let in_roots: FxHashSet<Va> =
         roots.stacks.iter().copied().chain(modules.map(|region| Va(region.range.start))).collect();
-    for object in heap(input.registry).filter(|object| !in_roots.contains(&object.address)) {
+    let objects = heap(input.registry).chain(pages.objects());
+    for object in objects.filter(|object| !in_roots.contains(&object.address)) {
         for copy in guest.copies(object.address) {
             // As scans read them: aligned words only.
             let aligned = Va(copy.0.next_multiple_of(8))..copy + object.size;
             for Mapping { va, extent } in guest.mappings(aligned) {
-                let words = guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, window));
+                let words = guest.bytes(extent).into_iter().flat_map(|bytes| words_into(bytes, windows));
                 for (offset, word) in words {
                     visit(Holder::Object { object, offset: (va - copy) + offset }, word);
                 }
@@ -141,14 +153,18 @@ pub(super) fn each_word<M: FrozenMemory>(
     Ok(())
 }
 
-/// Aligned words that lie in `window`, with their offsets.
-fn words_into<'a>(bytes: &'a [u8], window: &'a Range<u64>) -> impl Iterator<Item = (u64, u64)> + 'a {
+/// Aligned words that lie in one of the `windows`, with their offsets.
+fn words_into<'a>(bytes: &'a [u8], windows: &'a [Range<u64>]) -> impl Iterator<Item = (u64, u64)> + 'a {
     let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()));
-    words.enumerate().filter(|(_, word)| window.contains(word)).map(|(n, word)| (n as u64 * 8, word))
+    words.enumerate().filter(|(_, word)| is_in(windows, *word)).map(|(n, word)| (n as u64 * 8, word))
+}
+
+fn is_in(windows: &[Range<u64>], word: u64) -> bool {
+    windows.iter().any(|window| window.contains(&word))
 }
 
 /// The addresses of an object.
-pub fn addresses(object: &Object) -> Range<u64> {
+pub(super) fn addresses(object: &Object) -> Range<u64> {
     let Va(start) = object.address;
     start..start.saturating_add(object.size)
 }

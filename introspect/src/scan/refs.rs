@@ -182,7 +182,7 @@ pub fn of_object<M: FrozenMemory>(
     let guest = input.guest()?;
     let mut listing = Listing::new(input, &guest, &caches);
     let start = object.address.0;
-    each_word(input, &guest, &super::addresses(&object), |holder, word| {
+    each_word(input, &guest, &[super::referrers::addresses(&object)], |holder, word| {
         if !is_of(&holder, object.address) {
             listing.add(holder, word - start, word - start == base);
         }
@@ -206,8 +206,8 @@ fn is_of(holder: &Holder<'_>, target: Va) -> bool {
 fn tally<M: FrozenMemory>(input: &ScanInput<'_, M>, all: &mut [Counted], base: u64) -> anyhow::Result<()> {
     all.sort_unstable_by_key(|counted| counted.object.address);
     let (Some(first), Some(last)) = (all.first(), all.last()) else { return Ok(()) };
-    let window: Range<u64> = first.object.address.0..super::addresses(&last.object).end;
-    each_word(input, &input.guest()?, &window, |holder, word| {
+    let window: Range<u64> = first.object.address.0..super::referrers::addresses(&last.object).end;
+    each_word(input, &input.guest()?, &[window], |holder, word| {
         let from = match holder {
             Holder::Object { object, .. } => Some(object.address),
             Holder::Root { .. } | Holder::Register { .. } => None,

@@ -61,8 +61,14 @@ pub struct RootInput<'a> {
     pub modules: &'a ModuleMap,
     /// False: no stack is a root.
     pub stack: bool,
+    /// False: slab pages are roots.
+    pub slab: bool,
+    /// What every frame is used for.
+    pub uses: &'a PageMap,
     /// Memory of tracked objects that have whole pages: they are read as objects.
     pub objects: &'a [Extent],
+    /// Frames of tracked blocks of pages, ascending and disjoint: their `struct page`s are read with them.
+    pub pages: &'a [Range<u64>],
     /// Cookies of tracked per-CPU objects, ascending and disjoint: they, too, are read as objects.
     pub percpu: &'a [Range<Va>],
 }
@@ -78,11 +84,11 @@ impl Roots {
         memory: &M,
     ) -> Result<Self, MemoryError> {
         let linux = input.linux;
-        let uses = linux.page_map(memory)?;
+        let uses = input.uses;
         let mut claims = Claims { taken: vec![false; uses.uses.len()] };
         let mut roots = Self::default();
         claims.take(input.objects);
-        roots.add_page_structs(linux, guest, memory, &uses, &mut claims)?;
+        roots.add_page_structs(input, guest, memory, &mut claims)?;
         roots.add_stacks(input, guest, memory, &mut claims)?;
         let mut records = Vec::new();
         for root in linux.static_roots(memory)? {
@@ -99,9 +105,13 @@ impl Roots {
             let range = Va(range.start)..Va(range.end);
             roots.add(format!("module {name}"), guest.extents(aligned(range)));
         }
-        roots.add("reserved pages".into(), claims.pages(&uses, Use::Reserved));
-        roots.add("kernel pages".into(), claims.pages(&uses, Use::Kernel));
-        roots.unread_pages = UNREAD_USES.map(|usage| (usage, claims.ram(&uses, usage, memory))).into();
+        roots.add("reserved pages".into(), claims.pages(uses, Use::Reserved));
+        roots.add("kernel pages".into(), claims.pages(uses, Use::Kernel));
+        if !input.slab {
+            roots.add("slab pages".into(), claims.pages(uses, Use::Slab));
+        }
+        let unread = UNREAD_USES.into_iter().filter(|&usage| input.slab || usage != Use::Slab);
+        roots.unread_pages = unread.map(|usage| (usage, claims.ram(uses, usage, memory))).collect();
         Ok(roots)
     }
 
@@ -117,13 +127,12 @@ impl Roots {
     /// cache) is no object or is found elsewhere, and their vectors of cgroups are annotated.
     fn add_page_structs<M: FrozenMemory>(
         &mut self,
-        linux: &Linux,
+        input: &RootInput<'_>,
         guest: &GuestMemory<'_, M>,
         memory: &M,
-        uses: &PageMap,
         claims: &mut Claims,
     ) -> Result<(), MemoryError> {
-        let structs = linux.page_structs(memory)?;
+        let structs = input.linux.page_structs(memory)?;
         let (mut used, mut unused) = (Vec::new(), Vec::new());
         let entries = |frames: Range<u64>| {
             structs.base + frames.start * structs.size..structs.base + frames.end * structs.size
@@ -134,11 +143,16 @@ impl Roots {
             claims.take(&guest.extents(entries(frames.clone())));
             let in_use = |frame: &u64| {
                 matches!(
-                    uses.get(*frame),
+                    input.uses.get(*frame),
                     Use::User | Use::PageTable | Use::Reserved | Use::Text | Use::Kernel
                 )
             };
-            used.extend(runs(frames.clone().filter(in_use)).flat_map(|run| guest.extents(entries(run))));
+            let tracked = |frame: &u64| {
+                let next = input.pages.partition_point(|run| run.start <= *frame);
+                next.checked_sub(1).is_some_and(|run| input.pages[run].contains(frame))
+            };
+            let roots = frames.clone().filter(|frame| in_use(frame) && !tracked(frame));
+            used.extend(runs(roots).flat_map(|run| guest.extents(entries(run))));
             unused.extend(runs(frames.filter(|frame| !in_use(frame))).map(entries));
         }
         self.add("page structs".into(), used);

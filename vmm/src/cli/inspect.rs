@@ -2,6 +2,7 @@
 
 use super::{ExitCode, Failure, InspectOptions, check, print};
 use anyhow::Context;
+use guest_profiles::hooks::Tracked;
 use introspect::hooks::{self, Gap};
 use introspect::inspect::Inspection;
 use introspect::kernel::Kernel;
@@ -49,7 +50,7 @@ pub fn inspect(options: &InspectOptions) -> anyhow::Result<ExitCode> {
 
 /// Traps of an instruction of `len` bytes.
 fn traps(kernel: &Kernel, len: usize) -> Traps {
-    let plan = hooks::plan(kernel, &guest_profiles::hooks::builtin(), len);
+    let plan = hooks::plan(kernel, &guest_profiles::hooks::builtin(), &Tracked::ALL, len);
     Traps {
         traps: plan.traps.len(),
         functions: plan.traps.into_iter().map(|trap| trap.function).collect(),

@@ -2,6 +2,7 @@
 
 use super::values::{self, FileSpec, ModuleSpec};
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, ValueEnum};
+use guest_profiles::hooks::Tracked;
 use std::path::{Path, PathBuf};
 
 /// How allocations are seen.
@@ -122,6 +123,17 @@ pub struct RunOptions {
     /// How allocations are seen
     #[arg(long, value_enum, default_value_t = TracerChoice::Auto, help_heading = "Detector")]
     pub tracer: TracerChoice,
+
+    /// What is tracked: slab (and large kmalloc), vmalloc, percpu, pages, ioremap; the rest is read as roots
+    #[arg(
+        long,
+        value_name = "WHAT,...",
+        value_delimiter = ',',
+        default_value = "slab,vmalloc,percpu",
+        value_parser = values::tracked,
+        help_heading = "Detector"
+    )]
+    pub track: Vec<Tracked>,
 
     /// Trap instruction of the breakpoint tracer
     #[arg(long, value_enum, default_value_t = TrapChoice::Auto, help_heading = "Detector")]

@@ -69,6 +69,7 @@ impl RunOptions {
         line.option("--mem", format_size(self.mem_bytes));
         line.option("--cpus", self.cpus.to_string());
         line.option("--tracer", name(self.tracer));
+        line.option("--track", self.track.iter().map(|what| what.name()).collect::<Vec<_>>().join(","));
         line.option("--trap", name(self.trap));
         line.option("--scan-period", self.scan_period_s.to_string());
         line.option("--min-age", self.min_age_ms.to_string());

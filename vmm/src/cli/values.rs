@@ -1,5 +1,6 @@
 //! Values of options: sizes, switches, modules, files.
 
+use guest_profiles::hooks::Tracked;
 use std::path::PathBuf;
 
 /// A kernel module to load, `FILE.ko[,PARAM=VALUE...]`.
@@ -45,6 +46,15 @@ pub fn format_size(bytes: u64) -> String {
         .iter()
         .find(|(shift, _)| bytes != 0 && bytes.is_multiple_of(1 << shift))
         .map_or_else(|| bytes.to_string(), |(shift, suffix)| format!("{}{suffix}", bytes >> shift))
+}
+
+/// One of what `--track` takes.
+///
+/// # Errors
+/// Anything else.
+pub fn tracked(text: &str) -> Result<Tracked, String> {
+    let found = Tracked::ALL.into_iter().find(|what| what.name() == text);
+    found.ok_or_else(|| format!("expected {}, not {text:?}", Tracked::ALL.map(Tracked::name).join(", ")))
 }
 
 /// `on` or `off`.

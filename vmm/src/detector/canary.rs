@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use introspect::memory::{Pa, PhysicalMemory};
 use introspect::registry::{Kind, Object, Paint};
 use introspect::report::Leak;
-use introspect::scan::{Reference, Referrer, addresses, referrers, scan};
+use introspect::scan::{Reference, Referrer, referrers, scan};
 use serde_json::json;
 use std::time::{Duration, Instant};
 
@@ -87,7 +87,7 @@ impl Detector {
 
     /// Where the words are that refer to the object.
     fn references(&self, work: &Work, paused: &Paused<'_>, object: &Object) -> Result<Vec<Pa>> {
-        let found = self.frozen(work, paused, |input| referrers(input, &addresses(object)))?;
+        let found = self.frozen(work, paused, |input| referrers(input, object))?;
         ensure!(!found.is_empty(), "Nothing refers to the canary at {}: it was lost before", object.address);
         ensure!(
             found.len() <= MAX_REFERENCES,

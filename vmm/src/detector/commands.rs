@@ -3,6 +3,7 @@
 use super::Detector;
 use crate::console::{Account, Annotation, Answer, Audit, Target, TopBy, When};
 use anyhow::{Result, bail};
+use guest_profiles::hooks::Tracked;
 use introspect::memory::Va;
 use introspect::registry::{Kind, Paint};
 use serde_json::{Value, json};
@@ -137,10 +138,11 @@ impl Target for Detector {
     fn status(&self) -> Result<Vec<(String, Value)>> {
         let work = self.work();
         let parts = &self.parts;
-        let (counters, objects, bytes) = {
+        let (counters, objects, bytes, blocks) = {
             let state = parts.recorder.state();
             let bytes: u64 = state.registry.objects().map(|o| o.size).sum();
-            (state.registry.counters, state.registry.len(), bytes)
+            let blocks: u64 = state.registry.blocks().map(|o| o.size).sum();
+            (state.registry.counters, state.registry.len(), bytes, blocks)
         };
         let mut status: Vec<(String, Value)> = Vec::new();
         let mut say = |key: &str, value: Value| status.push((key.to_owned(), value));
@@ -151,12 +153,16 @@ impl Target for Detector {
         say("tracking", json!(parts.recorder.enabled()));
         say("tracer", json!(parts.host.tracer));
         say("trap", json!(parts.host.trap));
+        say("track", json!(parts.tracked.iter().map(|what| what.name()).collect::<Vec<_>>()));
         say("hooks", json!(parts.traps.count()));
         say("uncovered", json!(parts.plan.gaps.iter().map(|g| g.cover.as_str()).collect::<Vec<_>>()));
         say("traps_taken", json!(parts.traps.hits()));
         say("traps_rearmed", json!(parts.traps.rearmed()));
         say("objects", json!(objects));
         say("object_bytes", json!(bytes));
+        if self.tracks(Tracked::Pages) {
+            say("page_bytes", json!(blocks));
+        }
         say("events_alloc", json!(counters.allocs));
         say("events_free", json!(counters.frees));
         say("events_dropped", json!(counters.dropped));

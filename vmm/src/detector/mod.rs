@@ -15,13 +15,16 @@ use crate::machine::{FrozenRam, Machine, Paused};
 use crate::tracer::{Recorder, breakpoint::Breakpoints};
 use anyhow::{Context, Result, bail};
 use guest_profiles::annotations::Rules;
+use guest_profiles::hooks::Tracked;
 use introspect::accounting::growth::History;
 use introspect::hooks::Plan;
 use introspect::linux::Linux;
+use introspect::linux::pages::{PageMap, Use};
 use introspect::linux::percpu::PercpuChunk;
-use introspect::memory::Va;
-use introspect::registry::{AllocEvent, Audit, Kind, Object, Paint};
-use introspect::scan::{Reference, ScanInput, ScanResult, Treatments, addresses, referrers, scan};
+use introspect::linux::slab::SlabMap;
+use introspect::memory::{PAGE_SIZE, Va};
+use introspect::registry::{AllocEvent, Audit, Kind, Object, Paint, Truth};
+use introspect::scan::{Reference, ScanInput, ScanResult, Treatments, referrers, scan};
 use quiet::Allocator;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -67,10 +70,19 @@ pub struct Parts {
     pub traps: Arc<Breakpoints>,
     /// What was planned, and what could not be.
     pub plan: Plan,
+    /// What is tracked.
+    pub tracked: Vec<Tracked>,
     /// Annotations and suppressions.
     pub rules: Rules,
     /// For the report.
     pub host: HostFacts,
+}
+
+/// What the guest's own metadata say; nothing of what is not tracked.
+struct Metadata {
+    slabs: Option<SlabMap>,
+    percpu: Vec<PercpuChunk>,
+    pages: Option<PageMap>,
 }
 
 /// The last scan and what it cost.
@@ -208,13 +220,14 @@ impl Detector {
             now_jiffies: linux.jiffies(memory).context("Cannot read the guest's clock")?,
             min_age_ms: work.options.min_age_ms,
             stack: work.options.stack,
+            slab: self.tracks(Tracked::Slab),
         })
     }
 
     /// Pauses the machine and lists who refers to `object`.
     fn referrers(&self, work: &Work, object: &Object) -> Result<Vec<Reference>> {
         let paused = self.parts.machine.pause()?;
-        self.frozen(work, &paused, |input| referrers(input, &addresses(object)))
+        self.frozen(work, &paused, |input| referrers(input, object))
     }
 
     /// Plants lost traps again and says so: allocations may have been missed.
@@ -236,10 +249,15 @@ impl Detector {
         let Parts { linux, recorder, .. } = &self.parts;
         let paused = self.pause_when_quiet()?;
         let memory = &paused.memory();
-        let slabs = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
-        let percpu = linux.percpu_chunks(memory).context("Cannot read the guest's per-CPU chunks")?;
+        let found = self.metadata(memory)?;
         let boot = linux.boot_objects(memory)?;
-        let audit = recorder.state().registry.audit(&slabs, &percpu, &boot);
+        let direct = linux.direct_map_base(memory)?;
+        let audit = recorder.state().registry.audit(&Truth {
+            slabs: found.slabs.as_ref(),
+            boot_objects: &boot,
+            percpu: &found.percpu,
+            pages: found.pages.as_ref().map(|pages| (pages, direct)),
+        });
         work.audit = Some(audit.clone());
         Ok(audit)
     }
@@ -269,6 +287,24 @@ impl Detector {
         )
     }
 
+    /// True when this is among what `--track` names.
+    fn tracks(&self, what: Tracked) -> bool {
+        self.parts.tracked.contains(&what)
+    }
+
+    /// Reads what the guest's metadata say of what is tracked.
+    fn metadata(&self, memory: &FrozenRam<'_>) -> Result<Metadata> {
+        let linux = &self.parts.linux;
+        let slabs = self.tracks(Tracked::Slab).then(|| linux.slab_map(memory)).transpose();
+        let percpu = self.tracks(Tracked::Percpu).then(|| linux.percpu_chunks(memory)).transpose();
+        let pages = self.tracks(Tracked::Pages).then(|| linux.page_map(memory)).transpose();
+        Ok(Metadata {
+            slabs: slabs.context("Cannot read the guest's slab metadata")?,
+            percpu: percpu.context("Cannot read the guest's per-CPU chunks")?.unwrap_or_default(),
+            pages: pages.context("Cannot read the guest's page frames")?,
+        })
+    }
+
     /// Forgets everything, takes what the guest's metadata lists as allocated, and tracks from there. Such objects
     /// have no backtrace, so no annotation could spare them: they are scanned and never reported. Half a free or half
     /// an allocation would be taken for none: hence the quiet moment.
@@ -276,9 +312,12 @@ impl Detector {
         let Parts { linux, recorder, .. } = &self.parts;
         let paused = self.pause_when_quiet()?;
         let memory = &paused.memory();
-        let slabs = linux.slab_map(memory).context("Cannot read the guest's slab metadata")?;
-        let areas = linux.vmalloc_areas(memory).context("Cannot read the guest's vmalloc areas")?;
-        let percpu = linux.percpu_chunks(memory).context("Cannot read the guest's per-CPU chunks")?;
+        let found = self.metadata(memory)?;
+        let areas = match self.tracks(Tracked::Vmalloc) {
+            true => linux.vmalloc_areas(memory).context("Cannot read the guest's vmalloc areas")?,
+            false => Vec::new(),
+        };
+        let direct = linux.direct_map_base(memory)?;
         // When they were allocated nobody knows: their age counts from here.
         let jiffies = linux.jiffies(memory).context("Cannot read the guest's clock")?;
         let mut state = recorder.state();
@@ -290,8 +329,14 @@ impl Detector {
             state.registry.alloc(&event);
             state.registry.paint(address, Paint::Gray);
         };
-        for page in &slabs.pages {
-            let Some(cache) = slabs.caches.get(page.cache as usize) else { continue };
+        // Blocks first: where a slab begins, its first object is the one that is painted.
+        let used = |usage: Use| matches!(usage, Use::Slab | Use::User | Use::PageTable | Use::Kernel);
+        for (frame, _) in
+            found.pages.iter().flat_map(|p| (0..).zip(&p.uses)).filter(|(_, usage)| used(**usage))
+        {
+            seed(direct + frame * PAGE_SIZE, PAGE_SIZE, Kind::Page, Va(0));
+        }
+        for (page, cache) in found.slabs.iter().flat_map(SlabMap::pages_with_caches) {
             for slot in page.allocated() {
                 seed(page.start + u64::from(slot) * cache.size, cache.object_size, Kind::Slab, cache.va);
             }
@@ -299,7 +344,7 @@ impl Detector {
         for area in areas.iter().filter(|a| a.flags & VM_ALLOC != 0) {
             seed(area.start, area.size, Kind::Vmalloc, Va(0));
         }
-        for (cookie, size) in percpu.iter().flat_map(PercpuChunk::objects) {
+        for (cookie, size) in found.percpu.iter().flat_map(PercpuChunk::objects) {
             seed(cookie, size, Kind::Percpu, Va(0));
         }
         state.registry.counters.allocs = allocs;

@@ -77,7 +77,9 @@ fn track(
     say_placement(options, machine, instruction);
     let plan = match options.tracer {
         TracerChoice::Off => Plan::default(),
-        TracerChoice::Auto | TracerChoice::Breakpoint => plan(&linux.kernel, &rules.hooks, instruction.len()),
+        TracerChoice::Auto | TracerChoice::Breakpoint => {
+            plan(&linux.kernel, &rules.hooks, &options.track, instruction.len())
+        }
     };
     for gap in plan.gaps.iter().filter(|_| !options.quiet) {
         eprintln!("kleak-vmm: warning: Not tracked on this kernel: {}: {}", gap.cover, gap.why);
@@ -100,6 +102,7 @@ fn track(
         recorder,
         traps: Arc::clone(&traps),
         plan,
+        tracked: options.track.clone(),
         rules: rules.annotations,
         host,
     };

@@ -9,8 +9,8 @@ use anyhow::Result;
 use guest_profiles::hooks::Role;
 use introspect::accounting::growth::FreedBy;
 use introspect::arch::Registers;
-use introspect::linux::{Linux, ModuleMap, percpu};
-use introspect::memory::{PAGE_SIZE, PhysicalMemory, Va};
+use introspect::linux::{Linux, ModuleMap, pages, percpu};
+use introspect::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
 use introspect::registry::{AllocEvent, Kind, MAX_FRAMES, Paint, Registry};
 use introspect::unwind::{Start, Text, Unwinder};
 use rustc_hash::FxHashMap;
@@ -112,6 +112,20 @@ impl Recorder {
             Role::RcuFree => self.rcu_free(registers.rdi, registers.rsi),
             Role::BulkAlloc => self.pend(registers, registers.rcx),
             Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc => self.pend(registers, registers.rdi),
+            Role::Ioremap => self.pend(registers, registers.rsi),
+            Role::PageAlloc => self.pend(registers, registers.rsi & 0xffff_ffff),
+            Role::PageBulkAlloc => self.pend(registers, Filled::at(registers).0),
+            Role::PageFree => {
+                let order = argument_of(registers, argument + 1) & 0xffff_ffff;
+                self.free_pages(|_| Ok(vec![(Va(value), order)]));
+            }
+            Role::PageListFree => self.free_pages(|recorder| {
+                let pages = recorder.linux.pages_on_list(&recorder.ram, Va(value), u64::MAX)?;
+                Ok(pages.into_iter().map(|page| (page, 0)).collect())
+            }),
+            Role::PageBatchFree => {
+                self.free_pages(|recorder| recorder.linux.pages_in_batch(&recorder.ram, Va(value)));
+            }
             Role::SlabAlloc | Role::Kmalloc | Role::ModuleLoad | Role::ModuleUnload => {}
         }
     }
@@ -124,7 +138,7 @@ impl Recorder {
         let result = registers.rax;
         match role {
             Role::SlabAlloc | Role::Kmalloc if is_object(result) => self.slab_alloc(role, cpu, registers),
-            Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc => {
+            Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc | Role::Ioremap => {
                 let size = self.state().pending.remove(&registers.rsp);
                 if let (true, Some(size)) = (is_object(result), size) {
                     self.block(role, size, cpu, registers);
@@ -134,6 +148,20 @@ impl Recorder {
                 let array = self.state().pending.remove(&registers.rsp);
                 if let Some(array) = array {
                     self.bulk_alloc(Va(array), result & 0xffff_ffff, cpu, registers);
+                }
+            }
+            Role::PageAlloc => {
+                let order = self.state().pending.remove(&registers.rsp);
+                if let (true, Some(order)) = (is_object(result), order) {
+                    self.pages(&[Va(result)], order, false, cpu, registers);
+                }
+            }
+            Role::PageBulkAlloc => {
+                let filled = self.state().pending.remove(&registers.rsp);
+                match filled.map(|filled| Filled(filled).pages(self, result)) {
+                    Some(Ok(pages)) => self.pages(&pages, 0, true, cpu, registers),
+                    Some(Err(_)) => self.lost(),
+                    None => {}
                 }
             }
             _ => {}
@@ -190,9 +218,41 @@ impl Recorder {
 
     fn block(&self, role: Role, size: u64, cpu: usize, registers: &Registers) {
         let ram = self.ram.ranges().iter().map(|range| range.len).sum();
-        let Some((kind, size)) = block_of(role, size, ram) else { return self.lost() };
+        // Device memory may begin anywhere in a page; what is unmapped is the page.
+        let inside = if role == Role::Ioremap { registers.rax % PAGE_SIZE } else { 0 };
+        let Some((kind, size)) = block_of(role, size.saturating_add(inside), ram) else { return self.lost() };
         let origin = self.origin(cpu, registers);
-        self.state().registry.alloc(&origin.event(Va(registers.rax), size, kind, Va(0)));
+        self.state().registry.alloc(&origin.event(Va(registers.rax - inside), size, kind, Va(0)));
+    }
+
+    /// Records blocks of pages by their `struct page`s. `only_new`: those that are live already stay as they are.
+    fn pages(&self, pages: &[Va], order: u64, only_new: bool, cpu: usize, registers: &Registers) {
+        let places = self.linux.page_places(&self.ram);
+        let (Ok(places), Some(size)) = (places, block_size(order)) else { return self.lost() };
+        let origin = self.origin(cpu, registers);
+        for &page in pages {
+            let Some(address) = places.address(page) else {
+                self.lost();
+                continue;
+            };
+            let registry = &mut self.state().registry;
+            if !only_new || registry.block_with(address).is_none() {
+                registry.alloc(&origin.event(address, size, Kind::Page, Va(0)));
+            }
+        }
+    }
+
+    /// Records that blocks, by their `struct page`s and orders, are given back.
+    fn free_pages(&self, blocks: impl FnOnce(&Self) -> Result<Vec<(Va, u64)>, MemoryError>) {
+        let (Ok(places), Ok(blocks)) = (self.linux.page_places(&self.ram), blocks(self)) else {
+            return self.lost();
+        };
+        for (page, order) in blocks {
+            match places.address(page).zip(block_size(order)) {
+                Some((address, size)) => self.state().registry.free_pages(address, size),
+                None => self.lost(),
+            }
+        }
     }
 
     /// The return address of the function just entered; 0 when it cannot be read.
@@ -265,6 +325,27 @@ impl Recorder {
     }
 }
 
+/// Where a bulk call of the page allocator puts its pages: a list or, odd, an array.
+struct Filled(u64);
+
+impl Filled {
+    /// From the arguments `struct list_head *page_list` and `struct page **page_array`, one of which is NULL.
+    fn at(registers: &Registers) -> Self {
+        Self(if registers.r9 == 0 { registers.r8 } else { registers.r9 | 1 })
+    }
+
+    /// The `struct page`s that are there when `count` were asked for in vain or not: the newest on the list are the
+    /// first; of an array's some may have been there before.
+    fn pages(&self, recorder: &Recorder, count: u64) -> Result<Vec<Va>, MemoryError> {
+        let (linux, ram) = (&recorder.linux, &recorder.ram);
+        match self.0 {
+            0 => Ok(Vec::new()),
+            array if array & 1 == 1 => linux.pages_in_array(ram, Va(array & !1), count),
+            list => linux.pages_on_list(ram, Va(list), count),
+        }
+    }
+}
+
 struct Origin {
     comm: [u8; 16],
     pid: i32,
@@ -293,12 +374,18 @@ impl Origin {
 fn block_of(role: Role, size: u64, ram: u64) -> Option<(Kind, u64)> {
     let (kind, size, most) = match role {
         Role::Vmalloc => (Kind::Vmalloc, size.checked_next_multiple_of(PAGE_SIZE)?, ram),
+        Role::Ioremap => (Kind::Ioremap, size, u64::MAX),
         Role::PercpuAlloc => {
             (Kind::Percpu, size.checked_next_multiple_of(percpu::MIN_ALLOC)?, percpu::MAX_ALLOC)
         }
         _ => (Kind::Large, size, ram),
     };
     (size <= most).then_some((kind, size))
+}
+
+/// Bytes of a block of 2^`order` pages; None for an order that no kernel has.
+fn block_size(order: u64) -> Option<u64> {
+    (order <= pages::MAX_ORDER).then(|| PAGE_SIZE << order)
 }
 
 /// System V AMD64 integer arguments.
@@ -323,6 +410,21 @@ mod tests {
         assert_eq!(block_of(Role::Vmalloc, 9000, 1 << 20), Some((Kind::Vmalloc, 3 * PAGE_SIZE)));
         assert_eq!(block_of(Role::PercpuAlloc, 9, 1 << 20), Some((Kind::Percpu, 12)));
         assert_eq!(block_of(Role::PercpuAlloc, percpu::MAX_ALLOC + 1, 1 << 20), None);
+        let device = 16 << 20;
+        assert_eq!(block_of(Role::Ioremap, device, 1 << 20), Some((Kind::Ioremap, device)), "no RAM");
+    }
+
+    #[test]
+    fn blocks_of_pages_have_a_power_of_two_up_to_the_largest_order() {
+        assert_eq!([0, 3].map(block_size), [Some(4096), Some(32768)]);
+        assert_eq!([pages::MAX_ORDER + 1, 64, u64::MAX].map(block_size), [None; 3]);
+    }
+
+    #[test]
+    fn bulk_calls_fill_an_array_or_a_list() {
+        let registers = |r8, r9| Registers { r8, r9, ..Registers::default() };
+        assert_eq!(Filled::at(&registers(0, 0xffff_c900_0000_1000)).0, 0xffff_c900_0000_1001);
+        assert_eq!(Filled::at(&registers(0xffff_c900_0000_2000, 0)).0, 0xffff_c900_0000_2000);
     }
 
     #[test]

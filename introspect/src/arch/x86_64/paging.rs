@@ -137,6 +137,32 @@ impl AddressSpace {
         Ok(())
     }
 
+    /// Visits the tables themselves, the root first; below a table for which `visit` says false it does not go.
+    ///
+    /// # Errors
+    /// A table outside RAM.
+    pub fn tables(
+        &self,
+        memory: &impl PhysicalMemory,
+        mut visit: impl FnMut(Pa) -> bool,
+    ) -> Result<(), MemoryError> {
+        let mut work = vec![(self.root, self.va_bits() - LEVEL_BITS)];
+        while let Some((table, shift)) = work.pop() {
+            if !visit(table) || shift == PAGE_SHIFT {
+                continue;
+            }
+            let mut entries = [0; PAGE_SIZE as usize];
+            memory.read(table, &mut entries)?;
+            for entry in entries.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)) {
+                let large = entry & LARGE != 0 && shift <= LARGEST_SHIFT;
+                if entry & PRESENT != 0 && !large {
+                    work.push((Pa(entry & ADDRESS), shift - LEVEL_BITS));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Size of the lower half of the addresses, which is user code's.
     pub fn user_bytes(&self) -> u64 {
         1 << (self.va_bits() - 1)
@@ -238,9 +264,28 @@ mod tests {
     }
 
     #[test]
+    fn tables_are_visited_once_where_the_visitor_remembers() {
+        for (levels, expected) in
+            [(5, vec![0x1000, 0x2000, 0x3000, 0x4000, 0x5000]), (4, vec![0x2000, 0x3000, 0x4000, 0x5000])]
+        {
+            let (memory, space) = tables(levels);
+            let mut seen = Vec::new();
+            let visit = |table: Pa| {
+                let new = !seen.contains(&table.0);
+                seen.extend(new.then_some(table.0));
+                new
+            };
+            assert_eq!(space.tables(&memory, visit), Ok(()));
+            assert_eq!(seen, expected);
+        }
+    }
+
+    #[test]
     fn a_table_outside_ram_is_an_error() {
         let memory = FlatMemory::new(vec![0xff; 0x1000]);
         let space = AddressSpace { root: Pa(0), levels: 4 };
         assert!(matches!(space.translate(&memory, Va(0x1000)), Err(MemoryError::Unbacked { .. })));
+        let tables = space.tables(&memory, |table| table == Pa(0) || table.0 >= 0x1000);
+        assert!(matches!(tables, Err(MemoryError::Unbacked { .. })));
     }
 }

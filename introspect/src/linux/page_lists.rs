@@ -1,0 +1,102 @@
+//! Pages as the page allocator is handed them: on a list, in an array, in a `struct folio_batch`.
+
+use super::Linux;
+use super::lookup::Lookup;
+use super::read::le64;
+use crate::memory::{MemoryError, PhysicalMemory, Va};
+
+/// Most pages of one call: `alloc_pages_bulk` is asked for a vmalloc block's (100 at a time) or a page pool's, and lists
+/// to be freed have been isolated from an LRU (mm/vmscan.c, 32 at a time) or are a huge mapping's.
+const MAX_PAGES: usize = 1 << 18;
+/// More than any kernel's `PAGEVEC_SIZE` (31 since 6.9).
+const MAX_BATCH: u64 = 256;
+
+/// Offsets in `struct folio_batch` (include/linux/pagevec.h); None on kernels without.
+pub(super) struct Layout {
+    batch: Option<Batch>,
+    /// Of `_folio_order` (6.12: the low byte of `_flags_1`) behind the head's `struct page`.
+    order: Option<u64>,
+    /// `struct page.lru.next` is this far into a `struct page`.
+    list: u64,
+}
+
+struct Batch {
+    count: u64,
+    folios: u64,
+}
+
+impl Layout {
+    pub fn new(lookup: &Lookup<'_>) -> anyhow::Result<Self> {
+        let batch = |member| lookup.offset("folio_batch", member).ok();
+        let batch = batch("nr").zip(batch("folios")).map(|(count, folios)| Batch { count, folios });
+        let order = lookup.offset("folio", "_flags_1").ok();
+        Ok(Self { batch, order, list: lookup.offset("page", "lru")? })
+    }
+}
+
+impl Linux {
+    /// The `struct page`s on the list at `head`, the first `max` of them.
+    ///
+    /// # Errors
+    /// A damaged list.
+    pub fn pages_on_list(
+        &self,
+        memory: &impl PhysicalMemory,
+        head: Va,
+        max: u64,
+    ) -> Result<Vec<Va>, MemoryError> {
+        let max = usize::try_from(max).unwrap_or(MAX_PAGES).min(MAX_PAGES);
+        let mut pages = Vec::new();
+        let mut node = self.read_va(memory, head)?;
+        while node != head && pages.len() < max {
+            pages.push(node - self.page_lists.list);
+            node = self.read_va(memory, node)?;
+        }
+        Ok(pages)
+    }
+
+    /// The first `count` `struct page`s of the array at `array`; empty places are left out.
+    ///
+    /// # Errors
+    /// The array is not in RAM.
+    pub fn pages_in_array(
+        &self,
+        memory: &impl PhysicalMemory,
+        array: Va,
+        count: u64,
+    ) -> Result<Vec<Va>, MemoryError> {
+        let count = count.min(MAX_PAGES as u64);
+        let pages = (0..count).map(|index| self.read_va(memory, array + index * 8));
+        pages.filter(|page| *page != Ok(Va(0))).collect()
+    }
+
+    /// The first `struct page` of each block in the `struct folio_batch` at `batch`, and the block's order.
+    ///
+    /// # Errors
+    /// It is not in RAM, or the kernel has no such structure.
+    pub fn pages_in_batch(
+        &self,
+        memory: &impl PhysicalMemory,
+        batch: Va,
+    ) -> Result<Vec<(Va, u64)>, MemoryError> {
+        let missing = MemoryError::Corrupt { va: batch, what: "the kernel has no struct folio_batch" };
+        let layout = self.page_lists.batch.as_ref().ok_or(missing)?;
+        let mut count = [0];
+        self.read(memory, batch + layout.count, &mut count)?;
+        let folios =
+            self.pages_in_array(memory, batch + layout.folios, u64::from(count[0]).min(MAX_BATCH))?;
+        folios.into_iter().map(|folio| Ok((folio, self.folio_order(memory, folio)?))).collect()
+    }
+
+    /// log2 of the number of pages of a folio: kept in the first tail page's `flags`, when the head says that there are
+    /// any (`folio_order`, include/linux/mm.h).
+    fn folio_order(&self, memory: &impl PhysicalMemory, folio: Va) -> Result<u64, MemoryError> {
+        let mut page = vec![0; self.pages.size as usize];
+        self.read(memory, folio, &mut page)?;
+        let is_large = le64(&page, self.pages.flags) & self.pages.head != 0;
+        match self.page_lists.order.filter(|_| is_large) {
+            Some(offset) => Ok(self.read_u64(memory, folio + offset)? & 0xff),
+            None => Ok(0),
+        }
+    }
+}
