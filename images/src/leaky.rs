@@ -30,6 +30,17 @@ pub enum Since {
     Unload,
 }
 
+/// What only a detector that tracks it can report: the words of `--track`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// What kmemleak tracks.
+    Nothing,
+    /// Blocks of pages.
+    Pages,
+    /// Device memory.
+    Ioremap,
+}
+
 /// One `case=NAME`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Case {
@@ -39,6 +50,8 @@ pub struct Case {
     pub reported: &'static [Lost],
     /// From when on.
     pub since: Since,
+    /// What has to be tracked for it.
+    pub needs: Needs,
     /// What kmemleak reports beside it, as it cannot look where the pointer is.
     pub kmemleak_adds: &'static [Lost],
     /// kmemleak before 6.12 does not look for it: it reads per-CPU allocations, but never reports them.
@@ -55,6 +68,11 @@ impl Case {
     pub fn reported_at(&self, time: Since) -> &'static [Lost] {
         if self.since == Since::Load || time == Since::Unload { self.reported } else { &[] }
     }
+
+    /// What must be reported in the end when only what kmemleak tracks is tracked.
+    pub fn reported_by_default(&self) -> &'static [Lost] {
+        if self.needs == Needs::Nothing { self.reported } else { &[] }
+    }
 }
 
 const fn direct(size: u64) -> Lost {
@@ -70,7 +88,14 @@ const fn cycle(size: u64) -> Lost {
 }
 
 const fn case(name: &'static str, reported: &'static [Lost]) -> Case {
-    Case { name, reported, since: Since::Load, kmemleak_adds: &[], needs_kmemleak_6_12: false }
+    Case {
+        name,
+        reported,
+        since: Since::Load,
+        needs: Needs::Nothing,
+        kmemleak_adds: &[],
+        needs_kmemleak_6_12: false,
+    }
 }
 
 /// All cases, in the order in which `case=all` plants them.
@@ -107,6 +132,25 @@ pub const CASES: &[Case] = &[
     case("chain", &[direct(64), indirect(64), indirect(64), indirect(64)]),
     case("indirect", &[direct(192), indirect(640 << 10)]),
     Case { needs_kmemleak_6_12: true, ..case("percpu_lost", &[direct(96)]) },
+    Case {
+        needs: Needs::Pages,
+        ..case(
+            "pages_lost",
+            &[
+                direct(4096),
+                direct(16384),
+                direct(32768),
+                direct(12288),
+                direct(4096),
+                direct(4096),
+                direct(4096),
+                direct(4096),
+            ],
+        )
+    },
+    Case { needs: Needs::Pages, ..case("pages_listed", &[cycle(64), cycle(4096), cycle(4096), cycle(4096)]) },
+    Case { needs: Needs::Pages, ..case("pages_inside", &[direct(4096), indirect(96)]) },
+    Case { needs: Needs::Ioremap, ..case("device_lost", &[direct(8192)]) },
     Case { since: Since::Unload, ..case("unload", &[direct(32); 3]) },
     case("register", &[]),
     case("stack", &[]),
@@ -116,6 +160,7 @@ pub const CASES: &[Case] = &[
     case("timer", &[]),
     case("rcu", &[]),
     Case { kmemleak_adds: &[direct(512)], ..case("page", &[]) },
+    case("pages", &[]),
     case("freed", &[]),
 ];
 
@@ -165,6 +210,11 @@ mod tests {
         if case.since == Since::Unload {
             text += " after rmmod";
         }
+        text += match case.needs {
+            Needs::Nothing => "",
+            Needs::Pages => " with --track pages",
+            Needs::Ioremap => " with --track ioremap",
+        };
         if text.is_empty() { "nothing".into() } else { text }
     }
 
@@ -178,7 +228,8 @@ mod tests {
     fn the_source_plants_the_same() {
         for case in CASES {
             let demo = DEMO.contains(&case.name);
-            let row = format!("\t{{ \"{}\", {}, {demo}, ", case.name, case.reported_at(Since::Load).len());
+            let expect = if case.since == Since::Load { case.reported_by_default().len() } else { 0 };
+            let row = format!("\t{{ \"{}\", {expect}, {demo}, ", case.name);
             assert!(SOURCE.contains(&row), "{row}");
             assert!(SOURCE.contains(&format!("LEAKY int {}(", case.function())) || case.name == "softirq");
         }

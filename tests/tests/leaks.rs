@@ -7,8 +7,10 @@ use std::process::ExitCode;
 use tests::{Guest, RUN_TIMEOUT, kernel, long_test, module, no_kernel_complaint, sizes, test};
 
 fn main() -> ExitCode {
-    let mut trials = vec![test("all_cases_6.1-cloud", || all_cases("6.1-cloud"))];
+    let mut trials = vec![test("all_cases_and_pages_6.1-cloud", || all_cases_and_pages("6.1-cloud"))];
     trials.push(test("all_cases_6.12-cloud", || all_cases("6.12-cloud")));
+    trials.push(long_test("all_cases_6.1-cloud", || all_cases("6.1-cloud")));
+    trials.push(long_test("all_cases_and_pages_6.12-cloud", || all_cases_and_pages("6.12-cloud")));
     trials.push(long_test("what_a_system_call_holds_6.1-cloud", || blocked("6.1-cloud")));
     trials.push(test("what_a_system_call_holds_6.12-cloud", || blocked("6.12-cloud")));
     trials.push(test("what_holds_an_object_6.1-cloud", || held("6.1-cloud")));
@@ -32,17 +34,40 @@ fn all_cases(line: &str) -> Result<()> {
     )?;
     let finished = guest.boot(0)?;
     no_kernel_complaint(&finished.stdout)?;
-    let report = guest.report()?;
+    cases_are_named(&guest.report()?, leaky::Case::reported_by_default)
+}
+
+/// The same where blocks of pages and device memory are tracked, too; and whose pages are whose is known exactly.
+fn all_cases_and_pages(line: &str) -> Result<()> {
+    let kernel = kernel(line)?;
+    let mut guest = Guest::new(&kernel, 2)?;
+    guest.option("--track", "slab,vmalloc,percpu,pages,ioremap");
+    guest.file(&module(&kernel, "leaky")?, "/leaky.ko").script(
+        "insmod /leaky.ko case=all; sleep 3
+         echo scan > /dev/ttyS1; cat /dev/ttyS1 > /dev/null
+         rmmod leaky; sleep 2
+         ls -lR /sys/kernel > /tmp/all; cp /tmp/all /tmp/more; rm /tmp/all /tmp/more
+         echo audit > /dev/ttyS1; cat /dev/ttyS1",
+    )?;
+    let finished = guest.boot(0)?;
+    no_kernel_complaint(&finished.stdout)?;
+    let audit = finished.stdout.lines().find(|line| line.starts_with("audit: ")).context("no audit")?;
+    ensure!(audit.ends_with(", missing 0, stale 0"), "{}", tests::tail(&finished.stdout, 40));
+    cases_are_named(&guest.report()?, |case| case.reported)
+}
+
+/// Each case's objects are in the report, and nothing else.
+fn cases_are_named(report: &Value, wanted: impl Fn(&leaky::Case) -> &'static [leaky::Lost]) -> Result<()> {
     let mut expected = 0;
     for case in leaky::CASES {
-        let mut found = leaks_of(&report, &case.function())?;
-        let mut wanted = sizes_of(case);
+        let mut found = leaks_of(report, &case.function())?;
+        let mut wanted: Vec<u64> = wanted(case).iter().map(|lost| lost.size).collect();
         found.sort_unstable();
         wanted.sort_unstable();
         ensure!(found == wanted, "case {}: found {found:?}, wanted {wanted:?}", case.name);
         expected += wanted.len();
     }
-    ensure!(sizes(&report)?.len() == expected, "more than the cases: {:#}", report["groups"]);
+    ensure!(sizes(report)?.len() == expected, "more than the cases: {:#}", report["groups"]);
     Ok(())
 }
 
@@ -61,11 +86,6 @@ fn blocked(line: &str) -> Result<()> {
         ensure!(finished.stdout.contains(said), "not {said:?}: {}", tests::tail(&finished.stdout, 200));
     }
     Ok(())
-}
-
-/// Sizes of what a case loses, once the module is unloaded.
-fn sizes_of(case: &leaky::Case) -> Vec<u64> {
-    case.reported.iter().map(|lost| lost.size).collect()
 }
 
 /// Leaks with `function` in their backtrace.
@@ -179,7 +199,7 @@ fn lost_list() -> Result<()> {
     let list = leaky::CASES.iter().find(|case| case.name == "list").context("no case list")?;
     let found = leaks_of(&report, "leaky_list")?;
     ensure!(
-        found.len() == sizes_of(list).len() && sizes(&report)?.len() == found.len(),
+        found.len() == list.reported.len() && sizes(&report)?.len() == found.len(),
         "{:#}",
         report["groups"]
     );

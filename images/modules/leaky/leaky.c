@@ -33,6 +33,13 @@
  *   chain         64 direct, 64, 64, 64 indirect                    a singly linked list, its head lost
  *   indirect      192 direct, 655360 indirect                       a vmalloc area only a lost object points to
  *   percpu_lost   96 direct                                         a per-CPU allocation, 96 bytes for each CPU
+ *   pages_lost    4096, 16384, 32768, 12288, 4096, 4096, 4096, 4096 direct with --track pages
+ *                                                                   one page, four, eight as one compound, three
+ *                                                                   exactly, four of six allocated in bulk
+ *   pages_listed  64, 4096, 4096, 4096 cycle with --track pages     pages on a list through their struct pages, its
+ *                                                                   head lost
+ *   pages_inside  4096 direct, 96 indirect with --track pages       a lost page has the only pointer
+ *   device_lost   8192 direct with --track ioremap                  device memory, mapped
  *   unload        32, 32, 32 direct after rmmod                     three in an array of the module
  *   register      nothing                                           a spinning thread has it in a CPU register
  *   stack         nothing                                           a sleeping thread has it on its stack
@@ -42,9 +49,12 @@
  *   timer         nothing                                           it contains a pending timer
  *   rcu           nothing                                           freed late, by kfree_rcu and call_rcu
  *   page          nothing                                           in a page from alloc_page
+ *   pages         nothing                                           pages kept by address, by struct page, in a list,
+ *                                                                   and by what is in the middle of several
  *   freed         nothing                                           freed properly, whichever way it came
  *
  * kmemleak disagrees on "page", which it cannot look into, and before 6.12 on "percpu_lost", which it does not report.
+ * Lost pages and device memory it does not know.
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
@@ -52,6 +62,7 @@
 #include <linux/completion.h>
 #include <linux/cpumask.h>
 #include <linux/gfp.h>
+#include <linux/io.h>
 #include <linux/kthread.h>
 #include <linux/ktime.h>
 #include <linux/list.h>
@@ -88,7 +99,8 @@
 /**
  * struct leaky_case - one line of the table above
  * @name: as in case=NAME
- * @expect: how many objects are to be reported while the module is loaded
+ * @expect: how many objects are to be reported while the module is loaded, by a detector that knows neither pages nor
+ *	device memory
  * @demo: part of case=demo
  * @run: plants it; 0 or a negative errno
  * @undo: frees what is not a leak, at rmmod; may be NULL
@@ -391,6 +403,89 @@ LEAKY int leaky_percpu_lost(void)
 	return 0;
 }
 
+/* Blocks of every form; the contents say whose they are. */
+static int leaky_label_page(struct page *page, const char *name)
+{
+	return page ? leaky_mark(page_address(page), 64, name) : -ENOMEM;
+}
+
+#define LEAKY_PAGES 6
+
+LEAKY int leaky_pages_lost(void)
+{
+	struct page *bulk[LEAKY_PAGES] = {};
+	void *exact = alloc_pages_exact(3 * PAGE_SIZE, GFP_KERNEL | __GFP_ZERO);
+	unsigned int i;
+
+	if (leaky_label_page(alloc_page(GFP_KERNEL), "pages_lost") ||
+	    leaky_mark((void *)__get_free_pages(GFP_KERNEL, 2), 64, "pages_lost, four") ||
+	    leaky_label_page(alloc_pages(GFP_KERNEL | __GFP_COMP, 3), "pages_lost, compound") ||
+	    leaky_mark(exact, 64, "pages_lost, exactly three"))
+		return -ENOMEM;
+	if (alloc_pages_bulk_array(GFP_KERNEL, LEAKY_PAGES, bulk) != LEAKY_PAGES)
+		return -ENOMEM;
+	for (i = 0; i < LEAKY_PAGES; i++)
+		leaky_label_page(bulk[i], "pages_lost, in bulk");
+	__free_page(bulk[1]);
+	__free_page(bulk[4]);
+	memset(bulk, 0, sizeof(bulk));
+	barrier_data(bulk);
+	return 0;
+}
+
+struct leaky_pile {
+	char name[48];
+	struct list_head pages;
+};
+
+LEAKY int leaky_pages_listed(void)
+{
+	struct leaky_pile *pile = kzalloc(sizeof(*pile), GFP_KERNEL);
+	unsigned int i;
+
+	if (leaky_mark(pile, sizeof(pile->name), "pages_listed"))
+		return -ENOMEM;
+	INIT_LIST_HEAD(&pile->pages);
+	for (i = 0; i < 3; i++) {
+		struct page *page = alloc_page(GFP_KERNEL | __GFP_ZERO);
+
+		if (leaky_label_page(page, "pages_listed"))
+			return -ENOMEM;
+		list_add(&page->lru, &pile->pages);
+	}
+	return 0;
+}
+
+LEAKY int leaky_pages_inside(void)
+{
+	struct leaky_holder *page = (void *)get_zeroed_page(GFP_KERNEL);
+	void *object = kzalloc(90, GFP_KERNEL);
+
+	if (leaky_mark(page, sizeof(page->name), "pages_inside") || leaky_mark(object, 90, "pages_inside"))
+		return -ENOMEM;
+	WRITE_ONCE(page->other, object);
+	return 0;
+}
+
+/* In the hole below the firmware, where no machine of a test has memory. */
+#define LEAKY_DEVICE 0xf0000000
+
+static void __iomem *leaky_device_held;
+
+LEAKY int leaky_device_lost(void)
+{
+	void __iomem *lost = ioremap(LEAKY_DEVICE, 2 * PAGE_SIZE);
+
+	leaky_device_held = ioremap(LEAKY_DEVICE + 4 * PAGE_SIZE + 16, 32);
+	return lost && leaky_device_held ? 0 : -ENOMEM;
+}
+
+static void leaky_device_lost_undo(void)
+{
+	if (leaky_device_held)
+		iounmap(leaky_device_held);
+}
+
 /* Volatile: it is never read, but what it holds is referenced. */
 static void *volatile leaky_unload_objects[3];
 
@@ -649,6 +744,46 @@ static void leaky_page_undo(void)
 	__free_page(leaky_page_of_pointers);
 }
 
+static void *leaky_pages_by_address;
+static struct page *leaky_pages_by_struct;
+static char *leaky_pages_in_the_middle;
+static LIST_HEAD(leaky_pages_list);
+
+LEAKY int leaky_pages(void)
+{
+	unsigned int i;
+
+	leaky_pages_by_address = (void *)__get_free_page(GFP_KERNEL);
+	leaky_pages_by_struct = alloc_pages(GFP_KERNEL | __GFP_COMP, 1);
+	leaky_pages_in_the_middle = alloc_pages_exact(5 * PAGE_SIZE, GFP_KERNEL);
+	if (leaky_mark(leaky_pages_by_address, 64, "pages, by address") ||
+	    leaky_label_page(leaky_pages_by_struct, "pages, by struct page") ||
+	    leaky_mark(leaky_pages_in_the_middle, 64, "pages, exactly five"))
+		return -ENOMEM;
+	leaky_pages_in_the_middle += 3 * PAGE_SIZE + 8;
+	for (i = 0; i < 3; i++) {
+		struct page *page = alloc_page(GFP_KERNEL);
+
+		if (leaky_label_page(page, "pages, in a list"))
+			return -ENOMEM;
+		list_add(&page->lru, &leaky_pages_list);
+	}
+	return 0;
+}
+
+static void leaky_pages_undo(void)
+{
+	struct page *page, *next;
+
+	free_page((unsigned long)leaky_pages_by_address);
+	if (leaky_pages_by_struct)
+		__free_pages(leaky_pages_by_struct, 1);
+	if (leaky_pages_in_the_middle)
+		free_pages_exact(leaky_pages_in_the_middle - 3 * PAGE_SIZE - 8, 5 * PAGE_SIZE);
+	list_for_each_entry_safe(page, next, &leaky_pages_list, lru)
+		__free_page(page);
+}
+
 LEAKY int leaky_freed(void)
 {
 	struct kmem_cache *cache = kmem_cache_create_usercopy("leaky-freed", 136, 0, 0, 0, 136, NULL);
@@ -659,6 +794,8 @@ LEAKY int leaky_freed(void)
 	if (!cache)
 		return -ENOMEM;
 	for (i = 0; i < 100; i++) {
+		free_pages(__get_free_pages(GFP_KERNEL, i % 5), i % 5);
+		free_pages_exact(alloc_pages_exact(3 * PAGE_SIZE, GFP_KERNEL), 3 * PAGE_SIZE);
 		kfree(kzalloc(leaky_size(8 << (i % 12)), GFP_KERNEL));
 		kfree(kmemdup("freed", 6, GFP_KERNEL));
 		kvfree(kvzalloc(leaky_size(1000 << (i % 12)), GFP_KERNEL));
@@ -692,6 +829,10 @@ static const struct leaky_case leaky_cases[] = {
 	{ "chain", 4, false, leaky_chain },
 	{ "indirect", 2, false, leaky_indirect },
 	{ "percpu_lost", 1, false, leaky_percpu_lost },
+	{ "pages_lost", 0, false, leaky_pages_lost },
+	{ "pages_listed", 0, false, leaky_pages_listed },
+	{ "pages_inside", 0, false, leaky_pages_inside },
+	{ "device_lost", 0, false, leaky_device_lost, leaky_device_lost_undo },
 	{ "unload", 0, false, leaky_unload },
 	{ "register", 0, false, leaky_register_start, leaky_register_undo },
 	{ "stack", 0, true, leaky_stack_start, leaky_stack_undo },
@@ -701,6 +842,7 @@ static const struct leaky_case leaky_cases[] = {
 	{ "timer", 0, true, leaky_timer, leaky_timer_undo },
 	{ "rcu", 0, true, leaky_rcu, leaky_rcu_undo },
 	{ "page", 0, false, leaky_page, leaky_page_undo },
+	{ "pages", 0, false, leaky_pages, leaky_pages_undo },
 	{ "freed", 0, true, leaky_freed },
 };
 

@@ -7,8 +7,6 @@ use tests::{Guest, Scratch, binary};
 
 /// How long the screen may take to show something; natively it is moments.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What the terminal shows last; the modes above it are several lines, which may come one by one.
-const ALL_SAID: &str = "all-said";
 const COLUMNS: usize = 80;
 const LINES: usize = 24;
 
@@ -18,7 +16,7 @@ pub struct Pane {
 }
 
 impl Pane {
-    /// The view of a guest; behind it, its exit code, the terminal's modes, and [`ALL_SAID`].
+    /// The view of a guest; behind it, its exit code and the terminal's modes.
     ///
     /// # Errors
     /// No tmux.
@@ -26,7 +24,7 @@ impl Pane {
         let pane = Self { scratch: Scratch::new()? };
         let (binary, socket) = (binary()?, guest.socket());
         let line = format!(
-            "'{}' top --every 1 --control '{}'; echo \"exit $?\"; stty -a; echo {ALL_SAID}; sleep 1000",
+            "'{}' top --every 1 --control '{}'; echo \"exit $?\"; stty -a; sleep 1000",
             binary.display(),
             socket.display()
         );
@@ -134,15 +132,14 @@ pub fn drive(guest: &Guest) -> Result<()> {
     pane.press("c")?;
     pane.wait_for("objects painted gray")?;
     pane.press("q")?;
-    let screen = pane.wait_for(ALL_SAID)?;
-    ensure!(screen.contains("exit 0") && !screen.contains("sort: "), "{screen}");
-    ensure!(screen.contains(" icanon") && screen.contains(" echo"), "{screen}");
+    let screen = pane.wait_for("exit 0")?;
+    ensure!(!screen.contains("sort: ") && screen.contains(" icanon") && screen.contains(" echo"), "{screen}");
     Ok(())
 }
 
 /// The view of a machine that has ended says so in a line.
 pub fn says_that_it_is_gone(pane: &Pane) -> Result<()> {
-    let screen = pane.wait_for(ALL_SAID)?;
+    let screen = pane.wait_for("exit ")?;
     ensure!(screen.contains("exit 4") && screen.contains(" icanon"), "{screen}");
     let said: Vec<&str> = screen.lines().take_while(|line| !line.starts_with("exit ")).collect();
     ensure!(said.len() == 1 && said[0].starts_with("kleak-vmm: error: The virtual machine on "), "{screen}");
