@@ -9,6 +9,8 @@ mod accounting_tests;
 pub mod counters;
 #[cfg(test)]
 mod counters_tests;
+#[cfg(test)]
+mod damage_tests;
 mod lookup;
 mod module_map;
 pub mod modules;

@@ -185,6 +185,8 @@ impl Linux {
         map: &mut PageMap,
     ) -> Result<(), MemoryError> {
         let layout = &self.zones;
+        // A page is on one list: of all together, also where damaged zones or CPUs share them.
+        let mut left = map.uses.len();
         for node in self.nodes(memory)? {
             for zone in self.zones_of(node) {
                 let pagesets = self.read_va(memory, zone + layout.per_cpu_pageset)?;
@@ -194,7 +196,7 @@ impl Linux {
                 }
                 for cpu in 0..self.cpu_count(memory)? {
                     let pageset = self.percpu_base(memory, cpu)? + pagesets.0;
-                    self.mark_pageset(memory, structs, map, pageset + layout.lists)?;
+                    self.mark_pageset(memory, structs, map, pageset + layout.lists, &mut left)?;
                 }
             }
         }
@@ -207,6 +209,7 @@ impl Linux {
         structs: &PageStructs<'_>,
         map: &mut PageMap,
         lists: Va,
+        left: &mut usize,
     ) -> Result<(), MemoryError> {
         for index in 0..self.zones.list_count {
             let head = lists + 16 * index;
@@ -214,7 +217,9 @@ impl Linux {
                 order if order < SMALL_ORDERS => order,
                 _ => HUGE_ORDER,
             };
-            for link in self.list(memory, head, map.uses.len())? {
+            let links = self.list(memory, head, *left)?;
+            *left -= links.len();
+            for link in links {
                 let page = link - self.pages.list;
                 map.fill(structs.frame(page), 1 << order, Use::Free);
             }

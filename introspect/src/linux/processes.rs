@@ -3,13 +3,13 @@
 use super::Linux;
 use super::lookup::Lookup;
 use super::tasks::Task;
-use crate::arch::AddressSpace;
+use crate::arch::{AddressSpace, MAX_ENTRIES};
 use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, Va};
 use anyhow::Context;
 use rustc_hash::FxHashSet;
 use std::ops::ControlFlow;
 
-/// Most mappings looked at in all processes together: 64 GiB of pages. A damaged table can map one page for ever.
+/// Most pages mapped in all processes together: 64 GiB. A damaged table can map huge pages for ever.
 const MAX_MAPPINGS: usize = 16 << 20;
 /// Bits behind the point of a proportional share, as the kernel has it (`PSS_SHIFT`, fs/proc/task_mmu.c), so that sums
 /// round alike.
@@ -49,6 +49,14 @@ pub struct Process {
     pub uss: u64,
 }
 
+/// What may still be looked at, in all processes together.
+struct Left {
+    /// Pages mapped.
+    pages: usize,
+    /// Entries of page tables.
+    entries: u64,
+}
+
 impl Linux {
     /// The memory of every process; kernel threads have none. `tasks` as [`Linux::tasks`] has them: of the tasks that share
     /// an address space the first stands for all.
@@ -67,7 +75,7 @@ impl Linux {
         let mut mapped = vec![0_u32; usize::try_from(frames).unwrap_or(0)];
         let mut seen = FxHashSet::default();
         let mut spaces = Vec::new();
-        let mut left = MAX_MAPPINGS;
+        let mut left = Left { pages: MAX_MAPPINGS, entries: MAX_ENTRIES };
         for task in tasks {
             let mm = self.read_va(memory, task.va + layout.mm)?;
             if mm == Va(0) || !seen.insert(mm) {
@@ -102,13 +110,14 @@ impl Linux {
         memory: &impl FrozenMemory,
         mm: Va,
         layout: &Layout,
-        left: &mut usize,
+        left: &mut Left,
     ) -> Result<Vec<u32>, MemoryError> {
         let pgd = self.read_va(memory, mm + layout.pgd)?;
         let space = AddressSpace { root: self.translate(memory, pgd)?, levels: self.space.levels };
         let mut pages = Vec::new();
         let mut full = false;
-        space.leaves(memory, Va(0), space.user_bytes(), |leaf| {
+        let Left { pages: left, entries } = left;
+        space.leaves_within(memory, Va(0), space.user_bytes(), entries, |leaf| {
             if leaf.special {
                 return ControlFlow::Continue(());
             }

@@ -175,6 +175,12 @@ impl Guest {
         self.put(pa, value);
     }
 
+    /// Writes the second word of an array.
+    pub fn set_second(&mut self, name: &str, value: u64) {
+        let pa = self.symbol(name) - (Va(BASE) + SLIDE) + IMAGE;
+        self.put(pa + 8, value);
+    }
+
     /// Links list nodes (physical addresses) into a ring with their head.
     pub fn list(&mut self, head: u64, nodes: &[u64]) {
         let ring: Vec<u64> = std::iter::once(head).chain(nodes.iter().copied()).collect();

@@ -209,15 +209,14 @@ impl Linux {
         let mut found = Found::default();
         let leaders = self.list(memory, layout.init_task + layout.tasks, MAX_TASKS)?;
         let leaders = leaders.into_iter().map(|node| node - layout.tasks);
+        // Of all lists together, also where damaged leaders share one.
+        let mut left = MAX_TASKS;
         for leader in std::iter::once(layout.init_task).chain(leaders) {
             found.add(leader);
             let signal = self.read_va(memory, leader + layout.signal)?;
             if signal != Va(0) {
-                let threads = self.list(
-                    memory,
-                    signal + layout.thread_head,
-                    MAX_TASKS.saturating_sub(found.order.len()),
-                )?;
+                let threads = self.list(memory, signal + layout.thread_head, left)?;
+                left -= threads.len();
                 threads.into_iter().for_each(|node| found.add(node - layout.thread_node));
             }
         }

@@ -4,5 +4,5 @@ pub mod layout;
 mod paging;
 mod registers;
 
-pub use paging::{AddressSpace, Leaf};
+pub use paging::{AddressSpace, Leaf, MAX_ENTRIES};
 pub use registers::{CpuState, Registers};

@@ -16,6 +16,9 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const LEVEL_BITS: u32 = 9;
 /// log2 of the largest page (1 GiB).
 const LARGEST_SHIFT: u32 = 30;
+/// Entries that [`AddressSpace::leaves`] looks at: every page of 32 GiB, mapped one by one. Damaged tables that lead back
+/// to themselves have 2^36.
+pub const MAX_ENTRIES: u64 = 8 << 20;
 
 /// A page-table root and its number of levels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +50,9 @@ impl Leaf {
     }
 }
 
+/// A table of the last level, and the first of the addresses it is for.
+type LastTable = (Va, Pa);
+
 /// What the tables say of an address.
 enum Entry {
     Leaf(Leaf),
@@ -66,7 +72,7 @@ impl AddressSpace {
     /// # Errors
     /// Not canonical, not mapped, or a table outside RAM.
     pub fn leaf(&self, memory: &impl PhysicalMemory, va: Va) -> Result<Leaf, MemoryError> {
-        match self.entry(memory, va)? {
+        match self.entry(memory, va, &mut None)? {
             Entry::Leaf(leaf) => Ok(leaf),
             Entry::Hole(_) => Err(MemoryError::NotMapped { va }),
         }
@@ -112,18 +118,37 @@ impl AddressSpace {
     /// the level they are found, so the cost follows what is mapped, not the length.
     ///
     /// # Errors
-    /// A table outside RAM, or a range that leaves the canonical addresses.
+    /// A table outside RAM, a range that leaves the canonical addresses, or more entries than [`MAX_ENTRIES`].
     pub fn leaves(
         &self,
         memory: &impl PhysicalMemory,
         start: Va,
         len: u64,
+        visit: impl FnMut(Leaf) -> ControlFlow<()>,
+    ) -> Result<(), MemoryError> {
+        self.leaves_within(memory, start, len, &mut { MAX_ENTRIES }, visit)
+    }
+
+    /// [`Self::leaves`] that looks at no more than `left` entries, mappings and holes, and takes off what it used: for
+    /// walks that share a limit.
+    ///
+    /// # Errors
+    /// As [`Self::leaves`].
+    pub fn leaves_within(
+        &self,
+        memory: &impl PhysicalMemory,
+        start: Va,
+        len: u64,
+        left: &mut u64,
         mut visit: impl FnMut(Leaf) -> ControlFlow<()>,
     ) -> Result<(), MemoryError> {
         let mut offset = 0;
+        let mut recent = None;
         while offset < len {
             let at = start + offset;
-            let end = match self.entry(memory, at)? {
+            let what = "page tables have more entries than any real ones";
+            *left = left.checked_sub(1).ok_or(MemoryError::Corrupt { va: at, what })?;
+            let end = match self.entry(memory, at, &mut recent)? {
                 Entry::Leaf(leaf) => {
                     if visit(leaf).is_break() {
                         break;
@@ -172,13 +197,25 @@ impl AddressSpace {
         PAGE_SHIFT + LEVEL_BITS * u32::from(self.levels)
     }
 
-    fn entry(&self, memory: &impl PhysicalMemory, va: Va) -> Result<Entry, MemoryError> {
+    /// `recent` is the last table that was found: the next address is nearly always one of its.
+    fn entry(
+        &self,
+        memory: &impl PhysicalMemory,
+        va: Va,
+        recent: &mut Option<LastTable>,
+    ) -> Result<Entry, MemoryError> {
+        const LAST_SHIFT: u32 = PAGE_SHIFT + LEVEL_BITS;
         if !self.is_canonical(va) {
             return Err(MemoryError::NotMapped { va });
         }
-        let mut table = self.root;
-        let mut shift = self.va_bits();
+        let (mut table, mut shift) = match *recent {
+            Some((first, table)) if va - first < 1 << LAST_SHIFT => (table, LAST_SHIFT),
+            _ => (self.root, self.va_bits()),
+        };
         loop {
+            if shift == LAST_SHIFT {
+                *recent = Some((Va(va.0 & !((1 << LAST_SHIFT) - 1)), table));
+            }
             shift -= LEVEL_BITS;
             let index = (va.0 >> shift) & ((1 << LEVEL_BITS) - 1);
             let entry = memory.read_u64(table + index * 8)?;
@@ -206,6 +243,10 @@ impl AddressSpace {
 mod tests {
     use super::*;
     use crate::memory::FlatMemory;
+    use std::time::{Duration, Instant};
+
+    /// A command on a damaged guest answers in a second; what is hardly optimised gets more.
+    const PATIENCE: Duration = Duration::from_secs(if cfg!(debug_assertions) { 5 } else { 1 });
 
     /// Tables from 0x1000 on: maps 4 KiB at 0xffff888000000000, 2 MiB behind it, 1 GiB at the next GiB.
     fn tables(levels: u8) -> (FlatMemory, AddressSpace) {
@@ -261,6 +302,33 @@ mod tests {
             ControlFlow::Break(())
         });
         assert_eq!((first, count), (Ok(()), 1));
+    }
+
+    /// A table whose entries all lead to the next page, and so on to the last level's, which has `last` in all of its.
+    fn uniform(last: u64) -> (FlatMemory, AddressSpace) {
+        let tables = [0x1003, 0x2003, 0x3003, last];
+        let bytes = tables.iter().flat_map(|entry: &u64| entry.to_le_bytes().repeat(512)).collect();
+        (FlatMemory::new(bytes), AddressSpace { root: Pa(0), levels: 4 })
+    }
+
+    #[test]
+    fn tables_without_an_end_are_damage_soon() {
+        // Every page mapped, or as a device's, or none: what a table that leads back to itself looks like, and worse.
+        for last in [0x3003, 0x3203, 0] {
+            let (memory, space) = uniform(last);
+            let begin = Instant::now();
+            let walked = space.leaves(&memory, Va(0), space.user_bytes(), |_| ControlFlow::Continue(()));
+            assert!(matches!(walked, Err(MemoryError::Corrupt { .. })), "{walked:?}");
+            assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
+        }
+        let (memory, space) = uniform(0x3003);
+        let (mut left, mut seen) = (600, 0);
+        let visit = |_| {
+            seen += 1;
+            ControlFlow::Continue(())
+        };
+        let walked = space.leaves_within(&memory, Va(0), 512 * PAGE_SIZE, &mut left, visit);
+        assert_eq!((walked, left, seen), (Ok(()), 88, 512));
     }
 
     #[test]
