@@ -178,11 +178,13 @@ impl Detector {
             let new = self.report_of(work, &scanned, input.registry, input.modules).new_leaks();
             Ok((scanned, new))
         })?;
+        let unused = self.parts.linux.idle_vmap_areas(&paused.memory());
+        let unused = unused.context("Cannot read the guest's free vmalloc areas")?.into_iter().collect();
         let mut state = self.parts.recorder.state();
         for leak in &scanned.result.leaks {
             state.registry.set_reported(leak.object.address);
         }
-        work.history.note(&state.registry, scanned.result.jiffies);
+        work.history.note(&state.registry, &unused, scanned.result.jiffies);
         work.scans += 1;
         work.scanned = Some(scanned);
         Ok(new)
