@@ -36,6 +36,21 @@ pub struct Cache {
     pub no_leak_trace: bool,
 }
 
+/// The cache of this name.
+///
+/// # Errors
+/// As [`unknown`].
+pub fn named<'c>(caches: &'c [Cache], name: &str) -> anyhow::Result<&'c Cache> {
+    caches.iter().find(|cache| cache.name == name).ok_or_else(|| unknown(name))
+}
+
+/// There is no cache of this name.
+pub fn unknown(name: &str) -> anyhow::Error {
+    anyhow::anyhow!(
+        "The guest has no slab cache {name:?}; slabinfo lists them (SLUB may have merged it into another)"
+    )
+}
+
 /// Offsets and addresses of SLUB's structures.
 pub(super) struct Layout {
     slab_caches: Va,

@@ -10,7 +10,7 @@ use super::places::{Place, place};
 use super::referrers::{Holder, Referrer, each_word};
 use super::structures::{sharers, structure_of};
 use super::{ScanInput, heap};
-use crate::linux::slab::Cache;
+use crate::linux::slab::{Cache, named};
 use crate::memory::{FrozenMemory, Pa, PhysicalMemory, Va};
 use crate::registry::Object;
 use crate::types::Btf;
@@ -142,10 +142,8 @@ pub fn of_cache<M: FrozenMemory>(
     name: &str,
 ) -> anyhow::Result<CacheRefs> {
     let caches = caches(input)?;
-    let cache = caches.iter().find(|cache| cache.name == name);
-    let cache =
-        cache.with_context(|| format!("The guest has no slab cache {name:?}; slabinfo lists them"))?;
-    let counter = counter(input, rules, cache)?;
+    let cache = named(&caches, name)?;
+    let counter = counter(input, rules, &caches, cache)?;
     let mut all = Vec::new();
     for object in heap(input.registry).filter(|object| object.cache == cache.va) {
         // One that cannot be read any more is being freed.
@@ -171,7 +169,7 @@ pub fn of_object<M: FrozenMemory>(
     let caches = caches(input)?;
     let cache = caches.iter().find(|cache| cache.va == object.cache);
     let counted = match cache {
-        Some(cache) => counter(input, rules, cache).and_then(|counter| {
+        Some(cache) => counter(input, rules, &caches, cache).and_then(|counter| {
             let counted = counter.read(input, object)?;
             Ok((counter, counted))
         }),
@@ -227,32 +225,42 @@ fn count_word(all: &mut [Counted], base: u64, from: Option<Va>, word: u64) {
     }
 }
 
-/// Where the objects of a cache have their count.
+/// Where the objects of a cache have their count: not, where they may be of another type than its name says.
 fn counter<M: PhysicalMemory>(
     input: &ScanInput<'_, M>,
     rules: &[Count],
+    caches: &[Cache],
     cache: &Cache,
 ) -> anyhow::Result<Counter> {
     let name = &cache.name;
+    let alike = caches.iter().filter(|other| other.name == *name).count();
+    ensure!(alike == 1, "The guest has {alike} slab caches {name:?}, so their objects may be of other types");
     let types = input.linux.kernel.types.as_ref().context("The kernel has no BTF")?;
     match sharers(input, cache.va) {
         Some(..=1) => {}
         Some(names) => {
-            bail!("Slab cache {name} has {names} names on this kernel, so its objects may be of other types")
+            bail!(
+                "Slab cache {name:?} is used under {names} names on this kernel (SLUB merges caches of like objects), so its \
+                 objects may be of other types"
+            )
         }
-        None => bail!("Whether slab cache {name} has other names cannot be told on this kernel"),
+        None => bail!("Whether slab cache {name:?} has other names cannot be told on this kernel"),
     }
     let counter = match rules.iter().find(|rule| rule.cache == *name) {
         Some(rule) => Counter::of_rule(rule, types, &|symbol| input.linux.symbol(symbol))?,
         None => {
             let structure = structure_of(input, cache.va, name, cache.object_size);
             structure.and_then(|structure| Counter::of_type(name, structure, types)).with_context(|| {
-                format!("Where objects of slab cache {name} keep a reference count is not known; --profile can say")
+                format!("Where objects of slab cache {name:?} keep a reference count is not known; --profile can say")
             })?
         }
     };
     let end = counter.at.max(counter.base) + if counter.wide { 8 } else { 4 };
-    ensure!(end <= cache.object_size, "The objects of slab cache {name} are no struct {}", counter.structure);
+    ensure!(
+        end <= cache.object_size,
+        "The objects of slab cache {name:?} are no struct {}",
+        counter.structure
+    );
     Ok(counter)
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use introspect::accounting::calls::{self, Calls};
 use introspect::accounting::slabs::DamagedCache;
 use introspect::accounting::{Table, areas, counters, growth, kmem, slabs, zones};
-use introspect::linux::slab::Cache;
+use introspect::linux::slab::{self, Cache};
 use introspect::memory::Va;
 use rustc_hash::FxHashMap;
 use serde_json::{Map, Value, json};
@@ -42,9 +42,7 @@ impl Detector {
     pub(super) fn alloc_calls_of(&self, name: &str) -> Result<Answer> {
         let _work = self.work();
         let caches = self.caches()?;
-        let Some(cache) = caches.iter().find(|cache| cache.name == name) else {
-            bail!("The guest has no slab cache {name:?}; slabinfo lists them");
-        };
+        let cache = slab::named(&caches, name)?;
         let calls = self.calls(Some(cache.va))?;
         Ok(Answer { text: calls::text(&calls), json: json!({ "cache": name, "alloc_calls": calls }) })
     }
@@ -139,7 +137,7 @@ impl Detector {
             known |= !table.rows.is_empty();
         }
         if !known {
-            bail!("The guest has no slab cache {name:?}; kmem -s lists them");
+            return Err(slab::unknown(name));
         }
         read.damage.iter_mut().for_each(|damage| damage.retain(|one| one.cache.as_deref() == Some(name)));
         before.iter().for_each(|before| read.subtract(before));
