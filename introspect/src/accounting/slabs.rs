@@ -102,12 +102,15 @@ pub fn damage(map: &SlabMap) -> Vec<DamagedCache> {
 impl fmt::Display for DamagedCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { cache, slabs, first, what } = self;
-        match cache {
-            // Escaped: a module chooses it.
-            Some(cache) => write!(f, "cache {}: freelists of {slabs} slabs", cache.escape_debug())?,
-            None => write!(f, "caches of {slabs} slabs")?,
+        // Escaped: a module chooses it.
+        let (of, part) = match cache {
+            Some(cache) => (format!("cache {}: ", cache.escape_debug()), "freelist"),
+            None => (String::new(), "cache"),
+        };
+        match slabs {
+            1 => write!(f, "{of}the {part} of the slab at {first} is damaged: {what}"),
+            _ => write!(f, "{of}the {part}s of {slabs} slabs are damaged, the first at {first}: {what}"),
         }
-        write!(f, " are damaged, the first at {first}: {what}")
     }
 }
 
@@ -178,13 +181,11 @@ small           90    96       4     84      2   8192
         assert_eq!((told.len(), told[0].slabs, told[0].first.as_str()), (1, 2, "0x2000"));
         let line = told[0].to_string();
         assert!(
-            line.starts_with("cache a\\n: freelists of 2 slabs are damaged, the first at 0x2000: "),
+            line.starts_with("cache a\\n: the freelists of 2 slabs are damaged, the first at 0x2000: "),
             "{line}"
         );
         let map = SlabMap { damaged: vec![damaged(None, 0x4000)], ..map };
-        assert!(
-            damage(&map)[0].to_string().starts_with("caches of 1 slabs are damaged, the first at 0x4000")
-        );
+        assert!(damage(&map)[0].to_string().starts_with("the cache of the slab at 0x4000 is damaged: "));
         assert_eq!(damage(&SlabMap::default()), []);
     }
 

@@ -192,7 +192,7 @@ impl Coverage {
         ];
         let mut table = Table::new(columns, 1);
         let row =
-            |n: &NotRead| vec![n.name.into(), n.bytes.into(), n.references.map_or("-".into(), Cell::from)];
+            |n: &NotRead| vec![n.name.into(), n.bytes.into(), n.references.map_or(Cell::Absent, Cell::from)];
         table.rows = self.not_read.iter().map(row).collect();
         table
     }

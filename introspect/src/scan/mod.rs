@@ -175,9 +175,9 @@ pub fn object_at(
     containing: impl Fn(Va) -> Option<Object>,
 ) -> anyhow::Result<(Va, Object)> {
     let at = |va| Some((va, containing(va)?));
-    at(address)
-        .or_else(|| at(linux.percpu_cookie(memory, address)?))
-        .with_context(|| format!("No tracked object at {address}"))
+    at(address).or_else(|| at(linux.percpu_cookie(memory, address)?)).with_context(|| {
+        format!("No tracked object at {address}: it is free, or of a kind that is not tracked")
+    })
 }
 
 impl ScanResult {

@@ -1,13 +1,12 @@
 //! Who refers to an object: every root word and every tracked object's word that points into it.
 //!
-//! Slow next to a scan (it looks at everything once for one question), so it is for `dump=` and `refs=`.
+//! Slow next to a scan (it looks at everything once for one question), so it is for questions about one object or one cache.
 
 use super::guest::{Extent, GuestMemory, Mapping};
 use super::{ScanInput, collect_roots, heap};
 use crate::memory::{FrozenMemory, Va};
 use crate::registry::{Kind, Object};
 use rustc_hash::FxHashSet;
-use std::fmt;
 use std::ops::Range;
 
 /// Most that are listed.
@@ -35,24 +34,6 @@ pub enum Referrer {
         /// Offset of the word in it.
         offset: u64,
     },
-}
-
-impl fmt::Display for Referrer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Root { region, pa } => write!(f, "root {region}, physical address {pa:#x}"),
-            Self::Register { cpu } => write!(f, "a register of vCPU {cpu}"),
-            Self::Object { object, offset } => {
-                write!(
-                    f,
-                    "{} object {} (size {}) at offset {offset:#x}",
-                    object.kind.name(),
-                    object.address,
-                    object.size
-                )
-            }
-        }
-    }
 }
 
 /// A word that points into an object.

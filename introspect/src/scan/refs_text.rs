@@ -8,19 +8,13 @@ use std::fmt::Write;
 impl ObjectRefs {
     /// The object, its count, and a line for each reference.
     pub fn text(&self) -> String {
-        let Self { object, cache, counted, references, omitted } = self;
-        let mut text =
-            format!("object {:#018x} (size {}): {}", object.address.0, object.size, object.kind.name());
-        if let Some(cache) = cache {
-            // Escaped: a module chooses it.
-            let _ = write!(text, ", cache {}", cache.escape_debug());
-        }
-        match counted {
+        let mut text = self.heading();
+        match &self.counted {
             Ok((counter, counted)) => {
                 let _ = writeln!(text, ", struct {}", counter.structure);
                 let _ = writeln!(
                     text,
-                    "  {} is {}; references found: {}, and {} words that point into the middle",
+                    "  {} is {}; references found: {}; words that point into the middle: {}",
                     counter.member, counted.count, counted.found, counted.inside
                 );
                 if counted.own > 0 {
@@ -35,14 +29,37 @@ impl ObjectRefs {
                 let _ = writeln!(text, "\n  no count: {why}");
             }
         }
-        text.push_str("  referenced by:\n");
-        text.extend(references.iter().map(|held| format!("    {}\n", held.line())));
-        if *omitted > 0 {
-            let _ = writeln!(text, "    and {omitted} more");
-        } else if references.is_empty() {
+        text.push_str(&self.referenced_by());
+        text
+    }
+
+    /// The beginning of the first line: the object, and its cache.
+    pub fn heading(&self) -> String {
+        let object = &self.object;
+        let mut text =
+            format!("object {:#018x} (size {}): {}", object.address.0, object.size, object.kind.name());
+        if let Some(cache) = &self.cache {
+            // Escaped: a module chooses it.
+            let _ = write!(text, ", cache {}", cache.escape_debug());
+        }
+        text
+    }
+
+    /// The last lines: who refers to it.
+    pub fn referenced_by(&self) -> String {
+        let mut text = "  referenced by:\n".to_owned();
+        text.extend(self.references.iter().map(|held| format!("    {}\n", held.line())));
+        if self.omitted > 0 {
+            let _ = writeln!(text, "    and {} more", self.omitted);
+        } else if self.references.is_empty() {
             text.push_str("    nothing\n");
         }
         text
+    }
+
+    /// The same for programs: one object for each reference listed.
+    pub fn references_json(&self) -> Value {
+        self.references.iter().map(Held::json).collect()
     }
 
     /// The same for programs. Addresses are strings; what is not known is null.
@@ -57,7 +74,7 @@ impl ObjectRefs {
             "count": counted.map(|c| c.count), "own": counted.map(|c| c.own),
             "found": counted.map(|c| c.found), "inside": counted.map(|c| c.inside),
             "excess": counted.map(Counted::excess), "why_no_count": self.counted.as_ref().err(),
-            "references": self.references.iter().map(Held::json).collect::<Vec<_>>(), "omitted": self.omitted,
+            "references": self.references_json(), "omitted": self.omitted,
         } })
     }
 }
@@ -135,11 +152,11 @@ impl CacheRefs {
     pub fn summary(&self) -> String {
         let Self { counter, objects, exceeding } = self;
         format!(
-            "# {} of {objects} objects of {} count more references in {} of struct {} than are found",
-            exceeding.len(),
+            "# objects of {} that count more references in {} of struct {} than are found: {} of {objects}",
             counter.cache.escape_debug(),
             counter.member,
-            counter.structure
+            counter.structure,
+            exceeding.len()
         )
     }
 }
@@ -173,7 +190,7 @@ mod tests {
     fn an_object_has_its_count_and_a_line_for_each_reference() {
         let text = "\
 object 0xffff888000002000 (size 96): slab, cache dentry, struct outer
-  users is 5; references found: 1, and 1 words that point into the middle
+  users is 5; references found: 1; words that point into the middle: 1
   counted without a pointer: 1. It is linked.
   counted and not there: 3
   referenced by:
@@ -204,7 +221,8 @@ excess  count  found  inside  object              pid  site
      2      3      1       4  0xffff888000001000    7  here+0x1/0x2
 ";
         assert_eq!(refs.table(&|_| "here+0x1/0x2".to_owned()).text(), text);
-        let line = "# 1 of 20 objects of c count more references in users of struct outer than are found";
+        let line =
+            "# objects of c that count more references in users of struct outer than are found: 1 of 20";
         assert_eq!(refs.summary(), line);
     }
 }

@@ -169,6 +169,28 @@ pub struct Request {
     pub json: bool,
 }
 
+/// How long a command stops the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pause {
+    /// Not at all.
+    No,
+    /// While it reads structures that must agree with each other.
+    Moment,
+    /// While it looks at the whole heap.
+    Scan,
+}
+
+impl Pause {
+    /// What help says of it.
+    fn text(self) -> &'static str {
+        match self {
+            Self::No => "",
+            Self::Moment => "The machine is paused for a moment.\n",
+            Self::Scan => "The machine is paused for as long as a scan takes.\n",
+        }
+    }
+}
+
 /// One line of `help`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -180,6 +202,8 @@ pub struct Entry {
     pub summary: &'static str,
     /// What `help COMMAND` adds to the summary.
     pub detail: &'static str,
+    /// Whether the guest stands still for it.
+    pause: Pause,
     /// Spellings that completion offers.
     completions: &'static [&'static str],
 }
@@ -190,7 +214,8 @@ pub const COMMANDS: &[Entry] = &[
         name: "scan",
         usage: "scan",
         summary: "scan guest memory now",
-        detail: "The machine is paused meanwhile. The reply counts the leaks not reported before.",
+        detail: "The reply counts the leaks not reported before.",
+        pause: Pause::Scan,
         completions: &["scan"],
     },
     Entry {
@@ -198,6 +223,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "scan=on|off|SECS",
         summary: "automatic scans: resume, stop, or set the period",
         detail: "scan=on takes the period set before (600 s at first); scan=0 is scan=off.",
+        pause: Pause::No,
         completions: &["scan=on", "scan=off", "scan="],
     },
     Entry {
@@ -205,6 +231,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "report",
         summary: "print all unreferenced objects",
         detail: "In the format of /sys/kernel/debug/kmemleak, in allocation order; empty without leaks.",
+        pause: Pause::No,
         completions: &["report"],
     },
     Entry {
@@ -212,6 +239,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "clear",
         summary: "stop reporting the objects reported so far",
         detail: "They are painted gray: still tracked and scanned, never reported again.",
+        pause: Pause::No,
         completions: &["clear"],
     },
     Entry {
@@ -219,6 +247,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "off",
         summary: "stop tracking allocations",
         detail: "Forgets what was tracked and what was found. Unlike kmemleak's this can be undone, with on.",
+        pause: Pause::Moment,
         completions: &["off"],
     },
     Entry {
@@ -227,6 +256,7 @@ pub const COMMANDS: &[Entry] = &[
         summary: "resume tracking allocations",
         detail: "What exists by then is taken from the guest's own metadata, without a backtrace and as in use: only\n\
                  what is allocated from now on can be reported.",
+        pause: Pause::Moment,
         completions: &["on"],
     },
     Entry {
@@ -234,6 +264,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "stack=on|off",
         summary: "scan the stacks of tasks, or not",
         detail: "Off finds leaks whose only trace is a stale stack slot, at the price of false alarms.",
+        pause: Pause::No,
         completions: &["stack=on", "stack=off"],
     },
     Entry {
@@ -241,6 +272,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "dump=ADDR",
         summary: "everything known of the object at ADDR",
         detail: "ADDR is hexadecimal, with or without 0x, and may point into the object, or into a CPU's copy of it.",
+        pause: Pause::Scan,
         completions: &["dump="],
     },
     Entry {
@@ -248,24 +280,26 @@ pub const COMMANDS: &[Entry] = &[
         usage: "path=ADDR",
         summary: "a shortest chain of references from a root to the object at ADDR",
         detail: "ADDR is as for dump. An object that nothing refers to is unreachable; one that only lost objects refer to\n\
-                 has a chain from the first of them. The machine is paused for as long as a scan takes.",
+                 has a chain from the first of them.",
+        pause: Pause::Scan,
         completions: &["path="],
     },
     Entry {
         name: "roots",
         usage: "roots",
         summary: "what each part of the roots refers to, and what is not read",
-        detail: "Bytes, words that point into objects, and objects it was the first to point into, in reading order. The\n\
-                 machine is paused for as long as a scan takes.",
+        detail: "Bytes, words that point into objects, and objects it was the first to point into, in reading order.",
+        pause: Pause::Scan,
         completions: &["roots"],
     },
     Entry {
         name: "canary",
         usage: "canary",
         summary: "prove that a leak would be found",
-        detail: "The guest mounts one first: mount -t ramfs kleak-canary-of-this-guest DIR, and waits for the minimum age. The\n\
-                 machine is paused; what refers to the kernel's copy of that name is taken away, a scan made, and all put\n\
-                 back. An error if the scan does not report it.",
+        detail: "The guest mounts one first: mount -t ramfs kleak-canary-of-this-guest DIR, and waits for the minimum age.\n\
+                 What refers to the kernel's copy of that name is taken away, a scan made, and all put back. An error if\n\
+                 the scan does not report it.",
+        pause: Pause::Scan,
         completions: &["canary"],
     },
     Entry {
@@ -273,6 +307,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "status",
         summary: "tracer, hooks, objects, events, last scan",
         detail: "Dropped events are always 0, or the registry can no longer be trusted.",
+        pause: Pause::No,
         completions: &["status"],
     },
     Entry {
@@ -280,6 +315,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "audit",
         summary: "compare the registry with the guest's slab and per-CPU metadata",
         detail: "Missing: allocated in the guest, not tracked. Stale: tracked, free in the guest.",
+        pause: Pause::Moment,
         completions: &["audit"],
     },
     Entry {
@@ -287,7 +323,9 @@ pub const COMMANDS: &[Entry] = &[
         usage: "top [sites|caches]",
         summary: "live bytes and objects by allocation site or cache",
         detail: "From the registry, so of what is tracked; largest first. A site is the first function of the backtrace\n\
-                 that does not allocate for its caller. Without a word: sites.",
+                 that does not allocate for its caller. Without a word: sites.\n\
+                 For the names of caches the machine is paused for a moment.",
+        pause: Pause::No,
         completions: &["top", "top sites", "top caches"],
     },
     Entry {
@@ -295,6 +333,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "alloc_calls=CACHE",
         summary: "who allocated the live objects of a slab cache",
         detail: "By backtrace, with counts, ages in jiffies and pids: slub_debug's alloc_traces without slub_debug.",
+        pause: Pause::Moment,
         completions: &["alloc_calls="],
     },
     Entry {
@@ -304,6 +343,7 @@ pub const COMMANDS: &[Entry] = &[
         detail: "Leaks that stay referenced: a list never pruned, a count never dropped. It takes five scans at least, and\n\
                  lists what rises without plateau or falling back: rates an hour, the confidence that the trend is none\n\
                  of chance, and who has freed objects of the same site.",
+        pause: Pause::Moment,
         completions: &["growth"],
     },
     Entry {
@@ -311,6 +351,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "not_leak=ADDR",
         summary: "never report the object, but scan it",
         detail: "As kmemleak_not_leak(); the address may be anywhere in the object.",
+        pause: Pause::No,
         completions: &["not_leak="],
     },
     Entry {
@@ -318,6 +359,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "ignore=ADDR",
         summary: "neither report nor scan the object",
         detail: "As kmemleak_ignore(); the address may be anywhere in the object.",
+        pause: Pause::No,
         completions: &["ignore="],
     },
     Entry {
@@ -325,14 +367,16 @@ pub const COMMANDS: &[Entry] = &[
         usage: "no_scan=ADDR",
         summary: "do not look for references in the object",
         detail: "As kmemleak_no_scan(); the address may be anywhere in the object.",
+        pause: Pause::No,
         completions: &["no_scan="],
     },
     Entry {
         name: "slabinfo",
         usage: "slabinfo [diff]",
         summary: "slab caches: objects, slabs, bytes; or their change since mark",
-        detail: "From the guest's slab metadata, at a pause. Active objects are those really allocated: /proc/slabinfo\n\
+        detail: "From the guest's slab metadata. Active objects are those really allocated: /proc/slabinfo\n\
                  counts as active what lies free in a CPU's own slabs, too.",
+        pause: Pause::Moment,
         completions: &["slabinfo", "slabinfo diff"],
     },
     Entry {
@@ -341,6 +385,7 @@ pub const COMMANDS: &[Entry] = &[
         summary: "vmalloc areas: addresses, bytes, pages, caller, kind; or their change",
         detail: "As /proc/vmallocinfo. Bytes are of address space and include the guard page. diff lists the areas that\n\
                  came and went since mark.",
+        pause: Pause::Moment,
         completions: &["vmallocinfo", "vmallocinfo diff"],
     },
     Entry {
@@ -349,6 +394,7 @@ pub const COMMANDS: &[Entry] = &[
         summary: "memory by use in kB, as /proc/meminfo; or its change since mark",
         detail: "What CPUs have counted and not added to the sums yet is included, as after a refresh of the guest's\n\
                  statistics. Lines that no counter stands behind are left out.",
+        pause: Pause::Moment,
         completions: &["meminfo", "meminfo diff"],
     },
     Entry {
@@ -356,6 +402,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "buddyinfo [diff]",
         summary: "free blocks by zone and order, and by migrate type; or their change",
         detail: "The second table counts the blocks on the free lists of each type, as /proc/pagetypeinfo does.",
+        pause: Pause::Moment,
         completions: &["buddyinfo", "buddyinfo diff"],
     },
     Entry {
@@ -364,6 +411,7 @@ pub const COMMANDS: &[Entry] = &[
         summary: "counters of the memory management, as /proc/vmstat; or their change",
         detail: "What CPUs have counted and not added to the sums yet is included, as after a refresh of the guest's\n\
                  statistics. The two limits of dirty pages are left out: the kernel works them out when asked.",
+        pause: Pause::Moment,
         completions: &["vmstat", "vmstat diff"],
     },
     Entry {
@@ -372,6 +420,7 @@ pub const COMMANDS: &[Entry] = &[
         summary: "memory by use, or slab caches, as the crash utility's kmem; or their change",
         detail: "-i, or nothing: memory by use. -s: slab caches, or only CACHE. In the layout of crash's commands of these\n\
                  names, from what meminfo and slabinfo read.",
+        pause: Pause::Moment,
         completions: &["kmem", "kmem -i", "kmem -s", "kmem diff", "kmem -s diff"],
     },
     Entry {
@@ -380,7 +429,8 @@ pub const COMMANDS: &[Entry] = &[
         summary: "reference counts against the references found in memory",
         detail: "Of the object at ADDR: its count, and who refers to it. Of a slab cache: the objects whose count is higher\n\
                  than the references found, so that some user dropped its pointer and not its reference. ADDR begins\n\
-                 with 0x or ffff. The machine is paused for as long as a scan takes.",
+                 with 0x or ffff.",
+        pause: Pause::Scan,
         completions: &["refs="],
     },
     Entry {
@@ -388,6 +438,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "mark",
         summary: "remember the accounting of now, for diff",
         detail: "One mark is kept; the commands that take diff compare with it.",
+        pause: Pause::Moment,
         completions: &["mark"],
     },
     Entry {
@@ -396,14 +447,16 @@ pub const COMMANDS: &[Entry] = &[
         summary: "tasks: pid, state, CPU, kernel stack in use, name",
         detail: "States are those of /proc/PID/stat. The idle tasks of all CPUs have pid 0. stack_bytes is 0 for a task\n\
                  that runs user code.",
+        pause: Pause::Moment,
         completions: &["ps"],
     },
     Entry {
         name: "procrank",
         usage: "procrank",
         summary: "processes by memory: VSS, RSS, PSS, USS in KiB",
-        detail: "From the page tables, at a pause. VSS: address space. RSS: pages mapped. PSS: each divided among those who\n\
+        detail: "From the page tables. VSS: address space. RSS: pages mapped. PSS: each divided among those who\n\
                  map it. USS: those that nobody else maps.",
+        pause: Pause::Moment,
         completions: &["procrank"],
     },
     Entry {
@@ -411,13 +464,15 @@ pub const COMMANDS: &[Entry] = &[
         usage: "bt [PID]",
         summary: "kernel backtrace of a task, or of every running one",
         detail: "By the kernel's own stack tables; PID is that of the initial namespace, and of a thread.",
+        pause: Pause::Moment,
         completions: &["bt", "bt "],
     },
     Entry {
         name: "regs",
         usage: "regs",
         summary: "registers of every vCPU",
-        detail: "At a pause between two instructions.",
+        detail: "Between two instructions.",
+        pause: Pause::Moment,
         completions: &["regs"],
     },
     Entry {
@@ -425,6 +480,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "pause",
         summary: "stop the machine until resume",
         detail: "All other commands work meanwhile. Given on the guest's own port, only another surface can resume.",
+        pause: Pause::No,
         completions: &["pause"],
     },
     Entry {
@@ -432,6 +488,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "resume",
         summary: "let a paused machine go on",
         detail: "The guest's clock is told, so that its watchdogs do not complain.",
+        pause: Pause::No,
         completions: &["resume"],
     },
     Entry {
@@ -439,6 +496,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "json COMMAND",
         summary: "the reply of COMMAND as one line of JSON",
         detail: "An error is an object with the single member error.",
+        pause: Pause::No,
         completions: &["json "],
     },
     Entry {
@@ -446,6 +504,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "help [COMMAND]",
         summary: "this list, or what COMMAND does",
         detail: "A command that takes a value is named with or without its =.",
+        pause: Pause::No,
         completions: &["help "],
     },
     Entry {
@@ -453,6 +512,7 @@ pub const COMMANDS: &[Entry] = &[
         usage: "quit",
         summary: "end the virtual machine",
         detail: "At once, as if the power were cut; the scan at exit still happens.",
+        pause: Pause::No,
         completions: &["quit"],
     },
 ];
@@ -478,7 +538,10 @@ pub fn complete(prefix: &str) -> Vec<String> {
 /// The reply of `help` and `help COMMAND`.
 pub fn help(entry: Option<&Entry>) -> String {
     match entry {
-        Some(entry) => format!("{}: {}\n{}\n", entry.usage, entry.summary, entry.detail),
+        Some(entry) => {
+            let Entry { usage, summary, detail, pause, .. } = entry;
+            format!("{usage}: {summary}\n{detail}\n{}", pause.text())
+        }
         None => {
             let width = COMMANDS.iter().map(|entry| entry.usage.len()).max().unwrap_or(0) + 2;
             COMMANDS.iter().map(|entry| format!("{:<width$}{}\n", entry.usage, entry.summary)).collect()

@@ -97,9 +97,9 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
     let text = match command {
         Command::Scan => format!("kmemleak: {} new suspected memory leaks", target.scan()?),
         Command::Report => target.report_text()?,
-        Command::Clear => format!("cleared: {} objects painted gray", target.clear()?),
+        Command::Clear => format!("cleared: {} painted gray", objects(target.clear()?)),
         Command::Off => target.off().map(|()| "tracking off".to_owned())?,
-        Command::On => format!("tracking on: {} objects seeded", target.on()?),
+        Command::On => format!("tracking on: {} seeded", objects(target.on()?)),
         Command::Stack(on) => {
             target.set_stack(*on)?;
             format!("stack scanning {}", on_off(*on))
@@ -109,7 +109,7 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
             target.set_scan_period(*seconds)?;
             automatic_scans(*seconds)
         }
-        Command::Dump(address) => target.dump(*address)?,
+        Command::Dump(address) => target.dump(*address)?.text,
         Command::Path(address) => target.path(*address)?.text,
         Command::Roots => target.roots()?.text,
         Command::Canary => target.canary()?.text,
@@ -160,7 +160,7 @@ fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::ScanPeriod(seconds) => {
             target.set_scan_period(*seconds).map(|()| json!({ "scan_period": seconds }))?
         }
-        Command::Dump(address) => json!({ "dump": target.dump(*address)? }),
+        Command::Dump(address) => target.dump(*address)?.json,
         Command::Path(address) => target.path(*address)?.json,
         Command::Roots => target.roots()?.json,
         Command::Canary => target.canary()?.json,
@@ -185,6 +185,10 @@ fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::Quit => json!({ "quit": true }),
     };
     Ok(Reply::json(&value))
+}
+
+fn objects(count: usize) -> String {
+    if count == 1 { "1 object".to_owned() } else { format!("{count} objects") }
 }
 
 fn on_off(on: bool) -> &'static str {

@@ -74,8 +74,9 @@ impl Target for FakeTarget {
     fn set_periodic_scan(&self, on: bool) -> anyhow::Result<u64> {
         self.called(if on { "scan=on" } else { "scan=off" }, if on { 600 } else { 0 })
     }
-    fn dump(&self, address: Va) -> anyhow::Result<String> {
-        self.called("dump", format!("object {address} (size 64)\n  comm \"evil\x1b[2J\x04\"\n"))
+    fn dump(&self, address: Va) -> anyhow::Result<Answer> {
+        let text = format!("object {address} (size 64)\n  comm \"evil\x1b[2J\x04\"\n");
+        self.called("dump", answer(&text, json!({ "dump": { "size": 64 } })))
     }
     fn path(&self, address: Va) -> anyhow::Result<Answer> {
         let text = format!("unreachable: not referenced: lost\n  -> {address} (size 64): slab");

@@ -57,7 +57,7 @@ pub trait Target: Send + Sync {
     /// the period now in force in seconds, 0 for none.
     fn set_periodic_scan(&self, on: bool) -> anyhow::Result<u64>;
     /// Everything known of the object at or around `address`.
-    fn dump(&self, address: Va) -> anyhow::Result<String>;
+    fn dump(&self, address: Va) -> anyhow::Result<Answer>;
     /// A shortest chain of references to the object at or around `address`.
     fn path(&self, address: Va) -> anyhow::Result<Answer>;
     /// What each part of the roots contributes, and what is not read.

@@ -165,7 +165,7 @@ fn replies_in_text() {
         ("mark", "marked: diff compares with now\n"),
         (
             "help off",
-            "off: stop tracking allocations\nForgets what was tracked and what was found. Unlike kmemleak's this can be undone, with on.\n",
+            "off: stop tracking allocations\nForgets what was tracked and what was found. Unlike kmemleak's this can be undone, with on.\nThe machine is paused for a moment.\n",
         ),
         ("quit", "powering off\n"),
     ];
@@ -189,6 +189,7 @@ fn replies_in_json_are_one_line() {
         ("json scan=off", r#"{"scan_period":0}"#),
         ("json scan=7", r#"{"scan_period":7}"#),
         ("json status", r#"{"objects":12,"tracer":"breakpoint"}"#),
+        ("json dump=10", r#"{"dump":{"size":64}}"#),
         ("json path=10", r#"{"path":{"state":"lost"}}"#),
         ("json roots", r#"{"roots":[]}"#),
         ("json canary", r#"{"canary":{"found":true}}"#),

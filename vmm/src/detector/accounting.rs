@@ -83,7 +83,10 @@ impl Detector {
         let work = self.work();
         let scans = work.history.len();
         if scans < growth::MIN_SAMPLES {
-            bail!("growth compares {} scans at least, and there were {scans}", growth::MIN_SAMPLES);
+            let least = growth::MIN_SAMPLES;
+            bail!(
+                "growth compares {least} scans at least, and there were {scans}; scan=SECS makes them by themselves"
+            );
         }
         let caches = self.caches()?;
         let cache_names: FxHashMap<Va, String> = caches.into_iter().map(|c| (c.va, c.name)).collect();
@@ -224,7 +227,8 @@ impl Read {
             _ => table.text(),
         };
         let texts: Vec<String> = self.tables.iter().map(|(_, table)| text(table)).collect();
-        let mut text = texts.join("\n");
+        let same = self.tables.iter().all(|(_, table)| table.signed && table.rows.is_empty());
+        let mut text = if same { "nothing has changed since mark\n".to_owned() } else { texts.join("\n") };
         let mut members: Map<String, Value> =
             self.tables.iter().map(|(name, table)| ((*name).to_owned(), table.json())).collect();
         if let Some(damage) = self.damage {

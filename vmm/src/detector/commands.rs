@@ -5,10 +5,8 @@ use crate::console::{Account, Annotation, Answer, Audit, Target, TopBy, When};
 use anyhow::{Result, bail};
 use guest_profiles::hooks::Tracked;
 use introspect::memory::Va;
-use introspect::registry::{Kind, Paint};
+use introspect::registry::Paint;
 use serde_json::{Value, json};
-use std::fmt::Write;
-use std::sync::PoisonError;
 
 impl Target for Detector {
     fn scan(&self) -> Result<usize> {
@@ -76,51 +74,8 @@ impl Target for Detector {
         Ok(work.period)
     }
 
-    fn dump(&self, address: Va) -> Result<String> {
-        let work = self.work();
-        let (address, object) = self.object_at(address)?;
-        let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let state = self.parts.recorder.state();
-        let comm =
-            String::from_utf8_lossy(&state.registry.comm(object.comm)).trim_end_matches('\0').to_owned();
-        let cache = match object.kind {
-            Kind::Slab => {
-                self.parts.linux.cache(self.ram(), object.cache).map_or_else(|e| e.to_string(), |c| c.name)
-            }
-            _ => "-".to_owned(),
-        };
-        let mut text = format!(
-            "object {:#018x} (size {}): {}, cache {cache}\n",
-            object.address.0,
-            object.size,
-            object.kind.name()
-        );
-        if address != object.address {
-            let _ = writeln!(text, "  address is at offset {:#x}", address - object.address);
-        }
-        let _ = writeln!(text, "  comm \"{comm}\", pid {}, jiffies {}", object.pid, object.jiffies);
-        let _ = writeln!(
-            text,
-            "  paint {:?}, no_scan {}, reported {}",
-            object.paint, object.no_scan, object.reported
-        );
-        if let Some(rule) = work.treatments.of(&object, &cache) {
-            let _ = writeln!(text, "  annotation {:?}: {}", rule.action, rule.reason);
-        }
-        text.push_str("  backtrace:\n");
-        for frame in state.registry.stacks.get(object.stack) {
-            let _ = writeln!(text, "    {}", self.symbolise(*frame, object.sequence, &modules));
-        }
-        text.push_str("  referenced by:\n");
-        drop((modules, state));
-        let referrers = self.referrers(&work, &object)?;
-        for referrer in &referrers {
-            let _ = writeln!(text, "    {}", referrer.holder);
-        }
-        if referrers.is_empty() {
-            text.push_str("    nothing\n");
-        }
-        Ok(text)
+    fn dump(&self, address: Va) -> Result<Answer> {
+        self.dump_of(address)
     }
 
     fn path(&self, address: Va) -> Result<Answer> {
@@ -154,6 +109,7 @@ impl Target for Detector {
         say("tracer", json!(parts.host.tracer));
         say("trap", json!(parts.host.trap));
         say("track", json!(parts.tracked.iter().map(|what| what.name()).collect::<Vec<_>>()));
+        say("lab", json!(parts.host.lab.as_deref().unwrap_or("none")));
         say("hooks", json!(parts.traps.count()));
         say("uncovered", json!(parts.plan.gaps.iter().map(|g| g.cover.as_str()).collect::<Vec<_>>()));
         say("traps_taken", json!(parts.traps.hits()));

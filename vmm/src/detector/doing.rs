@@ -96,7 +96,8 @@ impl Detector {
                 Err(error) => return Err(error),
             };
             self.describe(task, &doing, &modules, &mut text);
-            let frames: Vec<Value> = doing.frames.iter().map(|&ip| self.frame(ip, &modules)).collect();
+            let frames: Vec<Value> =
+                doing.frames.iter().map(|&ip| self.frame(ip, u64::MAX, &modules)).collect();
             json.push(json!({
                 "pid": task.pid, "comm": task.name(), "state": task.state.to_string(), "cpu": doing.cpu,
                 "complete": doing.end.is_whole(), "backtrace": frames,
@@ -119,10 +120,11 @@ impl Detector {
         }
     }
 
-    fn frame(&self, ip: Va, modules: &ModuleMap) -> Value {
-        let at = resolve(&self.parts.linux, modules, ip, u64::MAX);
+    /// A frame of a backtrace taken at event `at`, as reports have it.
+    pub(super) fn frame(&self, ip: Va, at: u64, modules: &ModuleMap) -> Value {
+        let resolved = resolve(&self.parts.linux, modules, ip, at);
         let ip = format!("{:#x}", ip.0);
-        match at {
+        match resolved {
             Some(r) => {
                 json!({ "ip": ip, "symbol": r.name, "offset": r.offset, "size": r.size, "module": r.module })
             }

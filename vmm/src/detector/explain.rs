@@ -1,4 +1,4 @@
-//! The console's commands that explain a scan: why an object is reachable, and what the roots contribute.
+//! The console's commands that explain a scan: what is known of an object, why it is reachable, and what the roots contribute.
 
 use super::Detector;
 use super::reporting::resolve;
@@ -7,9 +7,10 @@ use crate::machine::FrozenRam;
 use anyhow::{Context, Result};
 use introspect::accounting::calls;
 use introspect::memory::Va;
-use introspect::registry::Object;
+use introspect::registry::{Object, Paint};
 use introspect::scan::{ScanInput, coverage, object_at, path, refs};
-use serde_json::json;
+use serde_json::{Value, json};
+use std::fmt::Write;
 
 /// Objects that `refs=CACHE` shows.
 const SHOWN: usize = 30;
@@ -29,6 +30,53 @@ impl Detector {
     pub(super) fn object_at(&self, address: Va) -> Result<(Va, Object)> {
         let containing = |va| self.parts.recorder.state().registry.containing(va);
         object_at(&self.parts.linux, self.ram(), address, containing)
+    }
+
+    /// Everything that is known of an object.
+    pub(super) fn dump_of(&self, address: Va) -> Result<Answer> {
+        self.look(|input| {
+            let refs = refs::of_object(input, &self.parts.rules.counts, address)?;
+            let (at, object) =
+                object_at(input.linux, input.memory, address, |va| input.registry.containing(va))?;
+            let comm = String::from_utf8_lossy(&input.registry.comm(object.comm)).into_owned();
+            let comm = comm.trim_end_matches('\0');
+            let paint = match object.paint {
+                Paint::Normal => "normal",
+                Paint::Gray => "gray",
+                Paint::Black => "black",
+            };
+            let rule = input.treatments.of(&object, refs.cache.as_deref().unwrap_or_default());
+            let frames = input.registry.stacks.get(object.stack);
+            let age_ms = input.now_jiffies.saturating_sub(object.jiffies) * 1000 / input.linux.hz();
+            let mut text = refs.heading();
+            text.push('\n');
+            if at != object.address {
+                let _ = writeln!(text, "  the address is at offset {:#x}", at - object.address);
+            }
+            let _ = write!(text, "  comm {comm:?}, pid {}, jiffies {}", object.pid, object.jiffies);
+            let _ = writeln!(text, " (age {}.{:03}s)", age_ms / 1000, age_ms % 1000);
+            let known = if object.reported { "reported before" } else { "not reported yet" };
+            let scanned = if object.no_scan { "not scanned" } else { "scanned" };
+            let _ = writeln!(text, "  painted {paint}, {scanned}, {known}");
+            if let Some(rule) = rule {
+                let _ = writeln!(text, "  annotation {:?}: {}", rule.action, rule.reason);
+            }
+            text.push_str("  backtrace:\n");
+            for &frame in frames {
+                let _ = writeln!(text, "    {}", self.symbolise(frame, object.sequence, input.modules));
+            }
+            text.push_str(&refs.referenced_by());
+            let backtrace: Vec<Value> =
+                frames.iter().map(|&ip| self.frame(ip, object.sequence, input.modules)).collect();
+            let json = json!({ "dump": {
+                "address": format!("{:#x}", object.address.0), "size": object.size, "kind": object.kind,
+                "cache": refs.cache, "offset": at - object.address, "comm": comm, "pid": object.pid,
+                "jiffies": object.jiffies, "age_ms": age_ms, "paint": paint, "no_scan": object.no_scan,
+                "reported": object.reported, "annotation": rule.map(|rule| &rule.reason),
+                "backtrace": backtrace, "references": refs.references_json(), "omitted": refs.omitted,
+            } });
+            Ok(Answer { text, json })
+        })
     }
 
     pub(super) fn references_of(&self, address: Va) -> Result<Answer> {

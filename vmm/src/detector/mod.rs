@@ -23,8 +23,8 @@ use introspect::linux::pages::{PageMap, Use};
 use introspect::linux::percpu::PercpuChunk;
 use introspect::linux::slab::SlabMap;
 use introspect::memory::{PAGE_SIZE, Va};
-use introspect::registry::{AllocEvent, Audit, Kind, Object, Paint, Truth};
-use introspect::scan::{Reference, ScanInput, ScanResult, Treatments, referrers, scan};
+use introspect::registry::{AllocEvent, Audit, Kind, Paint, Truth};
+use introspect::scan::{ScanInput, ScanResult, Treatments, scan};
 use quiet::Allocator;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -224,12 +224,6 @@ impl Detector {
             stack: work.options.stack,
             slab: self.tracks(Tracked::Slab),
         })
-    }
-
-    /// Pauses the machine and lists who refers to `object`.
-    fn referrers(&self, work: &Work, object: &Object) -> Result<Vec<Reference>> {
-        let paused = self.parts.machine.pause()?;
-        self.frozen(work, &paused, |input| referrers(input, object))
     }
 
     /// Plants lost traps again and says so: allocations may have been missed.
