@@ -3,17 +3,19 @@
 //! The tests drive `kleak-vmm` as a user does: by its command line, its console and its reports. On a host
 //! without usable KVM it goes through the lab by itself, so the tests do not know where they run.
 
+mod session;
+
+pub use session::{Client, Session, run};
+
 use anyhow::{Context, Result, bail, ensure};
 use images::kernel::Headers;
 use images::{Cache, KernelPackage, modules, programs};
 use libtest_mimic::{Arguments, Failed, Trial};
 use serde_json::Value;
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::process::ExitCode;
+use std::time::Duration;
 
 /// Longest any one run may take; the lab is slow.
 pub const RUN_TIMEOUT: Duration = Duration::from_secs(400);
@@ -149,160 +151,6 @@ impl Finished {
 pub fn tail(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.lines().collect();
     all[all.len().saturating_sub(lines)..].join("\n")
-}
-
-struct Output {
-    text: Mutex<(String, bool)>,
-    changed: Condvar,
-}
-
-impl Output {
-    fn follow(stream: impl Read + Send + 'static) -> Arc<Self> {
-        let output = Arc::new(Self { text: Mutex::new((String::new(), false)), changed: Condvar::new() });
-        let shared = Arc::clone(&output);
-        std::thread::spawn(move || {
-            let mut reader = BufReader::new(stream);
-            let mut line = Vec::new();
-            while matches!(reader.read_until(b'\n', &mut line), Ok(n) if n > 0) {
-                shared.lock().0.push_str(&String::from_utf8_lossy(&line));
-                shared.changed.notify_all();
-                line.clear();
-            }
-            shared.lock().1 = true;
-            shared.changed.notify_all();
-        });
-        output
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, (String, bool)> {
-        self.text.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A `kleak-vmm` process.
-pub struct Session {
-    child: Child,
-    stdin: Option<ChildStdin>,
-    stdout: Arc<Output>,
-    stderr: Arc<Output>,
-}
-
-impl Session {
-    /// Starts the binary with these arguments.
-    ///
-    /// # Errors
-    /// It cannot be started.
-    pub fn start<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Self> {
-        let mut command = Command::new(binary()?);
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().context("Cannot start kleak-vmm")?;
-        let stdin = child.stdin.take();
-        let stdout = Output::follow(child.stdout.take().context("No stdout")?);
-        let stderr = Output::follow(child.stderr.take().context("No stderr")?);
-        Ok(Self { child, stdin, stdout, stderr })
-    }
-
-    /// Its process id.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Waits until the guest's console has printed `text`.
-    ///
-    /// # Errors
-    /// The process ended or `timeout` passed before.
-    pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<()> {
-        self.wait_for_times(text, 1, timeout)
-    }
-
-    /// The same until it was printed `times` times.
-    ///
-    /// # Errors
-    /// As [`Session::wait_for`].
-    pub fn wait_for_times(&self, text: &str, times: usize, timeout: Duration) -> Result<()> {
-        let deadline = Instant::now() + timeout;
-        let mut state = self.stdout.lock();
-        loop {
-            if state.0.matches(text).count() >= times {
-                return Ok(());
-            }
-            let now = Instant::now();
-            if state.1 || now >= deadline {
-                let why = if state.1 { "it ended" } else { "time ran out" };
-                bail!(
-                    "no {text:?} on the console: {why}\n{}\n--- stderr\n{}",
-                    tail(&state.0, 60),
-                    self.stderr.lock().0
-                );
-            }
-            state = self
-                .stdout
-                .changed
-                .wait_timeout(state, deadline - now)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    }
-
-    /// False once the process has ended.
-    ///
-    /// # Errors
-    /// It cannot be asked.
-    pub fn is_running(&mut self) -> Result<bool> {
-        Ok(self.child.try_wait().context("Cannot wait")?.is_none())
-    }
-
-    /// Types a line on the guest's console.
-    ///
-    /// # Errors
-    /// The process is gone.
-    pub fn type_line(&mut self, line: &str) -> Result<()> {
-        let stdin = self.stdin.as_mut().context("stdin is closed")?;
-        stdin.write_all(format!("{line}\n").as_bytes()).context("Cannot type")?;
-        stdin.flush().context("Cannot type")
-    }
-
-    /// Waits for the end.
-    ///
-    /// # Errors
-    /// It does not end in time; it is killed then.
-    pub fn finish(mut self) -> Result<Finished> {
-        let deadline = Instant::now() + RUN_TIMEOUT;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().context("Cannot wait")? {
-                break status;
-            }
-            if Instant::now() > deadline {
-                bail!("kleak-vmm does not end\n{}", tail(&self.stdout.lock().0, 60));
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        };
-        for output in [&self.stdout, &self.stderr] {
-            let mut state = output.lock();
-            while !state.1 {
-                state = output.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            }
-        }
-        let (stdout, stderr) = (self.stdout.lock().0.clone(), self.stderr.lock().0.clone());
-        Ok(Finished { code: status.code(), stdout, stderr })
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Runs the binary to its end.
-///
-/// # Errors
-/// It cannot be started, or does not end.
-pub fn run<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Finished> {
-    let mut session = Session::start(arguments)?;
-    session.stdin = None;
-    session.finish()
 }
 
 /// Runs one console command against a running machine and returns the reply.
@@ -457,8 +305,20 @@ impl Guest {
     /// # Errors
     /// It cannot be started.
     pub fn start(&self) -> Result<Session> {
+        Session::start(self.all_arguments())
+    }
+
+    /// Starts it on a terminal.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_on_terminal(&self) -> Result<Session> {
+        Session::start_on_terminal(self.all_arguments())
+    }
+
+    fn all_arguments(&self) -> impl Iterator<Item = OsString> {
         let rest = ["--timeout", &self.timeout_s.to_string(), "--cmdline", &self.cmdline].map(OsString::from);
-        Session::start(self.arguments.iter().chain(&rest))
+        self.arguments.iter().cloned().chain(rest)
     }
 
     /// Boots it, waits for its end and checks the exit code.

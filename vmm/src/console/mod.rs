@@ -24,6 +24,8 @@ pub(crate) mod fake;
 #[cfg(test)]
 mod socket_tests;
 #[cfg(test)]
+mod surfaces_tests;
+#[cfg(test)]
 mod tests;
 
 pub use command::{Account, Annotation, Command, Request, TopBy, When};

@@ -391,7 +391,7 @@ fn wait(input: Option<RawFd>, stop: &EventFd, timeout_ms: i32) -> Ready {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::execute::Executor;
     use super::super::fake::FakeTarget;
     use super::*;
@@ -421,6 +421,21 @@ mod tests {
         let commands = Arc::new(Executor::new(target.clone()));
         let session = Session::new(screen.clone(), port.clone(), commands, interactive);
         Rig { session, screen, port, target }
+    }
+
+    /// What the monitor prints below a line typed into it.
+    pub(in crate::console) fn typed_in_the_monitor(commands: Arc<Executor>, line: &str) -> String {
+        let screen = Arc::new(Screen::default());
+        let mut session = Session::new(screen.clone(), Arc::new(FakePort::default()), commands, true);
+        let mut type_in = |bytes: &[u8]| {
+            session.take(bytes, &io::stdin());
+            String::from_utf8(screen.lock().take()).unwrap()
+        };
+        type_in(b"\x01c");
+        type_in(line.as_bytes());
+        let below = type_in(b"\r");
+        let reply = below.split_once('\n').map_or("", |(_, reply)| reply);
+        reply.split(PROMPT).next().unwrap_or_default().trim_end_matches('\r').to_owned()
     }
 
     impl Rig {

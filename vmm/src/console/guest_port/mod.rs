@@ -14,7 +14,7 @@
 mod echo;
 mod protocol;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use super::execute::Commands;
 use crate::devices::{SerialInput, SerialSink, Unread};

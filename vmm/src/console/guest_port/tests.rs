@@ -178,6 +178,13 @@ impl Guest {
     }
 }
 
+/// What a script in the guest reads after it wrote a line.
+pub(in crate::console) fn echo_and_cat(line: &str) -> String {
+    let mut guest = Guest::new();
+    guest.echo(line);
+    guest.cat()
+}
+
 #[test]
 fn the_contracts_script() {
     for (echo, pause_ms) in [(true, 0), (false, 0), (true, 3000), (false, 3000)] {
