@@ -17,7 +17,8 @@ fn main() -> ExitCode {
         test("a_reboot_ends_the_run", reboot),
         test("scans_by_themselves_keep_a_report_each_and_quit_ends_the_run", unattended),
         test("a_command_that_fails_is_said", failing_command),
-        long_test("a_guest_out_of_memory_says_who_holds_it", out_of_memory),
+        long_test("a_guest_out_of_memory_says_who_holds_it_6.1-cloud", || out_of_memory("6.1-cloud")),
+        long_test("a_guest_out_of_memory_says_who_holds_it_6.12-cloud", || out_of_memory("6.12-cloud")),
     ])
 }
 
@@ -49,8 +50,8 @@ fn triple_fault() -> Result<()> {
     diagnosed(&guest.start()?.finish()?, &["triple fault"])
 }
 
-fn out_of_memory() -> Result<()> {
-    let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
+fn out_of_memory(line: &str) -> Result<()> {
+    let mut guest = Guest::new(&kernel(line)?, 1)?;
     let place = guest.report_path().with_file_name("reports");
     std::fs::create_dir(&place)?;
     guest.option("--mem", "160M").option("--scan-on", "oom,exit").option("--report-dir", &place);
