@@ -2,7 +2,7 @@
 
 use super::{Cell, Column, Role, Table};
 use crate::linux::slab::{Damage, SlabMap};
-use crate::memory::{PAGE_SIZE, Va};
+use crate::memory::{MemoryError, PAGE_SIZE, Va};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -93,7 +93,10 @@ pub fn damage(map: &SlabMap) -> Vec<DamagedCache> {
             cache: cache.and_then(name),
             slabs: slabs.len(),
             first: first.to_string(),
-            what: damage.error.to_string(),
+            what: match damage.error {
+                MemoryError::Corrupt { va, what } if va == *first => what.to_owned(),
+                error => error.to_string(),
+            },
         })
     });
     described.collect()
@@ -124,7 +127,6 @@ fn slab_bytes(objects: u32, size: u64) -> u64 {
 pub(super) mod tests {
     use super::*;
     use crate::linux::slab::{Cache, SlabPage};
-    use crate::memory::MemoryError;
     use proptest::prelude::*;
 
     pub(in crate::accounting) fn cache(name: &str, size: u64) -> Cache {
@@ -179,11 +181,8 @@ small           90    96       4     84      2   8192
         };
         let told = damage(&map);
         assert_eq!((told.len(), told[0].slabs, told[0].first.as_str()), (1, 2, "0x2000"));
-        let line = told[0].to_string();
-        assert!(
-            line.starts_with("cache a\\n: the freelists of 2 slabs are damaged, the first at 0x2000: "),
-            "{line}"
-        );
+        let line = "cache a\\n: the freelists of 2 slabs are damaged, the first at 0x2000: a freelist leaves its slab";
+        assert_eq!(told[0].to_string(), line);
         let map = SlabMap { damaged: vec![damaged(None, 0x4000)], ..map };
         assert!(damage(&map)[0].to_string().starts_with("the cache of the slab at 0x4000 is damaged: "));
         assert_eq!(damage(&SlabMap::default()), []);
