@@ -4,7 +4,7 @@
 
 use super::guest::{Extent, GuestMemory, Mapping};
 use super::{ScanInput, collect_roots, heap};
-use crate::memory::{FrozenMemory, Va};
+use crate::memory::{FrozenMemory, PAGE_SIZE, Va};
 use crate::registry::{Kind, Object};
 use rustc_hash::FxHashSet;
 use std::ops::Range;
@@ -55,12 +55,7 @@ pub fn referrers<M: FrozenMemory>(
     target: &Object,
 ) -> anyhow::Result<Vec<Reference>> {
     let mut found = Vec::new();
-    let mut windows = vec![addresses(target)];
-    if target.kind == Kind::Page {
-        let places = input.linux.page_places(input.memory)?;
-        let structs = places.structs_of(&(target.address..target.address + target.size));
-        windows.push(structs.start.0..structs.end.0);
-    }
+    let windows = Targets::of(input, target)?.windows();
     each_word(input, &input.guest()?, &windows, |holder, word| {
         let own = matches!(&holder, Holder::Object { object, .. } if object.address == target.address);
         if !own && found.len() < MAX {
@@ -68,6 +63,46 @@ pub fn referrers<M: FrozenMemory>(
         }
     })?;
     Ok(found)
+}
+
+/// What words refer to an object.
+pub(super) struct Targets {
+    addresses: Range<u64>,
+    /// The `struct page`s of a block of pages; empty for other objects.
+    structs: Range<u64>,
+}
+
+impl Targets {
+    /// Those of `object`.
+    ///
+    /// # Errors
+    /// The guest's memory cannot be read.
+    pub(super) fn of<M: FrozenMemory>(input: &ScanInput<'_, M>, object: &Object) -> anyhow::Result<Self> {
+        let structs = match object.kind {
+            Kind::Page => {
+                let places = input.linux.page_places(input.memory)?;
+                let structs = places.structs_of(&(object.address..object.address + object.size));
+                structs.start.0..structs.end.0
+            }
+            _ => 0..0,
+        };
+        Ok(Self { addresses: addresses(object), structs })
+    }
+
+    /// Where such words point.
+    pub(super) fn windows(&self) -> [Range<u64>; 2] {
+        [self.addresses.clone(), self.structs.clone()]
+    }
+
+    /// Offset in the object that a word refers to: of a page's structure, that of the page.
+    pub(super) fn offset(&self, word: u64) -> u64 {
+        if self.addresses.contains(&word) {
+            return word - self.addresses.start;
+        }
+        let pages = (self.addresses.end - self.addresses.start).div_ceil(PAGE_SIZE).max(1);
+        let each = ((self.structs.end - self.structs.start) / pages).max(1);
+        word.saturating_sub(self.structs.start) / each * PAGE_SIZE
+    }
 }
 
 /// Where a word is, while all words are looked at.

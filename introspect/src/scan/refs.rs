@@ -7,7 +7,7 @@
 
 use super::guest::GuestMemory;
 use super::places::{Place, place};
-use super::referrers::{Holder, Referrer, each_word};
+use super::referrers::{Holder, Referrer, Targets, each_word};
 use super::structures::{sharers, structure_of};
 use super::{ScanInput, heap};
 use crate::linux::slab::{Cache, named};
@@ -179,10 +179,11 @@ pub fn of_object<M: FrozenMemory>(
     let base = counted.as_ref().map_or(0, |(counter, _)| counter.base);
     let guest = input.guest()?;
     let mut listing = Listing::new(input, &guest, &caches);
-    let start = object.address.0;
-    each_word(input, &guest, &[super::referrers::addresses(&object)], |holder, word| {
+    let targets = Targets::of(input, &object)?;
+    each_word(input, &guest, &targets.windows(), |holder, word| {
         if !is_of(&holder, object.address) {
-            listing.add(holder, word - start, word - start == base);
+            let to = targets.offset(word);
+            listing.add(holder, to, to == base);
         }
     })?;
     if let Ok((_, counted)) = &mut counted {
