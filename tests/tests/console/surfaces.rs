@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
-use tests::{Client, Guest, RUN_TIMEOUT, Session, kernel, long_test, module, test};
+use tests::{Client, Guest, RUN_TIMEOUT, Session, kernel, long_test, module};
 
 /// What the monitor prints before each line.
 const PROMPT: &str = "(kleak) ";
@@ -18,10 +18,10 @@ const SCANS: usize = 5;
 /// Minimum age of what the guest leaks, seconds, and some.
 const AGE_S: u32 = 2;
 
-/// The tests.
+/// The tests: long ones, since the same is asked of all surfaces without a guest each time (`surfaces_tests` of the console).
 pub fn trials() -> Vec<Trial> {
     vec![
-        test("every_command_on_every_surface_6.12-cloud", || every_command("6.12-cloud")),
+        long_test("every_command_on_every_surface_6.12-cloud", || every_command("6.12-cloud")),
         long_test("every_command_on_every_surface_6.1-cloud", || every_command("6.1-cloud")),
     ]
 }
