@@ -6,6 +6,9 @@
 //! vmalloc blocks and some thousand per-CPU allocations, is found by binary search. An object that reaches into
 //! following pages is these pages' `spill`.
 //!
+//! Words are looked up in batches, too ([`Index::quick_slots`]): what a scan waits for is memory, and loads that do not
+//! depend on each other are waited for together.
+//!
 //! A word belongs to the object with the greatest start at or below it, when it lies inside. Objects never overlap
 //! unless a free was missed; then the later start wins.
 
@@ -41,9 +44,12 @@ pub struct Hit {
 pub struct Index {
     /// Page number of `pages[0]`.
     first_page: u64,
-    /// Descriptor number plus one by page; 0: nothing there.
+    /// Descriptor number by page.
     pages: Vec<u32>,
+    /// The first is [`Descriptor::NOTHING`].
     descriptors: Vec<Descriptor>,
+    /// Objects that end in a later page than they start in, with their slots; numbered from 1 in [`Descriptor::spill`].
+    spills: Vec<(u32, Block)>,
     /// Objects of irregular pages, and outside the direct map.
     lists: Vec<Block>,
     /// Where the objects outside the direct map begin in `lists`; their slots are numbered from `sparse_slot`.
@@ -53,7 +59,8 @@ pub struct Index {
     windows: Windows,
 }
 
-/// One page of the direct map that holds (a part of) an object.
+/// One page of the direct map that holds (a part of) an object: 24 bytes, so that the descriptors of a heap of
+/// gigabytes stay in the processor's caches.
 #[derive(Clone, Copy)]
 struct Descriptor {
     /// Slot number of the first object that starts here.
@@ -68,9 +75,14 @@ struct Descriptor {
     stride: u16,
     /// Number of slots.
     count: u16,
-    /// Object that started in an earlier page and ends here or later.
-    spill: Option<(u32, Block)>,
+    /// Object that started in an earlier page and ends here or later; 0: none.
+    spill: u32,
 }
+
+/// [`Index::quick_slots`]: no object.
+pub const NO_SLOT: u32 = u32::MAX;
+/// [`Index::quick_slots`]: [`Index::find`] knows.
+pub const ASK: u32 = u32::MAX - 1;
 
 /// A page whose grid would have more slots than this per object is stored as a list: bounds the number of slots.
 const MAX_GAPS: u64 = 16;
@@ -98,7 +110,8 @@ impl Index {
         let mut index = Self {
             first_page,
             pages: vec![0; last_page.saturating_sub(first_page) as usize],
-            descriptors: Vec::new(),
+            descriptors: vec![Descriptor::NOTHING],
+            spills: Vec::new(),
             lists: Vec::new(),
             sparse: 0,
             sparse_slot: 0,
@@ -141,17 +154,36 @@ impl Index {
         // Below the first page the subtraction wraps and the number is out of range.
         let page = (word >> PAGE_SHIFT).wrapping_sub(self.first_page);
         match self.pages.get(page as usize) {
-            Some(0) => None,
-            Some(&number) => self.find_in_page(&self.descriptors[number as usize - 1], word),
+            Some(&number) => self.find_in_page(&self.descriptors[number as usize], word),
             None => self.find_sparse(word),
         }
+    }
+
+    /// The slots that [`Index::find`] would give for `N` words or fewer, where that is quickly said: [`NO_SLOT`] for no
+    /// object, [`ASK`] where it is not.
+    #[inline]
+    pub fn quick_slots<const N: usize>(&self, words: &[(u64, u32)]) -> [u32; N] {
+        const OUTSIDE: u32 = u32::MAX;
+        let mut slots = [0; N];
+        // Two passes without a branch that depends on what was loaded: the misses of each overlap.
+        for (slot, (word, _)) in slots.iter_mut().zip(words) {
+            let page = (word >> PAGE_SHIFT).wrapping_sub(self.first_page);
+            *slot = self.pages.get(page as usize).copied().unwrap_or(OUTSIDE);
+        }
+        for (slot, (word, _)) in slots.iter_mut().zip(words) {
+            *slot = match self.descriptors.get(*slot as usize) {
+                Some(page) => page.quick_slot(*word),
+                None => ASK,
+            };
+        }
+        slots
     }
 
     #[inline]
     fn find_in_page(&self, page: &Descriptor, word: u64) -> Option<Hit> {
         let offset = (word & (PAGE_SIZE - 1)) as u16;
         if offset < page.first {
-            let (slot, block) = page.spill?;
+            let &(slot, block) = self.spills.get((page.spill as usize).checked_sub(1)?)?;
             return (word < block.end()).then_some(Hit { slot, block });
         }
         if page.reciprocal == 0 {
@@ -196,30 +228,35 @@ impl Index {
     fn spread(&mut self, block: &Block, slot: u32, page: u64, until: u64) {
         let last = block.end().saturating_sub(1) >> PAGE_SHIFT;
         let end = self.first_page + self.pages.len() as u64;
-        for page in page..=last.min(until).min(end.saturating_sub(1)) {
-            let spill = Some((slot, *block));
+        let pages = page..=last.min(until).min(end.saturating_sub(1));
+        if pages.is_empty() {
+            return;
+        }
+        self.spills.push((slot, *block));
+        let spill = self.spills.len() as u32;
+        for page in pages {
             self.set_page(page, Descriptor { spill, ..Descriptor::EMPTY });
         }
     }
 
     /// The spill entered for `page` when the last object before it was.
-    fn take_spill(&self, page: u64) -> Option<(u32, Block)> {
-        let number = self.pages[(page - self.first_page) as usize].checked_sub(1)?;
+    fn take_spill(&self, page: u64) -> u32 {
+        let number = self.pages[(page - self.first_page) as usize];
         self.descriptors[number as usize].spill
     }
 
     fn set_page(&mut self, page: u64, descriptor: Descriptor) {
         let place = &mut self.pages[(page - self.first_page) as usize];
         if *place == 0 {
-            self.descriptors.push(descriptor);
             *place = self.descriptors.len() as u32;
+            self.descriptors.push(descriptor);
         } else {
-            self.descriptors[*place as usize - 1] = descriptor;
+            self.descriptors[*place as usize] = descriptor;
         }
     }
 
     /// Describes the page in which all of `here` start: as regular when they lie on a grid.
-    fn describe(&mut self, here: &[Block], spill: Option<(u32, Block)>) -> Descriptor {
+    fn describe(&mut self, here: &[Block], spill: u32) -> Descriptor {
         let first = here[0].start & (PAGE_SIZE - 1);
         let size = here[0].size;
         let stride = match here.len() {
@@ -252,7 +289,26 @@ impl Index {
 
 impl Descriptor {
     const EMPTY: Self =
-        Self { base: 0, size: 0, reciprocal: 0, first: NOTHING_STARTS, stride: 0, count: 0, spill: None };
+        Self { base: 0, size: 0, reciprocal: 0, first: NOTHING_STARTS, stride: 0, count: 0, spill: 0 };
+
+    /// A page with nothing in it.
+    const NOTHING: Self = Self { first: 0, reciprocal: 1, ..Self::EMPTY };
+
+    /// See [`Index::quick_slots`].
+    #[inline]
+    fn quick_slot(&self, word: u64) -> u32 {
+        let distance = (word & (PAGE_SIZE - 1)).wrapping_sub(u64::from(self.first));
+        let number = distance.wrapping_mul(u64::from(self.reciprocal)) >> 32;
+        let inside = distance.wrapping_sub(number * u64::from(self.stride));
+        let here = (inside < u64::from(self.size)) & (number < u64::from(self.count));
+        // Of what lies before the first start only the object that reaches over from an earlier page can have it.
+        let elsewhere = (self.reciprocal == 0) | ((distance >= PAGE_SIZE) & (self.spill != 0));
+        match (elsewhere, here & (distance < PAGE_SIZE)) {
+            (true, _) => ASK,
+            (false, true) => self.base + number as u32,
+            (false, false) => NO_SLOT,
+        }
+    }
 
     /// Slot of `block`, one of the blocks `here` that start in this page.
     fn slot_of(&self, block: &Block, here: &[Block]) -> u32 {

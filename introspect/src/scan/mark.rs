@@ -5,7 +5,7 @@
 //! it points into ([`Index::find`]); words of an object that was reached count in turn. References of an object to
 //! itself need no rule here: an object is read only after something else has reached it.
 
-use super::index::{Block, Hit, Index};
+use super::index::{ASK, Block, Hit, Index, NO_SLOT};
 use super::words::candidates;
 use rustc_hash::FxHashMap;
 use std::ops::Range;
@@ -84,8 +84,18 @@ const SPECIAL: u8 = 4;
 /// Its contents hold no references.
 const NO_SCAN: u8 = 8;
 
-/// Candidate words collected before they are looked up together, so that the processor overlaps the misses.
+/// Candidate words collected, from one object or several, before they are looked up together.
 const STAGE: usize = 64;
+/// Objects whose memory is asked for before the first of them is read.
+const AHEAD: usize = 8;
+/// Bytes of each that are: behind them the processor has noticed by itself.
+const TOUCHED: u64 = 1024;
+/// Objects at one distance that are worth being sorted.
+const SORTED_FROM: usize = 64;
+/// Bytes that come from memory together.
+const LINE: usize = 64;
+/// What stands for an object's slot where a word was read outside of objects.
+const OUTSIDE: u32 = u32::MAX;
 
 /// One marking run over one frozen heap.
 pub struct Marker<'a, C, W = ()> {
@@ -95,7 +105,8 @@ pub struct Marker<'a, C, W = ()> {
     state: Vec<u8>,
     specials: FxHashMap<u32, Special>,
     work: Vec<Hit>,
-    stage: Vec<u64>,
+    /// Words to be looked up, and the slots of the objects they were read from.
+    stage: Vec<(u64, u32)>,
     /// Bytes read so far.
     pub bytes: u64,
     /// Who is told.
@@ -144,7 +155,7 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
 
     /// Reads root memory that starts at an aligned address; returns how many of its words are references.
     pub fn root(&mut self, bytes: &[u8]) -> u64 {
-        self.read(bytes, None)
+        self.read(bytes, OUTSIDE) + self.resolve_all()
     }
 
     /// One root word, as a register is; true when it is a reference.
@@ -152,20 +163,19 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
         self.resolve(word, None)
     }
 
-    /// Reads everything reached but not yet read.
+    /// Reads everything reached but not yet read, nearest first: an object that fewer references separate from where the
+    /// run began is read before all others, so that the witness sees shortest chains. Those at the same distance are
+    /// read in the order of their addresses, as far as that pays: memory is read much faster so.
     pub fn run(&mut self) {
-        while let Some(hit) = self.work.pop() {
-            self.read_reached(hit);
-        }
-    }
-
-    /// As [`Marker::run`], nearest first: an object that fewer references separate from where the run began is read
-    /// before all others, so that the witness sees shortest chains.
-    pub fn run_nearest_first(&mut self) {
         while !self.work.is_empty() {
-            for hit in std::mem::take(&mut self.work) {
-                self.read_reached(hit);
+            let mut next = std::mem::take(&mut self.work);
+            if next.len() > SORTED_FROM {
+                next.sort_unstable_by_key(|hit| hit.slot);
             }
+            for batch in next.chunks(AHEAD) {
+                self.read_batch(batch);
+            }
+            self.resolve_all();
         }
     }
 
@@ -230,6 +240,19 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
         (hit.block.start == va && self.state[hit.slot as usize] & OBJECT != 0).then_some(hit)
     }
 
+    /// Reads objects that were reached; of what they refer to some may still have to be looked up.
+    fn read_batch(&mut self, batch: &[Hit]) {
+        let mut touched = 0;
+        for Hit { block, .. } in batch {
+            visit(self.contents, *block, 0..TOUCHED, |_, bytes| {
+                touched ^= bytes.iter().step_by(LINE).fold(0, |all, byte| all ^ byte);
+            });
+        }
+        // None of these loads waits for another, and reading on does not wait for them.
+        std::hint::black_box(touched);
+        batch.iter().for_each(|&hit| self.read_reached(hit));
+    }
+
     #[inline]
     fn read_reached(&mut self, hit: Hit) {
         if self.state[hit.slot as usize] & SPECIAL != 0 {
@@ -258,29 +281,39 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
     fn read_block(&mut self, hit: Hit, area: Range<u64>) {
         let contents = self.contents;
         visit(contents, hit.block, area, |_, bytes| {
-            self.read(bytes, Some(hit.slot));
+            self.read(bytes, hit.slot);
         });
     }
 
-    fn read(&mut self, bytes: &[u8], source: Option<u32>) -> u64 {
+    /// Collects the candidates of `bytes`. Returns how many of those that were looked up on the way are references.
+    fn read(&mut self, bytes: &[u8], source: u32) -> u64 {
         self.bytes += bytes.len() as u64;
         let mut references = 0;
-        let mut stage = std::mem::take(&mut self.stage);
         candidates(bytes, self.index.windows(), |_, word| {
-            stage.push(word);
-            if stage.len() == STAGE {
-                references += self.resolve_all(&stage, source);
-                stage.clear();
+            self.stage.push((word, source));
+            if self.stage.len() == STAGE {
+                references += self.resolve_all();
             }
         });
-        references += self.resolve_all(&stage, source);
-        stage.clear();
-        self.stage = stage;
         references
     }
 
-    fn resolve_all(&mut self, words: &[u64], source: Option<u32>) -> u64 {
-        words.iter().map(|&w| u64::from(self.resolve(w, source))).sum()
+    /// Looks all collected words up; returns how many are references.
+    fn resolve_all(&mut self) -> u64 {
+        let mut stage = std::mem::take(&mut self.stage);
+        let slots = self.index.quick_slots::<STAGE>(&stage);
+        // A pass of its own: its misses overlap, too.
+        let states = slots.map(|slot| self.state.get(slot as usize).copied().unwrap_or(0));
+        let mut references = 0;
+        for ((&(word, source), slot), state) in stage.iter().zip(slots).zip(states) {
+            let is_done = state & (OBJECT | MARKED | SPECIAL) == OBJECT | MARKED;
+            let source = (source != OUTSIDE).then_some(source);
+            let nothing = slot == NO_SLOT || slot != ASK && state & OBJECT == 0;
+            references += u64::from(is_done || !nothing && self.resolve(word, source));
+        }
+        stage.clear();
+        self.stage = stage;
+        references
     }
 
     /// Reaches what `word` points into; `source` is the object it was read from.

@@ -76,7 +76,7 @@ pub fn path<M: FrozenMemory>(input: &ScanInput<'_, M>, address: Va) -> anyhow::R
         format!("Scans do not look for the {} object at {}", object.kind.name(), object.address)
     })?;
     read_roots(input, &frozen, &mut marker);
-    marker.run_nearest_first();
+    marker.run();
     begin(&mut marker, Origin::Gray, treated.gray);
     begin(&mut marker, Origin::Young, treated.young);
     let mut lost = Vec::new();
@@ -100,7 +100,7 @@ pub fn path<M: FrozenMemory>(input: &ScanInput<'_, M>, address: Va) -> anyhow::R
 fn begin<C: Contents>(marker: &mut Marker<'_, C, Trail>, origin: Origin, objects: Vec<u64>) {
     marker.witness.enter(origin);
     objects.into_iter().for_each(|va| marker.set_gray(va));
-    marker.run_nearest_first();
+    marker.run();
 }
 
 /// The first word of the object at `from` that reaches `to`.

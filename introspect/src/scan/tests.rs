@@ -236,7 +236,7 @@ proptest! {
             marker.witness.enter(Origin::Region(number));
             marker.root(&word.to_le_bytes());
         }
-        marker.run_nearest_first();
+        marker.run();
         let distances = distances(&blocks, &memory, &roots);
         for block in &blocks {
             let way = marker.slot(block.start).and_then(|slot| marker.witness.to(slot));
@@ -362,7 +362,7 @@ fn a_chain_goes_through_what_stands_for_an_object() {
     marker.set_special(DIRECT + 64, special);
     marker.witness.enter(Origin::Register(1));
     marker.root_word(DIRECT + 130);
-    marker.run_nearest_first();
+    marker.run();
     let slot = marker.slot(VMALLOC).expect("the area");
     assert_eq!(marker.witness.to(slot), Some((Origin::Register(1), vec![blocks[2], blocks[3]])));
     let reference = link(&marker, blocks[2], blocks[3]).expect("the word");
@@ -380,7 +380,7 @@ fn chains_begin_at_gray_objects_and_never_at_black_ones() {
     marker.set_black(DIRECT + 128);
     marker.witness.enter(Origin::Gray);
     marker.set_gray(DIRECT);
-    marker.run_nearest_first();
+    marker.run();
     let ways: Vec<_> = slots.iter().map(|&slot| marker.witness.to(slot)).collect();
     let gray = |way: &[Block]| Some((Origin::Gray, way.to_vec()));
     assert_eq!(ways, [gray(&blocks[..1]), gray(&blocks[..2]), None, None]);
