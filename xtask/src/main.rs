@@ -1,6 +1,7 @@
 //! `cargo xtask`: demo, tests, images, release builds.
 
 mod accuracy;
+mod bench;
 mod build;
 mod demo;
 mod images;
@@ -25,6 +26,8 @@ enum Task {
     Test(test::Options),
     /// Compare with the in-kernel kmemleak, case by case, and write docs/accuracy.md
     Accuracy,
+    /// Measure registry, scan and tracing, and write docs/performance.md
+    Bench,
     /// Prepare guest images: kernels, modules, initramfs
     Images(images::Options),
     /// Build the static release binary and print where it is
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         Task::Demo => demo::run(),
         Task::Test(options) => test::run(&options),
         Task::Accuracy => accuracy::run(),
+        Task::Bench => bench::run(),
         Task::Images(options) => images::run(&options),
         Task::Build => build::binary().map(|path| println!("{}", path.display())),
     };

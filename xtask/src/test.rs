@@ -54,8 +54,8 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 /// Runs one test of one test program, a long one too, with a variable in its environment.
-pub fn one(program: &str, name: &str, (variable, value): (&str, &Path)) -> Result<()> {
-    setup::install(&[Purpose::Guests, Purpose::Oracle])?;
+pub fn one(program: &str, name: &str, needs: &[Purpose], (variable, value): (&str, &Path)) -> Result<()> {
+    setup::install(needs)?;
     let mut command = cargo_test(&Cache::of_workspace())?;
     command.args(["--package", "tests", "--test", program, "--", name]);
     finish(command.env("KLEAK_FULL", "1").env(variable, value))
