@@ -1,4 +1,4 @@
-//! Results as one HTML page that needs nothing else: no script, no network.
+//! Results as one HTML page that needs nothing else: no script, no network, and browsers are told to refuse both.
 
 use super::super::result::{Outcome, Results, State, TestResult};
 use super::plot;
@@ -11,6 +11,9 @@ table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3em .6e
 vertical-align:top}pre{background:#f6f6f4;padding:.6em;overflow-x:auto;font-size:13px}.passed{color:#176f2c}\
 .leaked,.missing{color:#b00020;font-weight:600}.error{color:#8a4b00;font-weight:600}svg{width:100%;height:auto}\
 svg text{font:11px monospace}summary{cursor:pointer}figure{margin:.6em 0}";
+
+/// Nothing but the page's own styles (W3C, Content Security Policy Level 3).
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
 
 /// Width of the flame graph, and height of a row of it, in its own units.
 const WIDTH: f64 = 1000.0;
@@ -27,6 +30,7 @@ pub fn html(results: &Results) -> String {
     let name = escape(&results.suite);
     let mut page = format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{name}: kernel memory leaks</title>\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}\">\n\
          <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}</style></head><body>\n<h1>{name}</h1>\n"
     );
     let summary = super::text(results);

@@ -147,7 +147,7 @@ fn sarif_names_the_suite_by_a_uri() {
 #[test]
 fn html_is_one_page_of_its_own() {
     let page = html::html(&sample());
-    assert!(!page.contains("<script") && !page.contains("http"), "{page}");
+    assert!(!["<script", "://", "src=", "href=", "url("].iter().any(|part| page.contains(part)), "{page}");
     assert!(page.starts_with("<!DOCTYPE html>") && page.trim_end().ends_with("</html>"));
     assert!(page.contains("&lt;script&gt;"));
     // Every leak has its box: 3 * 64 and 2 * 64 bytes below "all" and "init".
