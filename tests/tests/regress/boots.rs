@@ -17,7 +17,7 @@ pub fn attribution() -> Result<()> {
     let [first, second] =
         [("first", ""), ("second", UNRELATED)].map(|(name, more)| build_twice(&kernel, &builds, name, more));
     let (first, second) = (first?, second?);
-    let offsets = [&first, &second].map(|module| offset_of_lose(module));
+    let offsets = [&first, &second].map(offset_of_lose);
     ensure!(
         offsets[0].as_ref().ok() != offsets[1].as_ref().ok(),
         "the second build is as the first: {offsets:?}"

@@ -2,6 +2,7 @@
 //! results are made up, and `regress merge` writes them.
 
 use anyhow::{Context, Result, ensure};
+use images::cache;
 use serde_json::{Value, json};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -94,6 +95,25 @@ pub fn valid() -> Result<()> {
     schemas::check_json(&schemas::SARIF, &folder.path("all.sarif"))?;
     let wrong = spoiled(&folder, "all.sarif", "\"ruleId\"", "\"rule\"")?;
     ensure!(schemas::check_json(&schemas::SARIF, &wrong).is_err(), "an invalid SARIF file passes");
+    Ok(())
+}
+
+/// The commands that users are told to put into their CI are taken up to the suite, which is not there.
+pub fn documented() -> Result<()> {
+    let mut commands = 0;
+    for name in ["README.md", "docs/ci/github.yml", "docs/ci/gitlab.yml"] {
+        let path = cache::workspace().join(name);
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        for line in text.lines() {
+            let Some((_, options)) = line.split_once("kleak-vmm regress leaks.toml") else { continue };
+            let options = options.split(" # ").next().unwrap_or_default().split_whitespace();
+            let finished = run(["regress", "leaks.toml"].into_iter().chain(options))?;
+            finished.expect_code(2)?;
+            ensure!(finished.stderr.contains("Cannot read suite leaks.toml"), "{name}: {}", finished.stderr);
+            commands += 1;
+        }
+    }
+    ensure!(commands == 4, "{commands} commands");
     Ok(())
 }
 

@@ -17,6 +17,7 @@ fn main() -> ExitCode {
     let mut trials = vec![test("a_shipped_suite_and_leaks_of_the_tests_that_made_them", boots::attribution)];
     let forms = test("results_are_valid_junit_and_sarif", forms::valid);
     trials.push(with_packages(forms, &["libxml2-utils", "python3-jsonschema"]));
+    trials.push(test("documented_commands_are_taken", forms::documented));
     trials.push(with_packages(long_test("a_browser_shows_the_page", forms::page), &["chromium"]));
     trials.push(long_test("a_guest_that_dies_takes_one_test_with_it", boots::faults));
     trials.push(long_test("an_initramfs_of_the_guests_own", boots::initramfs));
