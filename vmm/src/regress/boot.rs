@@ -495,6 +495,10 @@ impl<'a> Session<'a> {
     }
 
     fn remember(&mut self, line: String) {
+        // Before each mark is an empty line, that of a sign of life included: they would push out what the guest said.
+        if line.is_empty() {
+            return;
+        }
         if self.console.len() == CONSOLE_LINES {
             self.console.pop_front();
         }
