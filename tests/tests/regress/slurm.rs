@@ -7,7 +7,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-use tests::{RUN_TIMEOUT, Scratch, binary, kernel, module, run};
+use tests::{RUN_TIMEOUT, Scratch, binary, kernel, module};
 
 /// How long a daemon may take to come up.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -100,8 +100,8 @@ impl Cluster {
         self.daemons.iter().map(log).collect()
     }
 
-    /// Submits a job and waits for its end, all tasks of an array included.
-    fn submit(&self, command: &mut Command) -> Result<()> {
+    /// Submits a job and waits for its end, all tasks of an array included; its id.
+    fn submit(&self, command: &mut Command) -> Result<String> {
         let output = command.output().context("Cannot run sbatch")?;
         let id = String::from_utf8_lossy(&output.stdout).trim().to_owned();
         ensure!(
@@ -113,7 +113,7 @@ impl Cluster {
         loop {
             let said = self.command("squeue").args(["--noheader", "--job", &id]).output()?;
             if said.stdout.is_empty() {
-                return Ok(());
+                return Ok(id);
             }
             ensure!(Instant::now() < deadline, "job {id} does not end: {}", self.logs());
             std::thread::sleep(STEP * 5);
@@ -151,20 +151,22 @@ pub fn job_array() -> Result<()> {
     let results = case.0.path("results");
     let cluster = Cluster::start()?;
     let bin = tools(&case.0)?;
-    let mut sbatch = cluster.command("sbatch");
-    sbatch.args(["--parsable", "--array=1-2", "--export=ALL"]).env("PATH", bin);
-    sbatch.arg(cache::workspace().join("docs/ci/slurm.sh")).arg(case.0.path("suite.toml")).arg(&results);
-    cluster.submit(&mut sbatch)?;
-    let shards = ["1.json", "2.json"].map(|name| results.join(name).display().to_string());
+    let sbatch = |option: &str| {
+        let mut sbatch = cluster.command("sbatch");
+        sbatch.args(["--parsable", "--export=ALL", option]).env("PATH", &bin).current_dir(case.0.path(""));
+        sbatch
+    };
+    let mut array = sbatch("--array=1-2");
+    array.arg(cache::workspace().join("docs/ci/slurm.sh")).arg(case.0.path("suite.toml")).arg(&results);
+    let id = cluster.submit(&mut array)?;
     for name in ["1", "2"] {
         let log = std::fs::read_to_string(results.join(format!("{name}.log"))).unwrap_or_default();
         ensure!(results.join(format!("{name}.json")).is_file(), "shard {name}: {log}\n{}", cluster.logs());
         ensure!(results.join(format!("{name}.guests")).is_dir(), "no logs of shard {name}");
     }
-    let all = results.join("all.json");
-    let merge = ["regress", "merge", &shards[0], &shards[1], "--report"].map(str::to_owned);
-    run(merge.into_iter().chain([all.display().to_string()]))?.expect_code(0)?;
-    let all: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(all)?)?;
+    let merge = "kleak-vmm regress merge results/*.json --report all.json";
+    cluster.submit(sbatch(&format!("--dependency=afterany:{id}")).args(["--wrap", merge]))?;
+    let all: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(case.0.path("all.json"))?)?;
     let mut found = outcomes(&all)?;
     found.sort_unstable();
     ensure!(found == [("boot", "passed", 0), ("list", "passed", 5), ("status", "passed", 0)], "{all:#}");
