@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 const ARGUMENTS: &str = "KLEAK_TEST_WORKER";
 
 /// Less than for real guests, but enough for a loaded machine.
-const PATIENCE: Patience = Patience { grace: Duration::from_millis(1500), silence: Duration::from_secs(4) };
+const PATIENCE: Patience = Patience { grace: Duration::from_millis(1500), silence: Duration::from_secs(3) };
 
 /// The detector that is played, and the guest's time.
 #[derive(Default)]
@@ -395,7 +395,7 @@ fn a_test_that_was_not_seen_whole_is_not_believed() {
 
 #[test]
 fn a_guest_whose_time_stands_still_hangs_and_a_slow_one_does_not() {
-    let commands = ["slow 6", "frozen quiet", "frozen noisy", "exit 0"];
+    let commands = ["slow 4", "frozen quiet", "frozen noisy", "exit 0"];
     let text = suite("", &["good"], &commands).replace("timeout_s = 1\n", "timeout_s = 3600\n");
     let began = Instant::now();
     let results = Case::new(&text).run();
