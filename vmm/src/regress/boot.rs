@@ -491,7 +491,9 @@ impl<'a> Session<'a> {
         self.heap = Some(status.heap);
         let Some(losses) = status.losses() else { return Ok(()) };
         let leaks = count(&std::mem::take(&mut self.taken)) + count(&std::mem::take(&mut self.of_boot));
-        Err(End::Losses(format!("the detector missed something: {losses}; {leaks} leaks are not believed")))
+        Err(End::Losses(format!(
+            "the detector missed something: {losses}; leaks that are not believed: {leaks}"
+        )))
     }
 
     fn remember(&mut self, line: String) {

@@ -324,7 +324,7 @@ fn a_kernel_that_does_not_boot_hurts_no_other() {
     assert!(
         of("absent").iter().all(|(o, why)| *o == Outcome::NotBooted && why.contains("Cannot read kernel"))
     );
-    assert_eq!(of("good"), [(Outcome::Passed, ""), (Outcome::Leaked, "1 new leaks")]);
+    assert_eq!(of("good"), [(Outcome::Passed, ""), (Outcome::Leaked, "1 new leak")]);
 }
 
 #[test]
@@ -375,9 +375,10 @@ fn a_test_that_was_not_seen_whole_is_not_believed() {
     let results = case.run();
     let outcome = [Outcome::Passed, Outcome::Untracked, Outcome::Untracked, Outcome::Failed];
     assert_eq!(results.tests.iter().map(|test| test.outcome).collect::<Vec<_>>(), outcome);
-    for (test, what) in
-        [(1, "2 traps were overwritten; 2 leaks are not"), (2, "1 events were dropped; 0 leaks")]
-    {
+    for (test, what) in [
+        (1, "overwritten traps: 2; leaks that are not believed: 2"),
+        (2, "dropped events: 1; leaks that are not believed: 0"),
+    ] {
         assert!(results.tests[test].message.contains(what), "{}", results.tests[test].message);
     }
     assert_eq!(

@@ -91,10 +91,9 @@ pub fn status(worker: &mut Worker) -> Result<Status> {
 impl Status {
     /// What went past the detector since the boot began; None: nothing.
     pub fn losses(&self) -> Option<String> {
-        let counts =
-            [(self.traps_rearmed, "traps were overwritten"), (self.events_dropped, "events were dropped")];
+        let counts = [(self.traps_rearmed, "overwritten traps"), (self.events_dropped, "dropped events")];
         let lost: Vec<String> =
-            counts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")).collect();
+            counts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{what}: {n}")).collect();
         (!lost.is_empty()).then(|| lost.join(", "))
     }
 }

@@ -3,6 +3,7 @@
 use super::baseline::{Baseline, Entry};
 use super::suite::Expected;
 use crate::cli::ExitCode;
+use introspect::report::plural;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -234,9 +235,13 @@ impl TestResult {
         let (new, made) = (self.leaks(State::New), self.leaks(State::Expected));
         let absent = expected.functions.iter().find(|f| !self.groups.iter().any(|group| group.has(f)));
         let (outcome, message) = match (expected.count, absent) {
-            _ if new > 0 => (Outcome::Leaked, format!("{new} new leaks")),
-            (Some(count), _) if made > count => (Outcome::Leaked, format!("{made} leaks, {count} expected")),
-            (Some(count), _) if made < count => (Outcome::Missing, format!("{made} leaks, {count} expected")),
+            _ if new > 0 => (Outcome::Leaked, format!("{new} new leak{}", plural(new))),
+            (Some(count), _) if made > count => {
+                (Outcome::Leaked, format!("{made} leak{}, {count} expected", plural(made)))
+            }
+            (Some(count), _) if made < count => {
+                (Outcome::Missing, format!("{made} leak{}, {count} expected", plural(made)))
+            }
             (_, Some(function)) => (Outcome::Missing, format!("no leak by {function}, which is expected")),
             _ => (Outcome::Passed, String::new()),
         };
