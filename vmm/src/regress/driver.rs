@@ -129,7 +129,7 @@ mark() {
     done
 }
 settle() {
-    mountpoint -q /kleak/canary && umount /kleak/canary
+    umount /kleak/canary 2> /dev/null
     mount -t ramfs $canary /kleak/canary
     sync
     sleep "$1"
@@ -342,7 +342,7 @@ mod tests {
             .replace("/tmp/.kleak-regress", folder.to_str().unwrap())
             .replace(FOLDER, folder.to_str().unwrap())
             .replace("/sys/module", modules.to_str().unwrap());
-        let fakes = "insmod() { echo INSMOD $@; case $1 in */5/*) return 1 ;; esac; }\nrmmod() { return 1; }\nmount() { echo MOUNT $@; }\nmkdir() { :; }\ncd() { :; }\n";
+        let fakes = "insmod() { echo INSMOD $@; case $1 in */5/*) return 1 ;; esac; }\nrmmod() { return 1; }\nmount() { echo MOUNT $@; }\numount() { echo UMOUNT $@; }\nmkdir() { :; }\ncd() { :; }\n";
         let mut shell = Command::new("busybox")
             .args(["sh", "-c", &format!("{fakes}{text}")])
             .stdin(Stdio::piped())
@@ -389,8 +389,12 @@ mod tests {
             said.iter().any(|line| line.starts_with("INSMOD ") && line.ends_with("/5/0.ko a=1")),
             "{said:?}"
         );
-        assert!(
-            said.iter().any(|line| line == &format!("MOUNT -t ramfs {CANARY} /kleak/canary")),
+        // Each test has a fresh one, and the one before is gone.
+        let fresh = format!("MOUNT -t ramfs {CANARY} /kleak/canary");
+        assert_eq!(
+            [fresh.as_str(), "UMOUNT /kleak/canary"]
+                .map(|call| said.iter().filter(|line| *line == call).count()),
+            [11, 11],
             "{said:?}"
         );
     }
