@@ -63,7 +63,10 @@ pub fn attribution() -> Result<()> {
         let text = std::fs::read_to_string(case.0.path(name))?;
         ensure!(text.contains(part), "{name}: {text}");
     }
-    ensure!(std::fs::read_dir(case.0.path("logs"))?.count() == 1, "no log of the boot");
+    let logs: Vec<_> = std::fs::read_dir(case.0.path("logs"))?.collect::<Result<_, _>>()?;
+    ensure!(logs.len() == 1, "one boot, but {} logs", logs.len());
+    let log = std::fs::read_to_string(logs[0].path())?;
+    ensure!(!log.contains(": not found"), "the driver calls what the guest does not have: {log}");
     Ok(())
 }
 
