@@ -9,8 +9,9 @@ use core::ptr::null;
 const MAX_ARGUMENTS: usize = 64;
 /// Length of a command run without a shell.
 const MAX_COMMAND: usize = 4096;
-/// A shell, if there is one.
-const SHELL: &CStr = c"/bin/sh";
+/// Shells, the first there is: `images::initramfs` puts busybox's at the first place, an initramfs that ours is laid over may
+/// have one at the second.
+const SHELLS: [&CStr; 2] = [c"/kleak/bin/sh", c"/bin/sh"];
 /// Where commands start; `images::initramfs` puts what they name relatively here.
 const WORK: &CStr = c"/kleak/work";
 
@@ -37,16 +38,21 @@ pub fn run_command(command: &CStr) {
 
 /// Gives a shell on the console, with job control, until it ends.
 pub fn run_shell() {
+    let path = shell().unwrap_or(SHELLS[0]);
     let shell = || {
         if let Err(error) = take_console() {
             say!("the shell has no terminal of its own: {error}");
         }
         // SAFETY: terminated strings.
-        unsafe { sys::execute(SHELL, &[c"sh".as_ptr().cast(), null()], &ENVIRONMENT) }
+        unsafe { sys::execute(path, &[c"sh".as_ptr().cast(), null()], &ENVIRONMENT) }
     };
     if let Err(error) = spawn(shell) {
-        say!("failed: cannot start {}: {error}", crate::text(SHELL));
+        say!("failed: cannot start {}: {error}", crate::text(path));
     }
+}
+
+fn shell() -> Option<&'static CStr> {
+    SHELLS.into_iter().find(|path| sys::is_executable(path))
 }
 
 /// Waits for all processes there are to wait for.
@@ -71,11 +77,11 @@ fn spawn(become_program: impl FnOnce() -> sys::Errno) -> Result<i32, sys::Errno>
 }
 
 fn execute_command(command: &CStr) -> sys::Errno {
-    if sys::is_executable(SHELL) {
+    if let Some(shell) = shell() {
         let arguments = [c"sh", c"-c", command].map(|argument| argument.as_ptr().cast());
         let [sh, c, command] = arguments;
         // SAFETY: terminated strings.
-        return unsafe { sys::execute(SHELL, &[sh, c, command, null()], &ENVIRONMENT) };
+        return unsafe { sys::execute(shell, &[sh, c, command, null()], &ENVIRONMENT) };
     }
     let mut words = [0; MAX_COMMAND];
     let mut arguments = [null(); MAX_ARGUMENTS];

@@ -25,6 +25,10 @@ pub enum Purpose {
     Guests,
     /// Building the oracle kernel.
     Oracle,
+    /// Tests.
+    Tests,
+    /// Long tests.
+    LongTests,
 }
 
 /// All of them.
@@ -44,7 +48,19 @@ pub const ALL: &[HostPackage] = &[
         files: &["/usr/include/stdio.h"],
         ..package("libc6-dev", &[], "static programs for the guest", Purpose::Guests)
     },
-    package("tmux", &["tmux"], "a terminal to test the live view in", Purpose::Guests),
+    package("tmux", &["tmux"], "a terminal to test the live view in", Purpose::Tests),
+    package("libxml2-utils", &["xmllint"], "checking JUnit results by their schema", Purpose::Tests),
+    HostPackage {
+        files: &["/usr/lib/python3/dist-packages/jsonschema/__init__.py"],
+        ..package("python3-jsonschema", &[], "checking SARIF results by their schema", Purpose::Tests)
+    },
+    package(
+        "slurm-wlm",
+        &["sbatch", "slurmctld", "slurmd", "munged", "hostname"],
+        "a job array of one node",
+        Purpose::LongTests,
+    ),
+    package("chromium", &["chromium"], "looking at the page of results", Purpose::LongTests),
     package("bc", &["bc"], "building a kernel", Purpose::Oracle),
     package("bison", &["bison"], "building a kernel", Purpose::Oracle),
     package("flex", &["flex"], "building a kernel", Purpose::Oracle),

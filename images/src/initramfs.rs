@@ -1,5 +1,5 @@
 //! The initramfs for guests that bring none: our own static init (`images/init`), a busybox where the host has one,
-//! and whatever the user wants in it.
+//! and whatever the user wants in it. It can be laid over one that the guest brings, which then loses only its `/init`.
 //!
 //! Init says on the console how things went, in lines that a host program may rely on: [`EXEC_EXITED`] with the
 //! exit status behind it, [`FAILED`] with the reason behind it. Either way the machine powers off at the end.
@@ -25,6 +25,11 @@ pub const EXEC_EXITED: &str = "kleak-init: exec exited with ";
 pub const FAILED: &str = "kleak-init: failed: ";
 /// Commands start in this folder of the guest; files that a command names relatively are put here.
 pub const WORK_FOLDER: &str = "/kleak/work";
+
+/// Busybox's tools are here for init, whatever the guest's own folders have.
+const TOOLS_FOLDER: &str = "/kleak/bin";
+/// Archives of an initramfs begin at multiples of 4; this is one with room to spare.
+const ARCHIVE_ALIGNMENT: usize = 512;
 
 /// Most modules init takes, dependencies included.
 const MAX_MODULES: usize = 64;
@@ -60,7 +65,10 @@ pub struct GuestFile {
 /// modules, settle, ask for a scan, power off.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct InitramfsSpec {
-    /// A static busybox, for a shell and the usual tools; see [`find_busybox`].
+    /// What it is laid over: an initramfs of any form that the kernel takes. The kernel unpacks archives that follow each other
+    /// one over the other (Documentation/driver-api/early-userspace/buffer-format.rst).
+    pub base: Option<Vec<u8>>,
+    /// A static busybox, for a shell and the usual tools; see [`find_busybox`]. Over a `base` it keeps to [`TOOLS_FOLDER`].
     pub busybox: Option<PathBuf>,
     /// Files to copy.
     pub files: Vec<GuestFile>,
@@ -77,11 +85,20 @@ pub struct InitramfsSpec {
     pub scan_port: Option<String>,
 }
 
-/// Builds the initramfs, an uncompressed cpio archive.
+/// Builds the initramfs: an uncompressed cpio archive, behind the one it is laid over.
 ///
 /// # Errors
 /// A file cannot be read, or a path or a string is nothing init can take; the error names it.
 pub fn build(spec: &InitramfsSpec) -> Result<Vec<u8>> {
+    let own = own_archive(spec)?;
+    let Some(base) = &spec.base else { return Ok(own) };
+    let mut both = base.clone();
+    both.resize(both.len().next_multiple_of(ARCHIVE_ALIGNMENT), 0);
+    both.extend_from_slice(&own);
+    Ok(both)
+}
+
+fn own_archive(spec: &InitramfsSpec) -> Result<Vec<u8>> {
     let mut archive = CpioWriter::new(Vec::new());
     for folder in ["dev", "proc", "sys", "run", "tmp", WORK_FOLDER] {
         archive.folder(folder, 0o755)?;
@@ -90,7 +107,7 @@ pub fn build(spec: &InitramfsSpec) -> Result<Vec<u8>> {
     archive.device("dev/console", 0o600, DeviceKind::Character, 5, 1)?;
     archive.file("init", 0o755, guest_init())?;
     if let Some(busybox) = &spec.busybox {
-        add_busybox(&mut archive, busybox)
+        add_busybox(&mut archive, busybox, spec.base.is_none())
             .with_context(|| format!("Cannot use the busybox {}", busybox.display()))?;
     }
     for (index, module) in spec.modules.iter().enumerate() {
@@ -130,14 +147,20 @@ fn is_static(path: &Path) -> bool {
     count > 0 && kinds.all(|kind| kind.is_some_and(|kind| kind != PT_INTERP))
 }
 
-fn add_busybox(archive: &mut CpioWriter<Vec<u8>>, path: &Path) -> Result<()> {
+/// The program and its shell in [`TOOLS_FOLDER`]; in the usual folders, where these are ours, all of its tools.
+fn add_busybox(archive: &mut CpioWriter<Vec<u8>>, path: &Path, everywhere: bool) -> Result<()> {
     let content = fs::read(path)?;
-    archive.file("bin/busybox", 0o755, &content)?;
+    let program = format!("{TOOLS_FOLDER}/busybox");
+    archive.file(&program, 0o755, &content)?;
+    archive.symlink(&format!("{TOOLS_FOLDER}/sh"), &program)?;
+    if !everywhere {
+        return Ok(());
+    }
     let list = run(Command::new(path).arg("--list-full"))?;
     for applet in String::from_utf8_lossy(&list).lines() {
-        // Init is ours; busybox's own name is taken.
-        if !matches!(applet, "bin/busybox" | "sbin/init" | "linuxrc" | "") {
-            archive.symlink(applet, "/bin/busybox")?;
+        // Init is ours.
+        if !matches!(applet, "sbin/init" | "linuxrc" | "") {
+            archive.symlink(applet, &program)?;
         }
     }
     Ok(())
@@ -277,6 +300,21 @@ mod tests {
         assert_eq!(job.exec.map(text).as_ref(), spec.exec.as_ref());
         assert_eq!((job.shell, job.settle_ms), (true, 2500));
         assert_eq!(job.scan.map(text).as_ref(), spec.scan_port.as_ref());
+    }
+
+    #[test]
+    fn it_can_be_laid_over_another() {
+        let bin = |archive: &[u8]| {
+            let names = String::from_utf8_lossy(archive).into_owned();
+            (names.contains("kleak/bin/sh\0"), names.contains("bin/mount\0"))
+        };
+        let alone = InitramfsSpec { busybox: find_busybox(), ..InitramfsSpec::default() };
+        assert!(alone.busybox.is_some(), "busybox-static is needed, as for boots");
+        assert_eq!(bin(&build(&alone).unwrap()), (true, true));
+        let over = build(&InitramfsSpec { base: Some(b"theirs".to_vec()), ..alone }).unwrap();
+        assert!(over.starts_with(b"theirs\0\0"));
+        assert!(over[ARCHIVE_ALIGNMENT..].starts_with(b"070701"), "an archive begins there");
+        assert_eq!(bin(&over), (true, false), "their tools stay theirs");
     }
 
     #[test]

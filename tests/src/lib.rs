@@ -3,11 +3,13 @@
 //! The tests drive `kleak-vmm` as a user does: by its command line, its console and its reports. On a host
 //! without usable KVM it goes through the lab by itself, so the tests do not know where they run.
 
+pub mod schemas;
 mod session;
 
 pub use session::{Client, Session, run};
 
 use anyhow::{Context, Result, bail, ensure};
+use images::host_packages;
 use images::kernel::Headers;
 use images::{Cache, KernelPackage, modules, programs};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -47,6 +49,19 @@ pub fn test(name: impl Into<String>, body: impl Fn() -> Result<()> + Send + 'sta
 pub fn long_test(name: impl Into<String>, body: impl Fn() -> Result<()> + Send + 'static) -> Trial {
     let full = std::env::var_os("KLEAK_FULL").is_some();
     test(name, body).with_kind(if full { "" } else { "needs --full" }).with_ignored_flag(!full)
+}
+
+/// A test that needs these Debian packages on the host. Where one is missing it is skipped, and that is said, unless
+/// `KLEAK_REQUIRE` is set.
+pub fn with_packages(trial: Trial, packages: &[&str]) -> Trial {
+    let there = |name: &str| host_packages::ALL.iter().any(|one| one.name == name && one.is_installed());
+    match packages.iter().find(|name| !there(name)) {
+        Some(missing) if std::env::var_os("KLEAK_REQUIRE").is_none() && !trial.has_ignored_flag() => {
+            eprintln!("skipped: {}: needs Debian's {missing}; `cargo xtask test` installs it", trial.name());
+            trial.with_ignored_flag(true)
+        }
+        _ => trial,
+    }
 }
 
 /// Runs tests, each with a machine of its own, in `cargo test`'s format.

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use images::host_packages::Purpose;
 use images::kernel::Headers;
-use images::{Cache, KernelPackage, modules};
+use images::{Cache, KernelPackage, cache, modules};
 use std::path::Path;
 use std::process::Command;
 
@@ -33,9 +33,9 @@ pub struct Options {
 
 /// Prepares what the tests need and runs them.
 pub fn run(options: &Options) -> Result<()> {
-    setup::install(&[Purpose::Guests])?;
+    setup::install(&[Purpose::Guests, Purpose::Tests])?;
     if options.full {
-        setup::install(&[Purpose::Oracle])?;
+        setup::install(&[Purpose::Oracle, Purpose::LongTests])?;
     }
     let cache = Cache::of_workspace();
     for (name, own) in GUESTS {
@@ -67,9 +67,10 @@ fn cargo_test(cache: &Cache) -> Result<Command> {
     let mut command = Command::new(env!("CARGO"));
     command
         .arg("test")
-        .current_dir(images::cache::workspace())
+        .current_dir(cache::workspace())
         .env("KLEAK_VMM", &binary)
         .env("KLEAK_REQUIRE", "1")
+        .env(cache::FOLDER_VARIABLE, cache.folder())
         .env("KLEAK_LAB_DIR", cache.folder().join("lab"));
     Ok(command)
 }

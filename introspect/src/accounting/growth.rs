@@ -153,6 +153,8 @@ pub struct Growing {
     pub confidence: f64,
     /// Functions that have freed objects of the same site, most of them first.
     pub freed_by: Vec<(String, u64)>,
+    /// Live objects at each scan that was compared, oldest first.
+    pub history: Vec<u64>,
 }
 
 /// The counts of one name.
@@ -193,6 +195,7 @@ impl Series {
             bytes_per_hour: slope(hours, &self.bytes),
             confidence,
             freed_by,
+            history: self.objects.iter().map(|&count| count as u64).collect(),
         })
     }
 }
@@ -291,7 +294,7 @@ pub fn json(growing: &[Growing]) -> Value {
         json!({
             "kind": kind, "name": name, "objects": g.objects, "bytes": g.bytes,
             "objects_per_hour": g.objects_per_hour, "bytes_per_hour": g.bytes_per_hour,
-            "confidence": g.confidence, "freed_by": freed,
+            "confidence": g.confidence, "freed_by": freed, "history": g.history,
         })
     };
     growing.iter().map(one).collect()

@@ -9,7 +9,7 @@ mod tests;
 mod text;
 
 pub use build::ReportInput;
-pub use text::TextStyle;
+pub use text::{TextStyle, plural};
 
 use crate::memory::Va;
 use crate::registry::{Audit, Kind};

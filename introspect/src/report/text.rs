@@ -137,7 +137,8 @@ fn summary(out: &mut String, report: &Report) {
     }
 }
 
-fn plural(count: u64) -> &'static str {
+/// What makes a plural of a regular noun behind this number.
+pub fn plural(count: u64) -> &'static str {
     if count == 1 { "" } else { "s" }
 }
 

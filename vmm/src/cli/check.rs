@@ -22,12 +22,6 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
     check_kernel(options)?;
     if let Some(initrd) = &options.initrd {
         input_file(initrd, "initrd", "check --initrd, or leave it out to boot the embedded initramfs")?;
-        if !options.modules.is_empty() || options.exec.is_some() || !options.files.is_empty() {
-            let what = "--module, --exec and --file need the embedded initramfs, but --initrd replaces it";
-            return Err(Failure::usage(what)
-                .hint("leave --initrd out, or load and run from within it")
-                .into());
-        }
     }
     for module in &options.modules {
         check_module(&module.path)?;
@@ -268,10 +262,7 @@ mod tests {
                 .contains("Cannot write report")
         );
         assert!(refusal(&["--kernel", &kernel, "--report-dir", &kernel]).contains("report directory"));
-        assert!(
-            refusal(&["--kernel", &kernel, "--initrd", &kernel, "--exec", "x"])
-                .contains("--initrd replaces it")
-        );
+        assert!(checked(&["--kernel", &kernel, "--initrd", &kernel, "--exec", "x"]).is_ok());
         assert!(checked(&["--kernel", &kernel, "--report", "-", "--report", &missing]).is_ok());
         assert!(!Path::new(&missing).exists(), "checking must create nothing");
     }

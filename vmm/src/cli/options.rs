@@ -74,7 +74,8 @@ pub struct RunOptions {
     #[arg(long, value_name = "PATH", help_heading = "Guest")]
     pub kernel: Option<PathBuf>,
 
-    /// Initramfs [default: a small one of our own, which serves --module, --exec and --file]
+    /// Initramfs, booted with its own init; with --module, --exec or --file, ours is laid over it and ours is the init
+    /// [default: ours alone]
     #[arg(long, value_name = "PATH", help_heading = "Guest")]
     pub initrd: Option<PathBuf>,
 
@@ -212,6 +213,11 @@ impl RunOptions {
     /// The kernel to boot: the one given, or the host's own.
     pub fn kernel_path(&self) -> PathBuf {
         self.kernel.clone().unwrap_or_else(host_kernel)
+    }
+
+    /// Whether the guest's init is ours: not where the user's initramfs is all there is.
+    pub fn embedded_init(&self) -> bool {
+        self.initrd.is_none() || self.exec.is_some() || !self.modules.is_empty() || !self.files.is_empty()
     }
 
     /// Whether the commands of the guest's second serial port are served (`kleak.console=off` turns them off).

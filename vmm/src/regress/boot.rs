@@ -2,16 +2,16 @@
 //! gives each leak to the test that made it.
 
 use super::driver::{self, Step, Trouble, What};
+use super::findings::{self, add, count, take_leaks};
 use super::matrix::{self, Boot};
 use super::recipes::Ready;
-use super::result::{BootResult, FOUND, Group, Outcome, TestResult};
+use super::result::{BootResult, FOUND, Group, Growth, Heap, Outcome, TestResult};
 use super::suite::{Action, Suite, Test};
 use super::worker::{Ending, Live, NoLine, Worker};
 use crate::cli::values::{FileSpec, format_size};
 use crate::run::{SETTLE_MS, SETTLE_WITH_MODULES_MS};
 use anyhow::{Context, Result};
 use images::initramfs::GuestModule;
-use serde_json::Value;
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -20,8 +20,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Beyond what a test may take itself: the driver's own work, in a guest that is traced and may be emulated.
-pub const GRACE: Duration = Duration::from_secs(60);
+/// How long a guest is waited for.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// Beyond what a test may take itself: the driver's own work, in a guest that is traced and may be emulated.
+    pub grace: Duration,
+    /// Without a sign of life: several times [`driver::PULSE`].
+    pub silence: Duration,
+}
+
+/// Less in tests.
+pub const PATIENCE: Patience = Patience { grace: Duration::from_secs(60), silence: Duration::from_secs(90) };
 /// Lines of the console that a result keeps.
 const CONSOLE_LINES: usize = 60;
 /// How often a scan that finds fewer leaks than expected, or a canary that is not found, is tried: a word that an earlier
@@ -45,8 +54,8 @@ pub struct Environment<'a> {
     pub logs: Option<PathBuf>,
     /// A folder for files of the moment.
     pub scratch: PathBuf,
-    /// [`GRACE`]; less in tests.
-    pub grace: Duration,
+    /// [`PATIENCE`]; less in tests.
+    pub patience: Patience,
     /// Processes that run.
     pub live: Arc<Live>,
 }
@@ -110,6 +119,8 @@ struct Session<'a> {
     left: Vec<usize>,
     /// What became of the canary so far.
     canary: Option<String>,
+    /// When the canary that was found last was allocated, in allocator events.
+    canary_at: Option<u64>,
     console: VecDeque<String>,
     /// The driver has said that the guest is ready.
     up: bool,
@@ -118,6 +129,9 @@ struct Session<'a> {
     of_boot: Vec<Group>,
     /// Leaks of the test at hand: whatever happens next, they are in its result.
     taken: Vec<Group>,
+    /// What was live behind the test at hand.
+    heap: Option<Heap>,
+    growth: Vec<Growth>,
 }
 
 impl<'a> Session<'a> {
@@ -129,11 +143,14 @@ impl<'a> Session<'a> {
             sink,
             left: Vec::new(),
             canary: None,
+            canary_at: None,
             console: VecDeque::new(),
             up: false,
             began: Instant::now(),
             of_boot: Vec::new(),
             taken: Vec::new(),
+            heap: None,
+            growth: Vec::new(),
         }
     }
 
@@ -176,6 +193,7 @@ impl<'a> Session<'a> {
             millis: millis(began),
             canary: self.canary.take(),
             unasked_leaks: if self.judged { 0 } else { count(&self.of_boot) },
+            growth: std::mem::take(&mut self.growth),
         });
     }
 
@@ -243,6 +261,7 @@ impl<'a> Session<'a> {
         option("--scan-period", "0".into());
         option("--scan-at-exit", "no".into());
         suite.profile.iter().for_each(|profile| option("--profile", profile.clone().into()));
+        guest.initramfs.iter().for_each(|path| option("--initrd", path.clone().into()));
         modules.into_iter().for_each(|module| option("--module", module));
         for file in &files.list {
             let mut value = file.host.clone().into_os_string();
@@ -274,31 +293,44 @@ impl<'a> Session<'a> {
         let suite = self.suite();
         let mut answered = 0;
         let mut deadline = Instant::now() + Duration::from_secs(suite.boot_timeout_s);
+        let mut silent_at = deadline;
         self.left = self.boot.tests.clone();
         loop {
-            let line = worker.line(deadline).map_err(End::NoLine)?;
+            let line = worker.line(deadline.min(silent_at)).map_err(|why| match why {
+                NoLine::Late if silent_at < deadline => End::Silent,
+                other => End::NoLine(other),
+            })?;
             let Some(mark) = driver::parse(&line, token) else {
                 self.remember(line);
                 continue;
             };
+            if mark.what == What::Alive {
+                silent_at = Instant::now() + self.environment.patience.silence;
+                continue;
+            }
             if mark.number > answered {
                 match mark.what {
+                    What::Alive => {}
                     What::Ready => {
                         take_leaks(worker, &mut self.of_boot).map_err(End::Detector)?;
                         self.ask_canary(worker)?;
+                        self.ask_status(worker)?;
                         self.up = true;
                         self.console.clear();
                     }
                     What::Done { test, status, trouble } => self.conclude(worker, test, status, trouble)?,
                 }
                 if self.left.is_empty() {
+                    self.growth = findings::growth(worker);
                     // That it is gone already is as good.
                     let _ = worker.request("quit");
                     return Ok(());
                 }
                 answered = mark.number;
+                let Patience { grace, silence } = self.environment.patience;
+                silent_at = Instant::now() + silence;
                 deadline = Instant::now()
-                    + self.environment.grace
+                    + grace
                     + self.left.first().map_or(Duration::ZERO, |&test| allowance(suite, &suite.tests[test]));
                 self.began = Instant::now();
             }
@@ -328,6 +360,7 @@ impl<'a> Session<'a> {
             take_leaks(worker, &mut self.taken).map_err(End::Detector)?;
         }
         self.ask_canary(worker)?;
+        self.ask_status(worker)?;
         let (outcome, message) = match trouble {
             Some(Trouble::Late) => (Outcome::TimedOut, format!("it did not end within {} s", row.timeout_s)),
             Some(Trouble::Setup) => (Outcome::Failed, format!("its set-up exited with {status}")),
@@ -359,7 +392,13 @@ impl<'a> Session<'a> {
             (End::Canary(why), _) => {
                 (Outcome::Canary, format!("the detector did not find its canary: {why}"))
             }
+            (End::Losses(what), _) => (Outcome::Untracked, what.clone()),
             _ if self.environment.live.stopped() => (Outcome::Interrupted, STOPPED.to_owned()),
+            (End::Silent, _) => {
+                let seconds = self.environment.patience.silence.as_secs();
+                let outcome = if running { Outcome::Hung } else { Outcome::NotBooted };
+                (outcome, format!("no sign of life from the guest for {seconds} s: its time stands still"))
+            }
             (End::NoLine(NoLine::Late), _) if running => {
                 (Outcome::Hung, "the guest does not answer any more".to_owned())
             }
@@ -421,22 +460,23 @@ impl<'a> Session<'a> {
             millis: millis(self.began),
             groups,
             console: self.console.iter().cloned().collect(),
+            heap: self.heap.take(),
         }
     }
 
-    /// Whether the detector still finds a leak made to be found; why not.
+    /// Whether the detector still finds a leak made to be found, and made since it was last asked.
     fn ask_canary(&mut self, worker: &mut Worker) -> Result<(), End> {
         let mut why = String::new();
         for attempt in 0..TRIES {
             if attempt > 0 && !self.environment.live.stopped() {
                 std::thread::sleep(PAUSE);
             }
-            match worker.ask("canary").map_err(End::Detector)? {
-                Ok(reply) if reply["canary"]["found"] == true => {
+            match findings::canary(worker, self.canary_at).map_err(End::Detector)? {
+                Ok(at) => {
+                    self.canary_at = at;
                     self.canary = Some(FOUND.to_owned());
                     return Ok(());
                 }
-                Ok(reply) => why = format!("unexpected reply {reply}"),
                 Err(error) => why = error,
             }
         }
@@ -444,7 +484,23 @@ impl<'a> Session<'a> {
         Err(End::Canary(why))
     }
 
+    /// Whether the detector saw all that the guest allocated and freed. Otherwise the registry has gaps, so that
+    /// neither the leaks found since it was last asked nor those of later tests can be believed.
+    fn ask_status(&mut self, worker: &mut Worker) -> Result<(), End> {
+        let status = findings::status(worker).map_err(End::Detector)?;
+        self.heap = Some(status.heap);
+        let Some(losses) = status.losses() else { return Ok(()) };
+        let leaks = count(&std::mem::take(&mut self.taken)) + count(&std::mem::take(&mut self.of_boot));
+        Err(End::Losses(format!(
+            "the detector missed something: {losses}; leaks that are not believed: {leaks}"
+        )))
+    }
+
     fn remember(&mut self, line: String) {
+        // Before each mark is an empty line, that of a sign of life included: they would push out what the guest said.
+        if line.is_empty() {
+            return;
+        }
         if self.console.len() == CONSOLE_LINES {
             self.console.pop_front();
         }
@@ -460,6 +516,10 @@ enum End {
     Detector(anyhow::Error),
     /// It did not find its canary, and why.
     Canary(String),
+    /// It did not see everything, and what happened.
+    Losses(String),
+    /// No sign of life from the guest, whatever else it says.
+    Silent,
 }
 
 fn out_of_step() -> End {
@@ -476,7 +536,7 @@ impl Files {
     fn of_test(&mut self, index: usize, test: &Test, modules: &[GuestModule]) -> Result<()> {
         let host = |name: &str| format!("{index}-{name}");
         let guest = |name: &str| format!("{index}/{name}");
-        let shell = |text: &str| format!("#!/bin/sh\n{text}\n").into_bytes();
+        let shell = |text: &str| format!("#!/kleak/bin/sh\n{text}\n").into_bytes();
         if let Some(setup) = &test.setup {
             self.write(&host("setup"), &guest("setup"), &shell(setup))?;
         }
@@ -515,38 +575,6 @@ impl Files {
         written.with_context(|| format!("Cannot write {}", path.display()))?;
         self.list.push(FileSpec { host: path, guest: Path::new(driver::FOLDER).join(guest) });
         Ok(())
-    }
-}
-
-/// Scans, adds what is reported to `taken`, and has it cleared.
-fn take_leaks(worker: &mut Worker, taken: &mut Vec<Group>) -> Result<()> {
-    worker.request("scan")?;
-    let mut report = worker.request("report")?;
-    let groups = report.get_mut("groups").map(Value::take).unwrap_or_default();
-    let groups: Vec<Group> = serde_json::from_value(groups).context("The report's groups")?;
-    if !groups.is_empty() {
-        add(taken, groups);
-        worker.request("clear")?;
-    }
-    Ok(())
-}
-
-fn count(groups: &[Group]) -> u64 {
-    groups.iter().map(|group| group.count).sum()
-}
-
-/// Adds leaks, those of the same group together.
-fn add(groups: &mut Vec<Group>, more: Vec<Group>) {
-    for group in more {
-        match groups.iter_mut().find(|known| known.id == group.id) {
-            Some(known) => {
-                known.count += group.count;
-                known.direct += group.direct;
-                known.bytes += group.bytes;
-                known.retained_bytes += group.retained_bytes;
-            }
-            None => groups.push(group),
-        }
     }
 }
 

@@ -12,21 +12,26 @@
 //! ```
 //!
 //! A kernel message may tear a line apart, so it is said again until the answer comes. TOKEN is of this boot alone: what a test
-//! prints is no mark, not even the log of another run.
+//! prints is no mark, not even the log of another run. Beside all that a process says every [`PULSE`] that it is alive, and needs
+//! nothing but the guest's timer, scheduler and console for it: a guest from which that does not come hangs, however much it
+//! prints.
 
 use super::suite::{Action, Test};
 use crate::detector::CANARY;
 use std::fmt::Write;
+use std::time::Duration;
 
 /// Begins each line.
 const MARK: &str = "kleak-regress:";
+/// How often the guest says that it is alive.
+pub const PULSE: Duration = Duration::from_secs(10);
 /// Folder of the driver and its files in the guest.
 pub const FOLDER: &str = "/kleak/regress";
 
 /// What a line says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mark {
-    /// Counts from 1; a line that is said again has the same.
+    /// Counts from 1; a line that is said again has the same. 0 of one that wants no answer.
     pub number: u32,
     /// What it is about.
     pub what: What,
@@ -35,6 +40,8 @@ pub struct Mark {
 /// See [`Mark`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum What {
+    /// Time goes on in the guest.
+    Alive,
     /// The guest is up and has settled.
     Ready,
     /// A test has ended and the guest has settled.
@@ -70,6 +77,7 @@ pub fn parse(line: &str, token: &str) -> Option<Mark> {
     }
     let number = words.next()?.parse().ok()?;
     let what = match words.next()? {
+        "alive" => What::Alive,
         "ready" => What::Ready,
         "done" => What::Done {
             test: words.next()?.parse().ok()?,
@@ -105,6 +113,9 @@ pub struct Step<'a> {
 
 /// A module that could not be unloaded is `stuck`: a later test that names it would run on what an earlier one left of it.
 /// One that was there before is as good, but takes no parameters any more.
+///
+/// The shell's own `read`, from a FIFO into which nobody writes, waits without a process or an allocation that would get among
+/// those of the tests.
 const PROLOGUE: &str = r#"
 set -f
 n=0
@@ -118,7 +129,7 @@ mark() {
     done
 }
 settle() {
-    mountpoint -q /kleak/canary && umount /kleak/canary
+    umount /kleak/canary 2> /dev/null
     mount -t ramfs $canary /kleak/canary
     sync
     sleep "$1"
@@ -158,12 +169,22 @@ attempt() {
 }
 mkdir -p /kleak/canary
 cd /kleak/work
+quiet=/tmp/.kleak-regress-quiet
+mkfifo $quiet
+while :; do
+    read -r -t $pulse word
+    say alive
+done 0<> $quiet &
+alive=$!
 "#;
 
 /// The script. It is to be run by `sh`.
 pub fn script(token: &str, boot_settle_ms: u64, steps: &[Step<'_>]) -> String {
-    let mut text =
-        format!("token={token} canary={CANARY}{PROLOGUE}settle {}\nmark ready\n", seconds(boot_settle_ms));
+    let mut text = format!(
+        "token={token} canary={CANARY} pulse={}{PROLOGUE}settle {}\nmark ready\n",
+        PULSE.as_secs(),
+        seconds(boot_settle_ms)
+    );
     for (index, step) in steps.iter().enumerate() {
         let folder = format!("{FOLDER}/{index}");
         text.push_str("bad=ok status=0 loaded= set_up=\n");
@@ -190,6 +211,7 @@ pub fn script(token: &str, boot_settle_ms: u64, steps: &[Step<'_>]) -> String {
             writeln!(text, "[ -z \"$set_up\" ] || stop $set_up\nunload\nsettle {}", seconds(step.settle_ms));
         let _ = writeln!(text, "mark done {index} $status $bad");
     }
+    text.push_str("kill $alive\n");
     text
 }
 
@@ -217,6 +239,7 @@ mod tests {
         let table = [
             ("kleak-regress: t 1 ready ;", mark(1, What::Ready)),
             ("[   12.3] usb: kleak-regress: t 1 ready ;\r", mark(1, What::Ready)),
+            ("kleak-regress: t 0 alive ;", mark(0, What::Alive)),
             ("kleak-regress: t 2 done 3 137 late: ;", mark(2, done(137, Some(Trouble::Late)))),
             ("kleak-regress: t 2 done 3 0 ok ;", mark(2, done(0, None))),
             ("kleak-regress: t 2 done 3 1 load:a_b ;", mark(2, done(1, Some(Trouble::Load("a_b".into()))))),
@@ -315,9 +338,11 @@ mod tests {
         let steps: Vec<_> = (0..10).map(step).collect();
         let modules = folder.join("modules");
         let text = script("t", 0, &steps)
+            .replace(" pulse=10", " pulse=1")
+            .replace("/tmp/.kleak-regress", folder.to_str().unwrap())
             .replace(FOLDER, folder.to_str().unwrap())
             .replace("/sys/module", modules.to_str().unwrap());
-        let fakes = "insmod() { echo INSMOD $@; case $1 in */5/*) return 1 ;; esac; }\nrmmod() { return 1; }\nmount() { echo MOUNT $@; }\nmkdir() { :; }\ncd() { :; }\n";
+        let fakes = "insmod() { echo INSMOD $@; case $1 in */5/*) return 1 ;; esac; }\nrmmod() { return 1; }\nmount() { echo MOUNT $@; }\numount() { echo UMOUNT $@; }\nmkdir() { :; }\ncd() { :; }\n";
         let mut shell = Command::new("busybox")
             .args(["sh", "-c", &format!("{fakes}{text}")])
             .stdin(Stdio::piped())
@@ -327,14 +352,19 @@ mod tests {
         let mut input = shell.stdin.take().unwrap();
         let mut said = Vec::new();
         for line in BufReader::new(shell.stdout.take().unwrap()).lines().map_while(Result::ok) {
-            if let Some(mark) = parse(&line, "t") {
+            if let Some(mark) = parse(&line, "t").filter(|mark| mark.what != What::Alive) {
                 input.write_all(answer(mark.number).as_bytes()).unwrap();
             }
             said.push(line);
         }
         assert!(shell.wait().unwrap().success());
         std::fs::remove_dir_all(&folder).unwrap();
-        let marks: Vec<_> = said.iter().filter_map(|line| parse(line, "t")).map(|mark| mark.what).collect();
+        let (alive, marks): (Vec<_>, Vec<_>) = said
+            .iter()
+            .filter_map(|line| parse(line, "t"))
+            .map(|mark| mark.what)
+            .partition(|what| *what == What::Alive);
+        assert!(!alive.is_empty(), "a second and more, and no sign of life: {said:?}");
         let done = |test, status, trouble| What::Done { test, status, trouble };
         assert_eq!(
             marks,
@@ -359,8 +389,12 @@ mod tests {
             said.iter().any(|line| line.starts_with("INSMOD ") && line.ends_with("/5/0.ko a=1")),
             "{said:?}"
         );
-        assert!(
-            said.iter().any(|line| line == &format!("MOUNT -t ramfs {CANARY} /kleak/canary")),
+        // Each test has a fresh one, and the one before is gone.
+        let fresh = format!("MOUNT -t ramfs {CANARY} /kleak/canary");
+        assert_eq!(
+            [fresh.as_str(), "UMOUNT /kleak/canary"]
+                .map(|call| said.iter().filter(|line| *line == call).count()),
+            [11, 11],
             "{said:?}"
         );
     }

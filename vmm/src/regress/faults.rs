@@ -10,16 +10,27 @@ use crate::console::socket::ControlServer;
 use serde_json::json;
 use std::io::BufRead;
 use std::os::unix::fs::PermissionsExt;
-use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::{Duration, Instant};
 
 /// The arguments of the process that is played.
 const ARGUMENTS: &str = "KLEAK_TEST_WORKER";
 
-/// The detector that is played.
+/// Less than for real guests, but enough for a loaded machine.
+const PATIENCE: Patience = Patience { grace: Duration::from_millis(1500), silence: Duration::from_secs(3) };
+
+/// The detector that is played, and the guest's time.
+#[derive(Default)]
 struct Detector {
     leaks: Mutex<Vec<(String, u64)>>,
-    canary: AtomicBool,
+    no_canary: AtomicBool,
+    /// Finds what was allocated before.
+    stale_canary: AtomicBool,
+    sequence: AtomicU64,
+    traps_rearmed: AtomicU64,
+    events_dropped: AtomicU64,
+    /// Time stands still.
+    frozen: AtomicBool,
 }
 
 impl Commands for Detector {
@@ -37,8 +48,23 @@ impl Commands for Detector {
                 leaks.clear();
                 Reply::json(&json!({ "cleared": 1 }))
             }
-            "json canary" if self.canary.load(SeqCst) => Reply::json(&json!({ "canary": { "found": true } })),
-            "json canary" => Reply::error("the canary flew", true),
+            "json canary" if self.no_canary.load(SeqCst) => Reply::error("the canary flew", true),
+            "json canary" => {
+                let fresh = u64::from(!self.stale_canary.load(SeqCst));
+                let sequence = self.sequence.fetch_add(fresh, SeqCst) + fresh;
+                Reply::json(&json!({ "canary": { "found": true, "sequence": sequence } }))
+            }
+            "json status" => Reply::json(&json!({
+                "traps_rearmed": self.traps_rearmed.load(SeqCst),
+                "events_dropped": self.events_dropped.load(SeqCst),
+                "objects": 7,
+                "object_bytes": 700,
+            })),
+            "json growth" => {
+                Reply::json(&json!({ "scans": 5, "growth": [{ "kind": "cache", "name": "dentry",
+                "objects": 5, "bytes": 5, "objects_per_hour": 1.0, "bytes_per_hour": 1.5, "confidence": 0.99,
+                "freed_by": [], "history": [1, 2, 3, 4, 5] }] }))
+            }
             "json quit" => Reply { quit: true, ..Reply::json(&json!({ "quit": true })) },
             other => Reply::error(&format!("not played: {other}"), true),
         }
@@ -81,8 +107,35 @@ fn play(command: &str, detector: &Detector) -> String {
         }
         ["off"] => std::process::exit(0),
         ["blind", name, count] => {
-            detector.canary.store(false, SeqCst);
+            detector.no_canary.store(true, SeqCst);
             play(&format!("leak {name} {count}"), detector)
+        }
+        ["stale"] => {
+            detector.stale_canary.store(true, SeqCst);
+            "0 ok".to_owned()
+        }
+        ["untrapped", name, count] => {
+            detector.traps_rearmed.store(2, SeqCst);
+            play(&format!("leak {name} {count}"), detector)
+        }
+        ["dropped"] => {
+            detector.events_dropped.store(1, SeqCst);
+            "0 ok".to_owned()
+        }
+        ["slow", seconds] => {
+            std::thread::sleep(Duration::from_secs(seconds.parse().unwrap()));
+            "0 ok".to_owned()
+        }
+        ["frozen", "quiet"] => {
+            detector.frozen.store(true, SeqCst);
+            play("hang", detector)
+        }
+        ["frozen", "noisy"] => {
+            detector.frozen.store(true, SeqCst);
+            loop {
+                println!("rcu: INFO: rcu_sched detected stalls on CPUs/tasks");
+                std::thread::sleep(Duration::from_millis(20));
+            }
         }
         ["killed"] => {
             // SAFETY: no pointers.
@@ -108,11 +161,20 @@ fn worker_that_is_played() {
     };
     let script = file("driver").unwrap();
     let token = script.split_whitespace().next().unwrap().strip_prefix("token=").unwrap().to_owned();
-    let canary = !option("--cmdline=").contains("no-canary");
-    let detector = Arc::new(Detector { leaks: Mutex::default(), canary: AtomicBool::new(canary) });
+    let cmdline = option("--cmdline=");
+    let detector = Arc::new(Detector::default());
+    detector.no_canary.store(cmdline.contains("no-canary"), SeqCst);
+    detector.events_dropped.store(u64::from(cmdline.contains("drops")), SeqCst);
     let mut server = ControlServer::bind(Path::new(option("--control="))).unwrap();
     server.serve(detector.clone()).unwrap();
     let kernel = option("--kernel=").rsplit('/').next().unwrap();
+    let (pulse, of) = (token.clone(), Arc::clone(&detector));
+    std::thread::spawn(move || {
+        while !of.frozen.load(SeqCst) {
+            println!("\nkleak-regress: {pulse} 0 alive ;");
+            std::thread::sleep(Duration::from_millis(300));
+        }
+    });
     let mut number = 0;
     match kernel {
         "dead" => {
@@ -130,7 +192,7 @@ fn worker_that_is_played() {
     mark(&mut number, &token, "ready");
     for test in 0..script.matches("mark done").count() {
         let said = match file(&format!("{test}/test")) {
-            Some(command) => play(command.strip_prefix("#!/bin/sh\n").unwrap().trim(), &detector),
+            Some(command) => play(command.strip_prefix("#!/kleak/bin/sh\n").unwrap().trim(), &detector),
             None => "0 ok".to_owned(),
         };
         mark(&mut number, &token, &format!("done {test} {said}"));
@@ -169,7 +231,7 @@ impl Case {
             action: None,
             jobs: 2,
             shard: None,
-            only: None,
+            only: Vec::new(),
             logs: None,
             lab: LabChoice::Never,
             quiet: true,
@@ -180,8 +242,7 @@ impl Case {
 
     fn finish(&self, live: &Arc<Live>) -> Finished {
         let suite = self.options.suite.as_ref().unwrap();
-        let grace = Duration::from_millis(1500);
-        run_suite(suite, &self.options, &self.folder.join("worker"), grace, Arc::clone(live)).unwrap()
+        run_suite(suite, &self.options, &self.folder.join("worker"), PATIENCE, Arc::clone(live)).unwrap()
     }
 
     fn run_with(&self, live: &Arc<Live>) -> Results {
@@ -263,7 +324,7 @@ fn a_kernel_that_does_not_boot_hurts_no_other() {
     assert!(
         of("absent").iter().all(|(o, why)| *o == Outcome::NotBooted && why.contains("Cannot read kernel"))
     );
-    assert_eq!(of("good"), [(Outcome::Passed, ""), (Outcome::Leaked, "1 new leaks")]);
+    assert_eq!(of("good"), [(Outcome::Passed, ""), (Outcome::Leaked, "1 new leak")]);
 }
 
 #[test]
@@ -295,6 +356,61 @@ fn without_its_canary_no_test_is_believed() {
 }
 
 #[test]
+fn the_canary_of_an_earlier_test_proves_nothing() {
+    let results = Case::new(&suite("", &["good"], &["exit 0", "stale", "leak a 1"])).run();
+    let wanted = [("exit 0", Outcome::Passed), ("stale", Outcome::Canary), ("leak a 1", Outcome::Leaked)];
+    assert_eq!(outcomes(&results), wanted);
+    assert!(results.tests[1].message.contains("allocated before this test"), "{}", results.tests[1].message);
+    assert_eq!(results.exit_code(), ExitCode::Guest);
+}
+
+#[test]
+fn a_test_that_was_not_seen_whole_is_not_believed() {
+    let mut case = Case::new(&suite(
+        "baseline = \"base.json\"",
+        &["good"],
+        &["exit 0", "untrapped a 2", "dropped", "exit 1"],
+    ));
+    case.options.outputs.update_baseline = true;
+    let results = case.run();
+    let outcome = [Outcome::Passed, Outcome::Untracked, Outcome::Untracked, Outcome::Failed];
+    assert_eq!(results.tests.iter().map(|test| test.outcome).collect::<Vec<_>>(), outcome);
+    for (test, what) in [
+        (1, "overwritten traps: 2; leaks that are not believed: 2"),
+        (2, "dropped events: 1; leaks that are not believed: 0"),
+    ] {
+        assert!(results.tests[test].message.contains(what), "{}", results.tests[test].message);
+    }
+    assert_eq!(
+        (results.leaks(State::New), results.boots.len()),
+        (0, 3),
+        "a registry with gaps serves no later test"
+    );
+    assert_eq!(results.exit_code(), ExitCode::Guest);
+    assert!(!Baseline::read(&case.folder.join("base.json"), false).unwrap().has("a"));
+    let text = suite("", &["boot-leaks"], &["exit 0", "leak a 1"]) + "[[guest]]\ncmdline = \"drops\"\n";
+    let results = Case::new(&text).run();
+    assert!(results.tests.iter().all(|test| test.outcome == Outcome::Untracked), "{:?}", outcomes(&results));
+    assert_eq!((results.exit_code(), results.boots[0].unasked_leaks), (ExitCode::Guest, 0));
+}
+
+#[test]
+fn a_guest_whose_time_stands_still_hangs_and_a_slow_one_does_not() {
+    let commands = ["slow 4", "frozen quiet", "frozen noisy", "exit 0"];
+    let text = suite("", &["good"], &commands).replace("timeout_s = 1\n", "timeout_s = 3600\n");
+    let began = Instant::now();
+    let results = Case::new(&text).run();
+    let wanted = [Outcome::Passed, Outcome::Hung, Outcome::Hung, Outcome::Passed];
+    assert_eq!(outcomes(&results), commands.into_iter().zip(wanted).collect::<Vec<_>>());
+    for test in &results.tests[1..3] {
+        assert!(test.message.contains("its time stands still"), "{}", test.message);
+    }
+    let console = &results.tests[2].console;
+    assert!(!console.is_empty() && console.iter().all(|line| line.starts_with("rcu: ")), "{console:?}");
+    assert!(began.elapsed() < Duration::from_secs(600));
+}
+
+#[test]
 fn a_missing_module_is_its_tests_result() {
     let text = suite("", &["good"], &["exit 0", "leak a 1"]) + "modules = [\"absent.ko\"]\n";
     let results = Case::new(&text).run();
@@ -311,7 +427,7 @@ fn leaks_of_the_boot_are_the_boot_tests() {
     let results = case.run();
     assert_eq!(outcomes(&results), [("exit 0", Outcome::Passed), ("boot", Outcome::Leaked)]);
     assert_eq!(results.boots[0].unasked_leaks, 0);
-    case.options.only = Some("exit".to_owned());
+    case.options.only = vec!["exit".to_owned()];
     assert_eq!(case.run().boots[0].unasked_leaks, 2, "the test that would judge them is left out");
 }
 
@@ -344,13 +460,8 @@ fn ending_it_keeps_what_is_there() {
 #[test]
 fn a_baseline_tells_new_from_known_from_fixed() {
     let mut case = Case::new(&suite("baseline = \"base.json\"", &["good"], &["leak a 1", "leak b 2"]));
-    let missing = run_suite(
-        case.options.suite.as_ref().unwrap(),
-        &case.options,
-        Path::new("x"),
-        Duration::ZERO,
-        Arc::default(),
-    );
+    let suite_file = case.options.suite.as_ref().unwrap();
+    let missing = run_suite(suite_file, &case.options, Path::new("x"), PATIENCE, Arc::default());
     assert_eq!(failure::exit_code(&missing.err().unwrap()), ExitCode::Usage);
     case.options.outputs.update_baseline = true;
     assert_eq!(case.run().exit_code(), ExitCode::Leaks);
@@ -392,10 +503,10 @@ fn an_empty_shard_has_passed() {
     let mut case = Case::new(&suite("", &["good"], &["exit 0"]));
     let text = suite::read(case.options.suite.as_ref().unwrap()).unwrap();
     let shard = |index| matrix::Shard { index, count: 2 };
-    let full = (1..=2).find(|&index| !matrix::boots(&text, Some(shard(index)), None).is_empty()).unwrap();
+    let full = (1..=2).find(|&index| !matrix::boots(&text, Some(shard(index)), &[]).is_empty()).unwrap();
     let files = [full, 3 - full].map(|index| {
         case.options.shard = Some(shard(index));
-        case.options.only = Some("exit".to_owned());
+        case.options.only = vec!["exit".to_owned()];
         let part = case.run();
         assert_eq!((part.tests.is_empty(), part.complete), (index != full, true));
         assert_eq!(part.exit_code(), ExitCode::Success);
@@ -404,10 +515,9 @@ fn an_empty_shard_has_passed() {
         file
     });
     assert_eq!(merge(&files, &Outputs::default()).unwrap().exit_code().unwrap(), ExitCode::Success);
-    case.options.only = Some("absent".to_owned());
+    case.options.only = vec!["exit".to_owned(), "absent".to_owned()];
     let suite = case.options.suite.as_ref().unwrap();
-    let error =
-        run_suite(suite, &case.options, Path::new("x"), Duration::ZERO, Arc::default()).err().unwrap();
+    let error = run_suite(suite, &case.options, Path::new("x"), PATIENCE, Arc::default()).err().unwrap();
     assert_eq!(failure::exit_code(&error), ExitCode::Usage);
 }
 

@@ -47,6 +47,7 @@ pub fn test(id: &str, groups: Vec<Group>) -> TestResult {
         millis: 1500,
         groups,
         console: Vec::new(),
+        heap: None,
     }
 }
 

@@ -53,8 +53,8 @@ pub fn id(suite: &Suite, kernel: usize, guest: usize, test: usize) -> String {
     format!("{}/{}/{}", suite.kernels[kernel].name, suite.guests[guest].name, suite.tests[test].name)
 }
 
-/// The boots of a suite. `only` keeps the tests whose id contains it.
-pub fn boots(suite: &Suite, shard: Option<Shard>, only: Option<&str>) -> Vec<Boot> {
+/// The boots of a suite. `only` keeps the tests whose id contains one of these; none keep all.
+pub fn boots(suite: &Suite, shard: Option<Shard>, only: &[String]) -> Vec<Boot> {
     let mut boots = Vec::new();
     for kernel in 0..suite.kernels.len() {
         for guest in 0..suite.guests.len() {
@@ -67,7 +67,7 @@ pub fn boots(suite: &Suite, shard: Option<Shard>, only: Option<&str>) -> Vec<Boo
                 names(&row.kernels, &suite.kernels[kernel].name)
                     && names(&row.guests, &suite.guests[guest].name)
                     && shard.is_none_or(|shard| shard.has(&id))
-                    && only.is_none_or(|only| id.contains(only))
+                    && (only.is_empty() || only.iter().any(|only| id.contains(only)))
             };
             let tests: Vec<usize> = (0..suite.tests.len()).filter(wanted).collect();
             match suite.boot {
@@ -117,7 +117,7 @@ mod tests {
     #[test]
     fn kernels_times_guests_times_tests() {
         let mut suite = suite(SUITE);
-        let shared = boots(&suite, None, None);
+        let shared = boots(&suite, None, &[]);
         assert_eq!(
             ids(&suite, &shared),
             [
@@ -133,26 +133,31 @@ mod tests {
         );
         assert_eq!(shared.len(), 4);
         suite.boot = BootMode::PerTest;
-        let single = boots(&suite, None, None);
+        let single = boots(&suite, None, &[]);
         assert_eq!((single.len(), ids(&suite, &single)), (8, ids(&suite, &shared)));
-        assert_eq!(ids(&suite, &boots(&suite, None, Some("b/two/only"))), ["b/two/only-b", "b/two/only-two"]);
-        assert!(boots(&suite, None, Some("c/")).is_empty());
+        let only = |texts: &[&str]| {
+            let texts: Vec<String> = texts.iter().map(|&text| text.to_owned()).collect();
+            ids(&suite, &boots(&suite, None, &texts))
+        };
+        assert_eq!(only(&["b/two/only"]), ["b/two/only-b", "b/two/only-two"]);
+        assert_eq!(only(&["only-b", "a/one/", "c/"]), ["a/one/everywhere", "b/one/only-b", "b/two/only-b"]);
+        assert!(only(&["c/"]).is_empty());
     }
 
     #[test]
     fn shards_are_disjoint_and_together_all() {
         let suite = suite(SUITE);
-        let all = ids(&suite, &boots(&suite, None, None));
+        let all = ids(&suite, &boots(&suite, None, &[]));
         for count in [1, 2, 3, 7] {
             let mut together: Vec<String> = (1..=count)
-                .flat_map(|index| ids(&suite, &boots(&suite, Some(Shard { index, count }), None)))
+                .flat_map(|index| ids(&suite, &boots(&suite, Some(Shard { index, count }), &[])))
                 .collect();
             let mut all = all.clone();
             all.sort();
             together.sort();
             assert_eq!(together, all, "{count}");
         }
-        let spread = (1..=2).map(|index| boots(&suite, Some(Shard { index, count: 2 }), None).len());
+        let spread = (1..=2).map(|index| boots(&suite, Some(Shard { index, count: 2 }), &[]).len());
         assert!(spread.min() > Some(0), "all tests are one shard's");
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! suite.rs -> matrix.rs -> boots, several at a time (this file)
-//!   boot.rs: driver.rs in the guest <-> worker.rs: `kleak-vmm run`, one process a boot
+//!   boot.rs: driver.rs in the guest <-> worker.rs: `kleak-vmm run`, one process a boot, asked by findings.rs
 //!     -> result.rs <- baseline.rs
 //!       -> write/: text, JSON, JUnit, SARIF, HTML, anew after each test
 //! ```
@@ -13,6 +13,7 @@ mod collect;
 mod driver;
 #[cfg(test)]
 mod faults;
+mod findings;
 #[cfg(test)]
 mod fixture;
 mod matrix;
@@ -34,7 +35,7 @@ use crate::console::signals;
 use crate::doctor::available_memory_bytes;
 use anyhow::{Context, Result};
 use baseline::Baseline;
-use boot::Environment;
+use boot::{Environment, Patience};
 use collect::Collector;
 use matrix::Boot;
 use options::Outputs;
@@ -44,7 +45,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
 use suite::{Action, KernelSource, RECIPE, Suite};
 use worker::Live;
 
@@ -96,7 +96,7 @@ fn run(options: &RegressOptions) -> Result<ExitCode> {
             let stop = Arc::clone(&live);
             signals::watch(move |_| stop.stop()).context("Cannot watch for signals")?;
             let program = std::env::current_exe().context("Cannot tell where this program is")?;
-            run_suite(suite, options, &program, boot::GRACE, live)?
+            run_suite(suite, options, &program, boot::PATIENCE, live)?
         }
         (None, None) => return Err(Failure::usage("No suite").hint("kleak-vmm regress SUITE.toml").into()),
     };
@@ -104,25 +104,24 @@ fn run(options: &RegressOptions) -> Result<ExitCode> {
     finished.exit_code()
 }
 
-/// Runs the suite with `program` as the one that boots guests, and `grace` for what a guest does beside its tests.
+/// Runs the suite with `program` as the one that boots guests.
 fn run_suite(
     path: &Path,
     options: &RegressOptions,
     program: &Path,
-    grace: Duration,
+    patience: Patience,
     live: Arc<Live>,
 ) -> Result<Finished> {
     let suite = suite::read(path)?;
     check_files(&suite, &options.outputs)?;
-    let boots = matrix::boots(&suite, options.shard, options.only.as_deref());
+    let boots = matrix::boots(&suite, options.shard, &options.only);
     let ids = |boot: &Boot| {
         boot.tests.iter().map(|&test| matrix::id(&suite, boot.kernel, boot.guest, test)).collect::<Vec<_>>()
     };
     let order: Vec<String> = boots.iter().flat_map(ids).collect();
     // A shard may well be empty; a name that is none is a mistake.
-    if let Some(only) = &options.only
-        && matrix::boots(&suite, None, Some(only)).is_empty()
-    {
+    let none = |only: &&String| matrix::boots(&suite, None, std::slice::from_ref(*only)).is_empty();
+    if let Some(only) = options.only.iter().find(none) {
         let what = format!("No test of {} has {only:?} in its name", path.display());
         return Err(Failure::usage(what).hint("names are KERNEL/GUEST/TEST").into());
     }
@@ -146,7 +145,7 @@ fn run_suite(
         options: options.run_options(),
         logs: options.logs.clone(),
         scratch: scratch.path().to_owned(),
-        grace,
+        patience,
         live,
     };
     run_boots(&environment, &boots, options.jobs, &collector);
@@ -199,6 +198,9 @@ fn check_files(suite: &Suite, outputs: &Outputs) -> Result<()> {
         if let Action::Script(path) = &test.action {
             input(path, "script")?;
         }
+    }
+    for initramfs in suite.guests.iter().filter_map(|guest| guest.initramfs.as_ref()) {
+        input(initramfs, "initramfs")?;
     }
     if let Some(profile) = &suite.profile {
         input(profile, "guest profile")?;

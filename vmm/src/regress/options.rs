@@ -26,9 +26,9 @@ pub struct RegressOptions {
     #[arg(long, value_name = "I/N")]
     pub shard: Option<Shard>,
 
-    /// Run only tests whose KERNEL/GUEST/TEST contains this
+    /// Run only tests whose KERNEL/GUEST/TEST contains this; repeatable: contains one of these
     #[arg(long, value_name = "TEXT")]
-    pub only: Option<String>,
+    pub only: Vec<String>,
 
     /// Keep what each guest's console and each run said in files of this folder
     #[arg(long, value_name = "DIR")]

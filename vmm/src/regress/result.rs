@@ -3,6 +3,7 @@
 use super::baseline::{Baseline, Entry};
 use super::suite::Expected;
 use crate::cli::ExitCode;
+use introspect::report::plural;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -34,6 +35,8 @@ pub enum Outcome {
     Worker,
     /// This host cannot run the guest, says the process that was to.
     Host,
+    /// The detector missed some of what was allocated and freed.
+    Untracked,
     /// The detector no longer worked: its canary was not found.
     Canary,
     /// The run was ended before.
@@ -42,7 +45,7 @@ pub enum Outcome {
 
 impl Outcome {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Passed,
         Self::Leaked,
         Self::Missing,
@@ -53,6 +56,7 @@ impl Outcome {
         Self::NotBooted,
         Self::Worker,
         Self::Host,
+        Self::Untracked,
         Self::Canary,
         Self::Interrupted,
     ];
@@ -70,6 +74,7 @@ impl Outcome {
             Self::NotBooted => "not-booted",
             Self::Worker => "worker",
             Self::Host => "host",
+            Self::Untracked => "untracked",
             Self::Canary => "canary",
             Self::Interrupted => "interrupted",
         }
@@ -195,6 +200,18 @@ pub struct TestResult {
     pub groups: Vec<Group>,
     /// End of what the guest's console said meanwhile; empty for a test that passed.
     pub console: Vec<String>,
+    /// What was live when it had settled; None for one that did not get there.
+    #[serde(default)]
+    pub heap: Option<Heap>,
+}
+
+/// Everything allocated and not freed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heap {
+    /// Number of objects.
+    pub objects: u64,
+    /// Bytes.
+    pub bytes: u64,
 }
 
 impl TestResult {
@@ -218,9 +235,13 @@ impl TestResult {
         let (new, made) = (self.leaks(State::New), self.leaks(State::Expected));
         let absent = expected.functions.iter().find(|f| !self.groups.iter().any(|group| group.has(f)));
         let (outcome, message) = match (expected.count, absent) {
-            _ if new > 0 => (Outcome::Leaked, format!("{new} new leaks")),
-            (Some(count), _) if made > count => (Outcome::Leaked, format!("{made} leaks, {count} expected")),
-            (Some(count), _) if made < count => (Outcome::Missing, format!("{made} leaks, {count} expected")),
+            _ if new > 0 => (Outcome::Leaked, format!("{new} new leak{}", plural(new))),
+            (Some(count), _) if made > count => {
+                (Outcome::Leaked, format!("{made} leak{}, {count} expected", plural(made)))
+            }
+            (Some(count), _) if made < count => {
+                (Outcome::Missing, format!("{made} leak{}, {count} expected", plural(made)))
+            }
             (_, Some(function)) => (Outcome::Missing, format!("no leak by {function}, which is expected")),
             _ => (Outcome::Passed, String::new()),
         };
@@ -231,7 +252,7 @@ impl TestResult {
 }
 
 /// One boot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BootResult {
     /// Kernel's name in the suite.
     pub kernel: String,
@@ -243,6 +264,22 @@ pub struct BootResult {
     pub canary: Option<String>,
     /// Leaks of the boot itself that no test asked for: a test without `run` would have had them.
     pub unasked_leaks: u64,
+    /// What kept growing from test to test, although all of it is referenced; the fastest first.
+    #[serde(default)]
+    pub growth: Vec<Growth>,
+}
+
+/// A site or slab cache that keeps growing, as the console's `growth` has it; what is left out here is there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Growth {
+    /// `site` or `cache`.
+    pub kind: String,
+    /// Its name.
+    pub name: String,
+    /// Bytes an hour.
+    pub bytes_per_hour: f64,
+    /// Live objects at each scan.
+    pub history: Vec<u64>,
 }
 
 /// A leak of the baseline that is gone.
@@ -257,7 +294,7 @@ pub struct Fixed {
 }
 
 /// Everything.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Results {
     /// [`SCHEMA`].
     pub schema: String,
@@ -436,6 +473,7 @@ mod tests {
             millis: 1,
             canary: canary.map(str::to_owned),
             unasked_leaks: 0,
+            growth: Vec::new(),
         };
         dead.boots = vec![boot(Some(FOUND)), boot(None)];
         assert_eq!(dead.exit_code(), ExitCode::Leaks);

@@ -85,7 +85,9 @@ pub struct Guest {
     pub cpus: u8,
     /// Added to the kernel's command line.
     pub cmdline: String,
-    /// Files laid over the embedded initramfs.
+    /// An initramfs that ours is laid over.
+    pub initramfs: Option<PathBuf>,
+    /// Files laid over both.
     pub files: Vec<FileSpec>,
     /// Modules loaded for the whole boot.
     pub modules: Vec<ModuleSpec>,
@@ -177,6 +179,7 @@ struct GuestTable {
     mem: Option<Spanned<String>>,
     cpus: Option<Spanned<u8>>,
     cmdline: Option<String>,
+    initramfs: Option<PathBuf>,
     #[serde(default)]
     files: Vec<Spanned<String>>,
     #[serde(default)]
@@ -276,7 +279,8 @@ fn parse(text: &str, folder: &Path, default_name: &str) -> Result<Suite, Wrong> 
 
 fn default_guest() -> Guest {
     let (name, mem_bytes) = ("default".to_owned(), 512 << 20);
-    Guest { name, mem_bytes, cpus: 1, cmdline: String::new(), files: Vec::new(), modules: Vec::new() }
+    let (cmdline, files, modules) = (String::new(), Vec::new(), Vec::new());
+    Guest { name, mem_bytes, cpus: 1, cmdline, initramfs: None, files, modules }
 }
 
 /// Rows with the place of each.
@@ -389,6 +393,7 @@ impl Reader<'_> {
             mem_bytes,
             cpus,
             cmdline,
+            initramfs: table.initramfs.map(|path| self.folder.join(path)),
             files: self.files(table.files)?,
             modules: self.modules(table.modules)?,
         })

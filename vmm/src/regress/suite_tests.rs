@@ -22,6 +22,7 @@ name = "small"
 mem = "256M"
 cpus = 2
 cmdline = "loglevel=5"
+initramfs = "base.cpio.gz"
 files = ["tools/x:/bin/x"]
 modules = ["base.ko"]
 
@@ -59,6 +60,7 @@ fn every_key_is_taken_and_paths_are_the_suites() {
     assert_eq!(suite.kernels[1].source, KernelSource::Recipe("6.1-cloud".into()));
     let guest = &suite.guests[0];
     assert_eq!((guest.mem_bytes, guest.cpus, guest.cmdline.as_str()), (256 << 20, 2, "loglevel=5"));
+    assert_eq!(guest.initramfs, Some("/suites/base.cpio.gz".into()));
     assert_eq!(guest.files[0].host, Path::new("/suites/tools/x"));
     assert_eq!(suite.tests[0].action, Action::Nothing);
     let test = &suite.tests[1];
@@ -103,6 +105,7 @@ fn what_is_wrong_is_said_with_its_line() {
         ("[[guest]]\nmem = \"64M\"\n", 6, "mem is not within 128M and 8G"),
         ("[[guest]]\nmem = \"big\"\n", 6, "512M"),
         ("[[guest]]\ncpus = 9\n", 6, "cpus = 9"),
+        ("[[guest]]\n\ninitramfs = 1\n", 7, "expected path"),
     ];
     for (more, at, what) in table {
         let (found, said) = line(&format!("{base}{more}"));

@@ -71,11 +71,12 @@ pub const SETTLE_MS: u64 = 2000;
 /// The same when modules were unloaded.
 pub const SETTLE_WITH_MODULES_MS: u64 = 6000;
 
-/// The initramfs: the user's, or the embedded one with modules, files and command.
+/// The initramfs: the user's, or the embedded one with modules, files and command, laid over the user's if there is one.
 pub fn initrd(options: &RunOptions, release: &str) -> Result<Vec<u8>> {
-    if let Some(path) = &options.initrd {
-        return read(path, "initrd");
-    }
+    let base = match options.initrd.as_ref().map(|path| read(path, "initrd")).transpose()? {
+        Some(initrd) if !options.embedded_init() => return Ok(initrd),
+        base => base,
+    };
     let file = |spec: &FileSpec| GuestFile { host: spec.host.clone(), guest: spec.guest.clone() };
     let settle = if options.modules.is_empty() { SETTLE_MS } else { SETTLE_WITH_MODULES_MS };
     let busybox = initramfs::find_busybox();
@@ -85,6 +86,7 @@ pub fn initrd(options: &RunOptions, release: &str) -> Result<Vec<u8>> {
         );
     }
     let spec = InitramfsSpec {
+        base,
         busybox,
         files: options.files.iter().map(file).collect(),
         modules: modules(options, release)?,

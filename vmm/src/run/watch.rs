@@ -142,7 +142,7 @@ impl Ended<'_> {
 
     /// What the embedded init said of its job.
     fn embedded_init(&self) -> Result<()> {
-        if self.options.initrd.is_some() {
+        if !self.options.embedded_init() {
             return Ok(());
         }
         let lines = self.machine.console_log().tail(usize::MAX);

@@ -1,6 +1,7 @@
-//! Results as one HTML page that needs nothing else: no script, no network.
+//! Results as one HTML page that needs nothing else: no script, no network, and browsers are told to refuse both.
 
 use super::super::result::{Outcome, Results, State, TestResult};
+use super::plot;
 use super::text::describe;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -9,7 +10,10 @@ const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max
 table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3em .6em;border-bottom:1px solid #ddd;\
 vertical-align:top}pre{background:#f6f6f4;padding:.6em;overflow-x:auto;font-size:13px}.passed{color:#176f2c}\
 .leaked,.missing{color:#b00020;font-weight:600}.error{color:#8a4b00;font-weight:600}svg{width:100%;height:auto}\
-svg text{font:11px monospace}summary{cursor:pointer}";
+svg text{font:11px monospace}summary{cursor:pointer}figure{margin:.6em 0}";
+
+/// Nothing but the page's own styles (W3C, Content Security Policy Level 3).
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
 
 /// Width of the flame graph, and height of a row of it, in its own units.
 const WIDTH: f64 = 1000.0;
@@ -26,6 +30,7 @@ pub fn html(results: &Results) -> String {
     let name = escape(&results.suite);
     let mut page = format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{name}: kernel memory leaks</title>\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}\">\n\
          <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}</style></head><body>\n<h1>{name}</h1>\n"
     );
     let summary = super::text(results);
@@ -36,6 +41,14 @@ pub fn html(results: &Results) -> String {
     let flame = flame(results);
     if !flame.is_empty() {
         let _ = writeln!(page, "<h2>Retained bytes of new and known leaks by backtrace</h2>\n{flame}");
+    }
+    for (title, plots) in [
+        ("Bytes live after each test", plot::heaps(results)),
+        ("Live objects of what keeps growing, by scan", plot::growth(results)),
+    ] {
+        if !plots.is_empty() {
+            let _ = writeln!(page, "<h2>{title}</h2>\n{plots}");
+        }
     }
     if !results.fixed.is_empty() {
         page.push_str("<h2>Fixed</h2>\n<ul>\n");
@@ -137,6 +150,6 @@ fn draw(boxes: &mut String, node: &Node, name: &str, x: f64, depth: usize, scale
 }
 
 /// Text in HTML.
-fn escape(text: &str) -> String {
+pub fn escape(text: &str) -> String {
     quick_xml::escape::escape(text).into_owned()
 }

@@ -2,6 +2,7 @@
 
 mod html;
 mod junit;
+mod plot;
 mod sarif;
 mod text;
 

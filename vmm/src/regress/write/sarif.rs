@@ -4,6 +4,7 @@
 //! that allocate are not known here, so the place is the suite's file, and the print that of the leak.
 
 use super::super::result::{Fixed, Frame, Group, Results, State, TestResult};
+use introspect::report::plural;
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -76,9 +77,10 @@ fn leak(test: &TestResult, group: &Group) -> Value {
         State::Expected => ("note", "unchanged"),
     };
     let text = format!(
-        "{} leaks {} objects of {} bytes together (retained: {} bytes), allocated by {}",
+        "{} leaks {} object{} of {} bytes together (retained: {} bytes), allocated by {}",
         test.id,
         group.count,
+        plural(group.count),
         group.bytes,
         group.retained_bytes,
         group.site()

@@ -1,7 +1,7 @@
 //! Each form of results: what it must have, and what must not get through.
 
 use super::super::fixture::{group, results, test};
-use super::super::result::{Fixed, Outcome, Results, State, TestResult};
+use super::super::result::{BootResult, Fixed, Growth, Heap, Outcome, Results, State, TestResult};
 use super::*;
 use quick_xml::events::Event;
 use std::collections::BTreeMap;
@@ -27,6 +27,19 @@ fn sample() -> Results {
     ]);
     let tests = ["6.1/small/fine".to_owned(), "6.12/small/fine".to_owned()].into();
     all.fixed.push(Fixed { id: "f".into(), site: "fixed_probe".into(), tests });
+    for (test, bytes) in all.tests.iter_mut().zip([3000, 1000, 2000]) {
+        test.heap = Some(Heap { objects: 10, bytes });
+    }
+    let growth =
+        Growth { kind: "site".into(), name: evil.into(), bytes_per_hour: 1.5, history: vec![1, 2, 3, 4, 6] };
+    all.boots.push(BootResult {
+        kernel: "6.1".into(),
+        guest: "small".into(),
+        millis: 1,
+        canary: None,
+        unasked_leaks: 0,
+        growth: vec![growth],
+    });
     all
 }
 
@@ -134,7 +147,7 @@ fn sarif_names_the_suite_by_a_uri() {
 #[test]
 fn html_is_one_page_of_its_own() {
     let page = html::html(&sample());
-    assert!(!page.contains("<script") && !page.contains("http"), "{page}");
+    assert!(!["<script", "://", "src=", "href=", "url("].iter().any(|part| page.contains(part)), "{page}");
     assert!(page.starts_with("<!DOCTYPE html>") && page.trim_end().ends_with("</html>"));
     assert!(page.contains("&lt;script&gt;"));
     // Every leak has its box: 3 * 64 and 2 * 64 bytes below "all" and "init".
@@ -143,6 +156,37 @@ fn html_is_one_page_of_its_own() {
     assert_eq!(boxes.iter().filter(|title| title.ends_with("(320 bytes)")).count(), 2, "{boxes:?}");
     assert!(boxes.contains(&"known_probe (128 bytes)"), "{boxes:?}");
     assert!(!html::html(&results(vec![test("k/g/t", Vec::new())])).contains("<svg"));
+}
+
+#[test]
+fn html_plots_what_lives_and_what_grows() {
+    let page = html::html(&sample());
+    let plots: Vec<Vec<(f64, f64)>> = page
+        .split("<polyline points=\"")
+        .skip(1)
+        .map(|rest| {
+            let points = rest.split('"').next().unwrap().split(' ');
+            points
+                .map(|p| p.split_once(',').unwrap())
+                .map(|(x, y)| (x.parse().unwrap(), y.parse().unwrap()))
+                .collect()
+        })
+        .collect();
+    assert_eq!(
+        plots.iter().map(Vec::len).collect::<Vec<_>>(),
+        [3, 5],
+        "the last kernel has one test, without a heap"
+    );
+    assert!(
+        plots.iter().flatten().all(|&(x, y)| (0.0..=1000.0).contains(&x) && (0.0..=110.0).contains(&y)),
+        "{plots:?}"
+    );
+    let [most, least, middle] = [0, 1, 2].map(|at| plots[0][at].1);
+    assert!(most < middle && middle < least && (middle - most - (least - middle)).abs() < 0.2, "{plots:?}");
+    assert!(
+        page.contains("<title>crash: 10 objects, 2000 bytes</title>")
+            && page.contains("<title>scan 5: 6 objects</title>")
+    );
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Results for a terminal or a log.
 
 use super::super::result::{Group, Outcome, Results, State, TestResult};
+use introspect::report::plural;
 use std::fmt::Write;
 
 /// Functions of a backtrace that are shown.
@@ -15,7 +16,7 @@ pub fn line(test: &TestResult) -> String {
     let also = [(State::Expected, "expected"), (State::Known, "known")]
         .map(|(state, word)| (test.leaks(state), word));
     for (leaks, word) in also.into_iter().filter(|(leaks, _)| *leaks > 0) {
-        let _ = write!(text, ", {leaks} {word} leaks");
+        let _ = write!(text, ", {leaks} {word} leak{}", plural(leaks));
     }
     let _ = write!(text, " ({}.{} s)", test.millis / 1000, test.millis % 1000 / 100);
     text
@@ -79,9 +80,10 @@ fn leak(text: &mut String, group: &Group) {
     };
     let _ = writeln!(
         text,
-        "  {state} leak {}: {} objects, {} bytes, retains {} bytes, {} {}",
+        "  {state} leak {}: {} object{}, {} bytes, retains {} bytes, {} {}",
         group.id,
         group.count,
+        plural(group.count),
         group.bytes,
         group.retained_bytes,
         group.kind,
