@@ -17,7 +17,7 @@ const MEANINGS: [(&str, &str); 7] = [
     ("read_bandwidth", "plain reading of the heap below, one thread"),
     ("index_freeze", "the index of a scan over a million objects"),
     ("scan_bandwidth", "marking a heap of a million objects without any locality, one thread"),
-    ("scan_bandwidth_over_read", "the last but one over the first"),
+    ("scan_bandwidth_over_read", "`scan_bandwidth` over `read_bandwidth`"),
     (
         "bytes_per_object",
         "host memory of a tracked object, a million live from 20,000 places with 16 frames each",

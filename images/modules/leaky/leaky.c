@@ -795,7 +795,9 @@ LEAKY int leaky_freed(void)
 		return -ENOMEM;
 	for (i = 0; i < 100; i++) {
 		free_pages(__get_free_pages(GFP_KERNEL, i % 5), i % 5);
-		free_pages_exact(alloc_pages_exact(3 * PAGE_SIZE, GFP_KERNEL), 3 * PAGE_SIZE);
+		object = alloc_pages_exact(3 * PAGE_SIZE, GFP_KERNEL);
+		if (object)
+			free_pages_exact(object, 3 * PAGE_SIZE);
 		kfree(kzalloc(leaky_size(8 << (i % 12)), GFP_KERNEL));
 		kfree(kmemdup("freed", 6, GFP_KERNEL));
 		kvfree(kvzalloc(leaky_size(1000 << (i % 12)), GFP_KERNEL));

@@ -35,24 +35,13 @@ impl Layout {
 }
 
 impl Linux {
-    /// The `struct page`s on the list at `head`, the first `max` of them.
+    /// The `struct page`s on the list at `head`.
     ///
     /// # Errors
-    /// A damaged list.
-    pub fn pages_on_list(
-        &self,
-        memory: &impl PhysicalMemory,
-        head: Va,
-        max: u64,
-    ) -> Result<Vec<Va>, MemoryError> {
-        let max = usize::try_from(max).unwrap_or(MAX_PAGES).min(MAX_PAGES);
-        let mut pages = Vec::new();
-        let mut node = self.read_va(memory, head)?;
-        while node != head && pages.len() < max {
-            pages.push(node - self.page_lists.list);
-            node = self.read_va(memory, node)?;
-        }
-        Ok(pages)
+    /// A damaged list, or one that is longer than any.
+    pub fn pages_on_list(&self, memory: &impl PhysicalMemory, head: Va) -> Result<Vec<Va>, MemoryError> {
+        let links = self.list(memory, head, MAX_PAGES)?;
+        Ok(links.into_iter().map(|link| link - self.page_lists.list).collect())
     }
 
     /// The first `count` `struct page`s of the array at `array`; empty places are left out.

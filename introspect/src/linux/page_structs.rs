@@ -153,6 +153,14 @@ impl PagePlaces {
         self.pa(page).map(|pa| self.direct + pa.0)
     }
 
+    /// The direct-map address of a block of `size` bytes; None when it is not in RAM as a whole.
+    pub fn block(&self, page: Va, size: u64) -> Option<Va> {
+        let pa = self.pa(page)?;
+        let inside = pa.0.checked_add(size).is_some_and(|end| end <= self.end.0);
+        let address = self.direct.0.checked_add(pa.0)?;
+        (inside && address.checked_add(size).is_some()).then_some(Va(address))
+    }
+
     /// The `struct page`s of a block of frames in the direct map.
     pub fn structs_of(&self, block: &Range<Va>) -> Range<Va> {
         let place = |va: Va| self.structs + ((va - self.direct) >> PAGE_SHIFT) * self.size;

@@ -26,9 +26,9 @@ impl Blocks {
     pub fn remove(&mut self, start: Va, size: u64) -> bool {
         let end = Va(start.0.saturating_add(size));
         let mut met = false;
-        while let Some(record) = self.last_before(end).filter(|record| end_of(record) > start) {
+        while let Some((from, record)) = self.last_before(end).filter(|(_, record)| end_of(record) > start) {
             met = true;
-            let (from, to) = (record.address(), end_of(&record));
+            let to = end_of(&record);
             self.by_start.remove(&from);
             if from < start {
                 self.by_start.insert(from, record.part(from, (start - from) as u32));
@@ -66,8 +66,8 @@ impl Blocks {
         self.by_start.len() * size_of::<(Va, Record)>()
     }
 
-    fn last_before(&self, end: Va) -> Option<Record> {
-        self.by_start.range(..end).next_back().map(|(_, record)| *record)
+    fn last_before(&self, end: Va) -> Option<(Va, Record)> {
+        self.by_start.range(..end).next_back().map(|(start, record)| (*start, *record))
     }
 }
 

@@ -261,7 +261,7 @@ impl Index {
         let size = here[0].size;
         let stride = match here.len() {
             1 => PAGE_SIZE,
-            _ => here.windows(2).map(|w| w[1].start - w[0].start).fold(0, gcd),
+            _ => here.windows(2).map(|w| w[1].start - w[0].start).fold(0, gcd).max(1),
         };
         let count = (here[here.len() - 1].start - here[0].start) / stride + 1;
         let grid = here.iter().all(|b| b.size == size)

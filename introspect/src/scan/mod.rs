@@ -255,6 +255,8 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
         let objects = || heap(registry).chain(pages.objects());
         let mut blocks: Vec<Block> = objects().map(|o| block(&o)).chain(pages.structs()).collect();
         blocks.sort_unstable();
+        // Only where a free was missed, or the guest claims what cannot be.
+        blocks.dedup_by_key(|block| block.start);
         let (index, slots) = Index::new(&blocks, guest.direct());
         let caches = linux.caches(memory).context("Cannot read the guest's list of slab caches")?;
         let (objects, object_bytes) =

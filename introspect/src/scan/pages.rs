@@ -3,7 +3,8 @@
 //! The page allocator serves everybody. A block is an object for scans when the kernel's own code asked for it and has it
 //! to itself: not for slabs, a large kmalloc, user memory, page cache, page tables, stacks, or anything mapped in vmalloc
 //! space. The guest's own metadata say so, at the scan; what the trace adds is where the block's borders are, and who
-//! asked. All other pages are treated as if nobody had tracked them.
+//! asked. All other pages are treated as if nobody had tracked them. (That a block is a large kmalloc's only the trace of
+//! slabs knows: without it, it is a block of pages.)
 //!
 //! The kernel refers to a block by its address in the direct map or by its `struct page`, in which it also links pages
 //! to lists. So for the marker a block is two objects, its memory and its `struct page`s, each of which stands for the
@@ -15,9 +16,12 @@ use super::index::Block;
 use super::mark::{Contents, Marker, Special, Witness};
 use crate::linux::PagePlaces;
 use crate::linux::pages::{PageMap, Use};
-use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, Va};
+use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, Va};
 use crate::registry::{Kind, Object};
 use std::ops::Range;
+
+/// Areas and stacks together map no frame more often than this, on average: of a damaged guest they could.
+const MAX_MAPPED: u64 = 16;
 
 /// See the module.
 pub(super) struct Pages {
@@ -43,13 +47,18 @@ impl Pages {
             return Ok(Self { objects: Vec::new(), places: None });
         }
         let mut others = input.linux.page_table_frames(input.memory)?;
-        let mut take = |extents: &[Extent]| extents.iter().for_each(|&extent| fill(&mut others, extent));
-        take(objects);
-        for area in input.linux.vmalloc_areas(input.memory)? {
-            take(&guest.extents(area.start..area.start + area.size));
-        }
-        for task in input.linux.tasks(input.memory)? {
-            take(&guest.extents(task.stack..task.stack + task.stack_size));
+        objects.iter().for_each(|&extent| fill(&mut others, extent));
+        let mut left = (others.len() as u64).saturating_mul(MAX_MAPPED * PAGE_SIZE);
+        let areas = input.linux.vmalloc_areas(input.memory)?.into_iter();
+        let areas = areas.map(|area| area.start..area.start + area.size);
+        let stacks = input.linux.tasks(input.memory)?.into_iter();
+        for range in areas.chain(stacks.map(|task| task.stack..task.stack + task.stack_size)) {
+            let va = range.start;
+            for extent in guest.extents(range) {
+                let what = "vmalloc areas and stacks are many times as large as RAM";
+                left = left.checked_sub(extent.len).ok_or(MemoryError::Corrupt { va, what })?;
+                fill(&mut others, extent);
+            }
         }
         let places = input.linux.page_places(input.memory)?;
         let own = |frame: u64| uses.get(frame) == Use::Kernel && others.get(frame as usize) == Some(&false);
@@ -118,6 +127,6 @@ fn frames_of(block: &Object, places: &PagePlaces) -> Range<u64> {
 fn fill(frames: &mut [bool], extent: Extent) {
     let clamp = |frame: u64| usize::try_from(frame).unwrap_or(usize::MAX).min(frames.len());
     let range = clamp(extent.start.0 >> PAGE_SHIFT)
-        ..clamp((extent.start.0.saturating_add(extent.len)).div_ceil(crate::memory::PAGE_SIZE));
+        ..clamp((extent.start.0.saturating_add(extent.len)).div_ceil(PAGE_SIZE));
     frames[range].fill(true);
 }

@@ -3,6 +3,7 @@
 //! Slow next to a scan (it looks at everything once for one question), so it is for questions about one object or one cache.
 
 use super::guest::{Extent, GuestMemory, Mapping};
+use super::index::Block;
 use super::{ScanInput, collect_roots, heap};
 use crate::memory::{FrozenMemory, PAGE_SIZE, Va};
 use crate::registry::{Kind, Object};
@@ -140,7 +141,9 @@ pub(super) fn each_word<M: FrozenMemory>(
     for region in &roots.regions {
         region.extents.iter().for_each(|&extent| in_extent(&region.name, extent));
     }
-    for structs in pages.structs() {
+    // A block's own structs are the block itself.
+    let own = |structs: &Block| windows.iter().any(|window| window.start == structs.start);
+    for structs in pages.structs().filter(|structs| !own(structs)) {
         let extents = guest.extents(Va(structs.start)..Va(structs.start) + structs.size);
         extents.into_iter().for_each(|extent| in_extent("page structs", extent));
     }

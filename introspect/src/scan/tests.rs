@@ -1,11 +1,11 @@
 //! The marker's fast paths against naive twins, on synthetic heaps.
 
 use super::graph::{Standing, classify};
-use super::index::{Block, Index};
+use super::index::{ASK, Block, Index, NO_SLOT};
 use super::mark::{Contents, Marker, Origin, Special, Witness};
 use super::path::{link, root_link};
 use super::trail::Trail;
-use super::words::{Windows, candidates};
+use super::words::{Windows, any_candidates, candidates};
 use super::{HEAD_BYTES, fingerprint};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -150,6 +150,9 @@ proptest! {
             .flat_map(|w| [w.wrapping_sub(1), w, w + 1]);
         let words = words.iter().flat_map(|o| [DIRECT + o, VMALLOC + o, COOKIES[0] + o, COOKIES[1] + o, *o]);
         for word in words.chain(near) {
+            let [quick] = index.quick_slots::<1>(&[(word, 0)]);
+            let slot = index.find(word).map_or(NO_SLOT, |hit| hit.slot);
+            prop_assert!(quick == ASK || quick == slot, "word {:#x}: {} instead of {}", word, quick, slot);
             let found = index.find(word).filter(|h| slots.contains(&h.slot));
             prop_assert_eq!(found.map(|h| h.block), naive_find(&blocks, word), "word {:#x}", word);
             if let Some(hit) = found {
@@ -173,7 +176,10 @@ proptest! {
         candidates(&bytes, &Windows::new(windows.clone(), cookies.clone()), |offset, word| found.push((offset, word)));
         let expected: Vec<_> = words.iter().enumerate().map(|(i, &w)| (i * 8, w))
             .filter(|(_, w)| windows.iter().chain(&cookies).any(|r| r.contains(w))).collect();
-        prop_assert_eq!(found, expected);
+        prop_assert_eq!(&found, &expected);
+        let mut plain = Vec::new();
+        any_candidates(&bytes, &Windows::new(windows, cookies), |offset, word| plain.push((offset, word)));
+        prop_assert_eq!(plain, expected, "without wide vectors");
     }
 
     #[test]

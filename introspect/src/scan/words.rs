@@ -1,5 +1,6 @@
 //! Reading words out of memory and keeping those that may be references: the hot loop of a scan.
 
+use crate::arch::widest;
 use std::ops::Range;
 
 /// Words looked at together; the test of a whole group compiles to vector instructions.
@@ -53,23 +54,15 @@ fn within(windows: &[(u64, u64)], word: u64) -> bool {
 /// `windows`. `bytes` starts at an aligned guest address; a partial word at the end is no word.
 #[inline]
 pub fn candidates(bytes: &[u8], windows: &Windows, found: impl FnMut(usize, u64)) {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has what the function is compiled for.
-        return unsafe { candidates_avx2(bytes, windows, found) };
-    }
-    any_candidates(bytes, windows, found);
+    widest(
+        #[inline(always)]
+        || any_candidates(bytes, windows, found),
+    );
 }
 
-/// The same code for processors that compare four words at a time; the baseline's have no comparison of 64 bits.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn candidates_avx2(bytes: &[u8], windows: &Windows, found: impl FnMut(usize, u64)) {
-    any_candidates(bytes, windows, found);
-}
-
+/// [`candidates`] for the processor that the caller is compiled for.
 #[inline(always)]
-fn any_candidates(bytes: &[u8], windows: &Windows, found: impl FnMut(usize, u64)) {
+pub(super) fn any_candidates(bytes: &[u8], windows: &Windows, found: impl FnMut(usize, u64)) {
     // A comparison more for each word, where one chunk of per-CPU memory is enough, makes the loop a sixth slower.
     if windows.cookies[1].1 == 0 {
         near_candidates::<1>(bytes, windows, found);

@@ -47,7 +47,8 @@ impl Detector {
             };
             let rule = input.treatments.of(&object, refs.cache.as_deref().unwrap_or_default());
             let frames = input.registry.stacks.get(object.stack);
-            let age_ms = input.now_jiffies.saturating_sub(object.jiffies) * 1000 / input.linux.hz();
+            let age_ms =
+                input.now_jiffies.saturating_sub(object.jiffies).saturating_mul(1000) / input.linux.hz();
             let mut text = refs.heading();
             text.push('\n');
             if at != object.address {

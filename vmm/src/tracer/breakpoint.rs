@@ -125,7 +125,7 @@ impl Breakpoints {
         Ok(lost)
     }
 
-    /// Carries out the displaced instructions. False when the guest's stack is not there.
+    /// Carries out the displaced instructions. False when memory that they need, such as the guest's stack, is not there.
     fn step_over(&self, trap: &Trap, registers: &mut Registers) -> bool {
         let mut after = *registers;
         for displaced in &trap.displaced {
@@ -161,7 +161,7 @@ impl TrapHandler for Breakpoints {
             self.recorder.entered(trap.role, trap.argument, registers);
         }
         if !self.step_over(trap, registers) {
-            // The guest overflows its stack: let it meet its own page fault. The site stays without a trap until
+            // The guest overflows its stack, or reads where nothing is: let it meet its own page fault. The site stays without a trap until
             // `verify` finds and counts it.
             let _ = self.ram.write(trap.at, &trap.original);
             return TrapOutcome::Resume;

@@ -9,7 +9,7 @@ use anyhow::Result;
 use guest_profiles::hooks::Role;
 use introspect::accounting::growth::FreedBy;
 use introspect::arch::Registers;
-use introspect::linux::{Linux, ModuleMap, pages, percpu};
+use introspect::linux::{Linux, ModuleMap, PagePlaces, pages, percpu};
 use introspect::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
 use introspect::registry::{AllocEvent, Kind, MAX_FRAMES, Paint, Registry};
 use introspect::unwind::{Start, Text, Unwinder};
@@ -23,6 +23,9 @@ const MAX_BULK: u64 = 16 * 1024;
 /// Most allocator calls under way at once: one per task, and a few per vCPU in interrupts. A guest that enters them and
 /// never returns ends there.
 const MAX_PENDING: usize = 1 << 20;
+
+/// More than the device memory of any machine.
+const MAX_DEVICE: u64 = 1 << 46;
 
 /// ZERO_SIZE_PTR and NULL (include/linux/slab.h), and error pointers (include/linux/err.h).
 fn is_object(address: u64) -> bool {
@@ -57,6 +60,8 @@ pub struct Recorder {
     pub modules: RwLock<ModuleMap>,
     state: Mutex<State>,
     enabled: AtomicBool,
+    /// The page allocator's bulk call takes a list, too, as before 6.14.
+    bulk_list: bool,
 }
 
 impl Recorder {
@@ -66,6 +71,8 @@ impl Recorder {
     /// The image does not say where its code is.
     pub fn new(linux: Arc<Linux>, ram: GuestRam) -> Result<Self> {
         let text = Text::recover(&linux.kernel.image, &linux.kernel.symbols)?;
+        let types = linux.kernel.types.as_ref();
+        let parameters = types.and_then(|types| types.parameters("alloc_pages_bulk_noprof"));
         Ok(Self {
             linux,
             ram,
@@ -73,6 +80,7 @@ impl Recorder {
             modules: RwLock::default(),
             state: Mutex::default(),
             enabled: AtomicBool::new(true),
+            bulk_list: parameters.is_none_or(|parameters| parameters.len() > 5),
         })
     }
 
@@ -114,13 +122,13 @@ impl Recorder {
             Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc => self.pend(registers, registers.rdi),
             Role::Ioremap => self.pend(registers, registers.rsi),
             Role::PageAlloc => self.pend(registers, registers.rsi & 0xffff_ffff),
-            Role::PageBulkAlloc => self.pend(registers, Filled::at(registers).0),
+            Role::PageBulkAlloc => self.pend(registers, Filled::at(registers, self.bulk_list).0),
             Role::PageFree => {
                 let order = argument_of(registers, argument + 1) & 0xffff_ffff;
                 self.free_pages(|_| Ok(vec![(Va(value), order)]));
             }
             Role::PageListFree => self.free_pages(|recorder| {
-                let pages = recorder.linux.pages_on_list(&recorder.ram, Va(value), u64::MAX)?;
+                let pages = recorder.linux.pages_on_list(&recorder.ram, Va(value))?;
                 Ok(pages.into_iter().map(|page| (page, 0)).collect())
             }),
             Role::PageBatchFree => {
@@ -219,7 +227,12 @@ impl Recorder {
     fn block(&self, role: Role, size: u64, cpu: usize, registers: &Registers) {
         let ram = self.ram.ranges().iter().map(|range| range.len).sum();
         // Device memory may begin anywhere in a page; what is unmapped is the page.
-        let inside = if role == Role::Ioremap { registers.rax % PAGE_SIZE } else { 0 };
+        let is_device = role == Role::Ioremap;
+        let in_direct_map = |places: PagePlaces| registers.rax.wrapping_sub(places.direct.0) < places.end.0;
+        if is_device && self.linux.page_places(&self.ram).is_ok_and(in_direct_map) {
+            return self.lost();
+        }
+        let inside = if is_device { registers.rax % PAGE_SIZE } else { 0 };
         let Some((kind, size)) = block_of(role, size.saturating_add(inside), ram) else { return self.lost() };
         let origin = self.origin(cpu, registers);
         self.state().registry.alloc(&origin.event(Va(registers.rax - inside), size, kind, Va(0)));
@@ -231,7 +244,7 @@ impl Recorder {
         let (Ok(places), Some(size)) = (places, block_size(order)) else { return self.lost() };
         let origin = self.origin(cpu, registers);
         for &page in pages {
-            let Some(address) = places.address(page) else {
+            let Some(address) = places.block(page, size) else {
                 self.lost();
                 continue;
             };
@@ -248,7 +261,8 @@ impl Recorder {
             return self.lost();
         };
         for (page, order) in blocks {
-            match places.address(page).zip(block_size(order)) {
+            let block = block_size(order).and_then(|size| Some((places.block(page, size)?, size)));
+            match block {
                 Some((address, size)) => self.state().registry.free_pages(address, size),
                 None => self.lost(),
             }
@@ -329,9 +343,14 @@ impl Recorder {
 struct Filled(u64);
 
 impl Filled {
-    /// From the arguments `struct list_head *page_list` and `struct page **page_array`, one of which is NULL.
-    fn at(registers: &Registers) -> Self {
-        Self(if registers.r9 == 0 { registers.r8 } else { registers.r9 | 1 })
+    /// From the arguments `struct list_head *page_list`, on kernels that have it, and `struct page **page_array`, one of
+    /// which is NULL.
+    fn at(registers: &Registers, has_list: bool) -> Self {
+        match (has_list, registers.r9) {
+            (true, 0) => Self(registers.r8),
+            (true, array) => Self(array | 1),
+            (false, _) => Self(registers.r8 | 1),
+        }
     }
 
     /// The `struct page`s that are there when `count` were asked for in vain or not: the newest on the list are the
@@ -341,7 +360,11 @@ impl Filled {
         match self.0 {
             0 => Ok(Vec::new()),
             array if array & 1 == 1 => linux.pages_in_array(ram, Va(array & !1), count),
-            list => linux.pages_on_list(ram, Va(list), count),
+            list => {
+                let mut pages = linux.pages_on_list(ram, Va(list))?;
+                pages.truncate(usize::try_from(count).unwrap_or(usize::MAX));
+                Ok(pages)
+            }
         }
     }
 }
@@ -374,7 +397,7 @@ impl Origin {
 fn block_of(role: Role, size: u64, ram: u64) -> Option<(Kind, u64)> {
     let (kind, size, most) = match role {
         Role::Vmalloc => (Kind::Vmalloc, size.checked_next_multiple_of(PAGE_SIZE)?, ram),
-        Role::Ioremap => (Kind::Ioremap, size, u64::MAX),
+        Role::Ioremap => (Kind::Ioremap, size, MAX_DEVICE),
         Role::PercpuAlloc => {
             (Kind::Percpu, size.checked_next_multiple_of(percpu::MIN_ALLOC)?, percpu::MAX_ALLOC)
         }
@@ -383,9 +406,9 @@ fn block_of(role: Role, size: u64, ram: u64) -> Option<(Kind, u64)> {
     (size <= most).then_some((kind, size))
 }
 
-/// Bytes of a block of 2^`order` pages; None for an order that no kernel has.
+/// Bytes of a block of 2^`order` pages; None for an order that no kernel has, or one of 4 GiB.
 fn block_size(order: u64) -> Option<u64> {
-    (order <= pages::MAX_ORDER).then(|| PAGE_SIZE << order)
+    (order < pages::MAX_ORDER).then(|| PAGE_SIZE << order)
 }
 
 /// System V AMD64 integer arguments.
@@ -412,19 +435,21 @@ mod tests {
         assert_eq!(block_of(Role::PercpuAlloc, percpu::MAX_ALLOC + 1, 1 << 20), None);
         let device = 16 << 20;
         assert_eq!(block_of(Role::Ioremap, device, 1 << 20), Some((Kind::Ioremap, device)), "no RAM");
+        assert_eq!(block_of(Role::Ioremap, MAX_DEVICE + 1, 1 << 20), None);
     }
 
     #[test]
     fn blocks_of_pages_have_a_power_of_two_up_to_the_largest_order() {
         assert_eq!([0, 3].map(block_size), [Some(4096), Some(32768)]);
-        assert_eq!([pages::MAX_ORDER + 1, 64, u64::MAX].map(block_size), [None; 3]);
+        assert_eq!([pages::MAX_ORDER, 64, u64::MAX].map(block_size), [None; 3]);
     }
 
     #[test]
     fn bulk_calls_fill_an_array_or_a_list() {
         let registers = |r8, r9| Registers { r8, r9, ..Registers::default() };
-        assert_eq!(Filled::at(&registers(0, 0xffff_c900_0000_1000)).0, 0xffff_c900_0000_1001);
-        assert_eq!(Filled::at(&registers(0xffff_c900_0000_2000, 0)).0, 0xffff_c900_0000_2000);
+        assert_eq!(Filled::at(&registers(0, 0xffff_c900_0000_1000), true).0, 0xffff_c900_0000_1001);
+        assert_eq!(Filled::at(&registers(0xffff_c900_0000_2000, 0), true).0, 0xffff_c900_0000_2000);
+        assert_eq!(Filled::at(&registers(0xffff_c900_0000_3000, 7), false).0, 0xffff_c900_0000_3001);
     }
 
     #[test]

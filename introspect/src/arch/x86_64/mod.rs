@@ -3,6 +3,8 @@
 pub mod layout;
 mod paging;
 mod registers;
+mod vectors;
 
 pub use paging::{AddressSpace, Leaf, MAX_ENTRIES};
 pub use registers::{CpuState, Registers};
+pub use vectors::widest;
