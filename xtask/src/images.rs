@@ -112,5 +112,7 @@ fn prepare_modules(cache: &Cache, headers: &Headers) -> Result<()> {
         line("module", &modules::own(cache, headers, module)?);
     }
     line("module", &modules::kmemleak_test(cache, headers)?);
+    let (build, makefile) = (headers.build.display(), headers.makefile.display());
+    println!("  your own: make -C {build} -f {makefile} M=$PWD modules");
     Ok(())
 }
