@@ -5,7 +5,7 @@
 
 use super::{CtlOptions, ExitCode, Failure, print};
 use crate::console::client::Client;
-use crate::console::command::Request;
+use crate::console::command::{Command, Request, help};
 use crate::console::socket::{live_sockets, runtime_dir};
 use anyhow::Context;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,15 @@ use std::path::{Path, PathBuf};
 pub fn ctl(options: &CtlOptions) -> anyhow::Result<ExitCode> {
     let line = options.command.join(" ");
     let hint = "kleak-vmm ctl help lists the commands";
-    if let Err(what) = Request::parse(&line).command {
-        return Err(Failure::usage(what).hint(hint).into());
+    let Request { command, json } = Request::parse(&line);
+    match command {
+        Err(what) => return Err(Failure::usage(what).hint(hint).into()),
+        // Needs no machine, so that one can read it before there is any.
+        Ok(Command::Help(entry)) if !json => {
+            print(&help(entry))?;
+            return Ok(ExitCode::Success);
+        }
+        Ok(_) => {}
     }
     let path = socket(options.control.as_deref())?;
     let failure = || unanswered(&path);
@@ -107,6 +114,7 @@ mod tests {
         assert_eq!(ctl(&options(&one, "json scan")).unwrap(), ExitCode::Usage);
         drop(first);
         assert_eq!(exit_code(&ctl(&options(&one, "scan")).unwrap_err()), ExitCode::Host);
+        assert_eq!(ctl(&options(&one, "help scan")).unwrap(), ExitCode::Success, "without a machine");
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }
