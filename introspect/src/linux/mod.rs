@@ -115,7 +115,7 @@ impl Linux {
             tasks: tasks::Layout::new(&lookup)?,
             slab: slab::Layout::new(&lookup)?,
             pages: page_structs::Layout::new(&lookup)?,
-            page_lists: page_lists::Layout::new(&lookup)?,
+            page_lists: page_lists::Layout::new(&lookup),
             zones: pages::Layout::new(&lookup)?,
             percpu: percpu::Layout::new(&lookup)?,
             vmalloc: vmalloc::Layout::new(&lookup)?,

@@ -2,7 +2,6 @@
 
 use super::Linux;
 use super::lookup::Lookup;
-use super::read::le64;
 use crate::memory::{MemoryError, PhysicalMemory, Va};
 
 /// Most pages of one call: `alloc_pages_bulk` is asked for a vmalloc block's (100 at a time) or a page pool's, and lists
@@ -14,10 +13,8 @@ const MAX_BATCH: u64 = 256;
 /// Offsets in `struct folio_batch` (include/linux/pagevec.h); None on kernels without.
 pub(super) struct Layout {
     batch: Option<Batch>,
-    /// Of `_folio_order` (6.12: the low byte of `_flags_1`) behind the head's `struct page`.
+    /// Of the word whose low byte is the order of a large folio (`_flags_1`, 6.6 and newer).
     order: Option<u64>,
-    /// `struct page.lru.next` is this far into a `struct page`.
-    list: u64,
 }
 
 struct Batch {
@@ -26,11 +23,11 @@ struct Batch {
 }
 
 impl Layout {
-    pub fn new(lookup: &Lookup<'_>) -> anyhow::Result<Self> {
+    pub fn new(lookup: &Lookup<'_>) -> Self {
         let batch = |member| lookup.offset("folio_batch", member).ok();
         let batch = batch("nr").zip(batch("folios")).map(|(count, folios)| Batch { count, folios });
         let order = lookup.offset("folio", "_flags_1").ok();
-        Ok(Self { batch, order, list: lookup.offset("page", "lru")? })
+        Self { batch, order }
     }
 }
 
@@ -41,7 +38,7 @@ impl Linux {
     /// A damaged list, or one that is longer than any.
     pub fn pages_on_list(&self, memory: &impl PhysicalMemory, head: Va) -> Result<Vec<Va>, MemoryError> {
         let links = self.list(memory, head, MAX_PAGES)?;
-        Ok(links.into_iter().map(|link| link - self.page_lists.list).collect())
+        Ok(links.into_iter().map(|link| link - self.pages.list).collect())
     }
 
     /// The first `count` `struct page`s of the array at `array`; empty places are left out.
@@ -80,9 +77,7 @@ impl Linux {
     /// log2 of the number of pages of a folio: kept in the first tail page's `flags`, when the head says that there are
     /// any (`folio_order`, include/linux/mm.h).
     fn folio_order(&self, memory: &impl PhysicalMemory, folio: Va) -> Result<u64, MemoryError> {
-        let mut page = vec![0; self.pages.size as usize];
-        self.read(memory, folio, &mut page)?;
-        let is_large = le64(&page, self.pages.flags) & self.pages.head != 0;
+        let is_large = self.read_u64(memory, folio + self.pages.flags)? & self.pages.head != 0;
         match self.page_lists.order.filter(|_| is_large) {
             Some(offset) => Ok(self.read_u64(memory, folio + offset)? & 0xff),
             None => Ok(0),

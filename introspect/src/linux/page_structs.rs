@@ -166,12 +166,6 @@ impl PagePlaces {
         let place = |va: Va| self.structs + ((va - self.direct) >> PAGE_SHIFT) * self.size;
         place(block.start)..place(block.end)
     }
-
-    /// The direct-map address of the frame whose `struct page` holds `va`.
-    pub fn frame_of(&self, va: Va) -> Option<Va> {
-        let offset = va.0.checked_sub(self.structs.0)?;
-        self.address(self.structs + offset / self.size * self.size)
-    }
 }
 
 impl<'m> PageStructs<'m> {
@@ -227,14 +221,6 @@ impl Linux {
             direct: self.direct_map_base(memory)?,
             end: Pa(physical_end(memory)),
         })
-    }
-
-    /// Address of a frame's `struct page`.
-    ///
-    /// # Errors
-    /// As [`Linux::page_structs_base`].
-    pub fn page_struct_of(&self, memory: &impl PhysicalMemory, frame: u64) -> Result<Va, MemoryError> {
-        Ok(self.page_structs_base(memory)? + frame * self.pages.size)
     }
 }
 

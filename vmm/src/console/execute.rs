@@ -2,6 +2,7 @@
 
 use super::Target;
 use super::command::{Command, Request, help};
+use introspect::report::plural;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -188,7 +189,7 @@ fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
 }
 
 fn objects(count: usize) -> String {
-    if count == 1 { "1 object".to_owned() } else { format!("{count} objects") }
+    format!("{count} object{}", plural(count as u64))
 }
 
 fn on_off(on: bool) -> &'static str {

@@ -68,7 +68,8 @@ pub trait Sink: Sync {
     fn boot(&self, result: BootResult);
 }
 
-/// Runs the tests of the boot at `index` of `boots`, all that there are. A guest that dies takes only the test with it that was running: the others get another boot.
+/// Runs the tests of the boot at `index` of `boots`, all that there are. A guest that dies takes only the test with it
+/// that was running: the others get another boot.
 pub fn run(
     environment: &Environment<'_>,
     boots: &[Boot],
