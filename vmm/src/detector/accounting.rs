@@ -58,7 +58,7 @@ impl Detector {
 
     /// The guest's slab caches, read at a pause: the list changes when modules come and go.
     fn caches(&self) -> Result<Vec<Cache>> {
-        let paused = self.parts.machine.pause()?;
+        let paused = self.parts.guest.pause()?;
         self.parts.linux.caches(&paused.memory()).context("Cannot read the guest's list of slab caches")
     }
 
@@ -115,7 +115,7 @@ impl Detector {
 
     pub(super) fn account(&self, account: Account, when: When) -> Result<Answer> {
         let work = self.work();
-        let paused = self.parts.machine.pause()?;
+        let paused = self.parts.guest.pause()?;
         let mut read = self.read(account, &Readings::new(&self.parts.linux, &paused.memory()))?;
         drop(paused);
         if when == When::SinceMark {
@@ -127,7 +127,7 @@ impl Detector {
     pub(super) fn kmem_cache_named(&self, name: &str, when: When) -> Result<Answer> {
         const ACCOUNT: Account = Account::KmemSlabs;
         let work = self.work();
-        let paused = self.parts.machine.pause()?;
+        let paused = self.parts.guest.pause()?;
         let mut read = self.read(ACCOUNT, &Readings::new(&self.parts.linux, &paused.memory()))?;
         drop(paused);
         let mut before = match when {
@@ -150,7 +150,7 @@ impl Detector {
     /// Remembers what this kernel has of the accounting.
     pub(super) fn mark_now(&self) -> Result<()> {
         let mut work = self.work();
-        let paused = self.parts.machine.pause()?;
+        let paused = self.parts.guest.pause()?;
         let memory = &paused.memory();
         let readings = Readings::new(&self.parts.linux, memory);
         let mut mark = Mark::default();

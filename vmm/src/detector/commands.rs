@@ -34,7 +34,7 @@ impl Target for Detector {
     fn off(&self) -> Result<()> {
         let mut work = self.work();
         // While a vCPU is between the question whether to record and the record, the registry would not stay empty.
-        let _paused = self.parts.machine.pause()?;
+        let _paused = self.parts.guest.pause()?;
         self.parts.recorder.enable(false);
         self.parts.recorder.state().reset();
         work.history.clear();
@@ -102,8 +102,8 @@ impl Target for Detector {
         let mut status: Vec<(String, Value)> = Vec::new();
         let mut say = |key: &str, value: Value| status.push((key.to_owned(), value));
         say("guest", json!(parts.linux.kernel.image.release()));
-        say("state", json!(parts.machine.outcome().map_or("running".to_owned(), |o| o.to_string())));
-        say("paused", json!(parts.machine.held()));
+        say("state", json!(parts.guest.outcome().map_or("running".to_owned(), |o| o.to_string())));
+        say("paused", json!(parts.guest.held()));
         say("uptime_s", json!(self.started.elapsed().as_secs()));
         say("tracking", json!(parts.recorder.enabled()));
         say("tracer", json!(parts.host.tracer));
@@ -219,14 +219,14 @@ impl Target for Detector {
     }
 
     fn pause(&self) -> Result<bool> {
-        self.parts.machine.hold()
+        self.parts.guest.hold()
     }
 
     fn resume(&self) -> Result<bool> {
-        Ok(self.parts.machine.release())
+        Ok(self.parts.guest.release())
     }
 
     fn quit(&self) {
-        self.parts.machine.stop();
+        self.parts.guest.stop();
     }
 }

@@ -41,7 +41,7 @@ fn named(r: &Registers) -> [(&'static str, u64); 18] {
 impl Detector {
     pub(super) fn tasks_now(&self) -> Result<Answer> {
         let linux = &self.parts.linux;
-        let paused = self.parts.machine.pause()?;
+        let paused = self.parts.guest.pause()?;
         let memory = &paused.memory();
         let tasks = linux.tasks(memory).context("Cannot read the guest's list of tasks")?;
         let table = tasks::table(linux, memory, &tasks, paused.cpus())
@@ -51,7 +51,7 @@ impl Detector {
 
     pub(super) fn procrank_now(&self) -> Result<Answer> {
         let linux = &self.parts.linux;
-        let paused = self.parts.machine.pause()?;
+        let paused = self.parts.guest.pause()?;
         let memory = &paused.memory();
         let tasks = linux.tasks(memory).context("Cannot read the guest's list of tasks")?;
         let processes = linux.processes(memory, &tasks).context("Cannot read the guest's processes")?;
@@ -61,7 +61,7 @@ impl Detector {
 
     pub(super) fn backtrace_of(&self, pid: Option<i32>) -> Result<Answer> {
         let linux = &self.parts.linux;
-        let paused = self.parts.machine.pause()?;
+        let paused = self.parts.guest.pause()?;
         let memory = &paused.memory();
         let mut wanted = linux.tasks(memory).context("Cannot read the guest's list of tasks")?;
         match pid {
@@ -133,7 +133,7 @@ impl Detector {
     }
 
     pub(super) fn registers_now(&self) -> Result<Answer> {
-        let paused = self.parts.machine.pause()?;
+        let paused = self.parts.guest.pause()?;
         let (mut text, mut json) = (String::new(), Vec::new());
         for cpu in paused.cpus() {
             self.cpu_text(cpu, &mut text);

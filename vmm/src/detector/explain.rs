@@ -107,7 +107,7 @@ impl Detector {
     /// Pauses the machine and looks at what a scan would look at.
     fn look<T>(&self, look: impl FnOnce(&ScanInput<'_, FrozenRam<'_>>) -> Result<T>) -> Result<T> {
         let mut work = self.work();
-        let paused = self.parts.machine.pause()?;
+        let paused = self.parts.guest.pause()?;
         self.refresh_treatments(&mut work);
         self.frozen(&work, &paused, look)
     }

@@ -11,7 +11,7 @@ mod reporting;
 
 pub use canary::CANARY;
 
-use crate::machine::{FrozenRam, Machine, Paused};
+use crate::machine::{FrozenRam, Guest, Paused};
 use crate::tracer::{Recorder, breakpoint::Breakpoints};
 use anyhow::{Context, Result, bail};
 use guest_profiles::annotations::Rules;
@@ -60,8 +60,8 @@ pub struct ScanOptions {
 
 /// Everything the detector is made of.
 pub struct Parts {
-    /// The machine.
-    pub machine: Arc<Machine>,
+    /// The guest.
+    pub guest: Arc<Guest>,
     /// The guest's kernel.
     pub linux: Arc<Linux>,
     /// Keeper of the registry.
@@ -160,7 +160,7 @@ impl Detector {
     fn scan_now(&self) -> Result<usize> {
         let mut work = self.work();
         let begin = Instant::now();
-        let mut paused = self.parts.machine.pause()?;
+        let mut paused = self.parts.guest.pause()?;
         self.check_traps(&mut paused)?;
         let new = self.scan_paused(&mut work, &paused, begin);
         drop(paused);
@@ -263,16 +263,16 @@ impl Detector {
     ///
     /// Fails when there is no such moment.
     fn pause_when_quiet(&self) -> Result<Paused<'_>> {
-        let Parts { machine, linux, recorder, .. } = &self.parts;
+        let Parts { guest, linux, recorder, .. } = &self.parts;
         for _ in 0..QUIET_TRIES {
-            let paused = machine.pause()?;
+            let paused = guest.pause()?;
             if self.allocator.is_quiet(linux, &paused.memory(), recorder, paused.cpus())? {
                 return Ok(paused);
             }
-            if machine.outcome().is_some() {
+            if guest.outcome().is_some() {
                 bail!("The machine ended while the allocator was at work");
             }
-            if machine.held() {
+            if guest.held() {
                 bail!("The machine is held while the allocator is at work; resume it, and pause it again");
             }
             drop(paused);

@@ -83,14 +83,14 @@ impl Detector {
             release: image.release().to_owned(),
             version: image.banner.clone(),
             arch: std::env::consts::ARCH.to_owned(),
-            cpus: parts.machine.cpu_count() as u32,
+            cpus: parts.guest.cpu_count() as u32,
             mem_bytes: self.ram().ranges().iter().map(|r| r.len).sum(),
             kaslr_offset: parts.linux.placement.slide,
         }
     }
 
     pub(super) fn ram(&self) -> &GuestRam {
-        self.parts.machine.ram()
+        self.parts.guest.ram()
     }
 
     /// `name+0xOFF/0xSIZE [module]` of a code address, as it is now.

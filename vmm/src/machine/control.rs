@@ -32,6 +32,8 @@ pub enum Outcome {
     HostStop,
     /// KVM gave up: what it said.
     Error(String),
+    /// It was saved to a file, and this is what the file holds.
+    Saved,
 }
 
 impl fmt::Display for Outcome {
@@ -43,6 +45,7 @@ impl fmt::Display for Outcome {
             Self::TripleFault => write!(f, "The guest crashed with a triple fault"),
             Self::HostStop => write!(f, "The machine was stopped by the host"),
             Self::Error(why) => write!(f, "The machine failed: {why}"),
+            Self::Saved => write!(f, "The machine was saved"),
         }
     }
 }
@@ -150,6 +153,18 @@ impl Control {
         };
         let state =
             State { wish: Wish::Run, held: false, outcome: None, slots: (0..cpus).map(slot).collect() };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// For vCPUs that stand as they were saved and never run.
+    pub fn saved(cpus: Vec<CpuState>) -> Self {
+        let slot = |state| Slot {
+            phase: Phase::Stopped,
+            kicker: None,
+            snapshot: Snapshot { state: Ok(state), exits: Vec::new() },
+        };
+        let slots = cpus.into_iter().map(slot).collect();
+        let state = State { wish: Wish::Stop, held: false, outcome: Some(Outcome::Saved), slots };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 

@@ -5,10 +5,15 @@ use crate::meminfo;
 use anyhow::Context;
 use introspect::memory::{FrozenMemory, MemoryError, Pa, PhysicalMemory, RamRange};
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard, TryLockError};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
+};
 
 /// Guest RAM; clones share it. Reading never blocks and never tears an aligned 8-byte word.
 #[derive(Clone)]
@@ -16,14 +21,14 @@ pub struct GuestRam(Arc<Inner>);
 
 struct Inner {
     ranges: Vec<RamRange>,
-    regions: [Region; 2],
+    regions: Vec<Region>,
     /// Write-locked while a paused machine lends slices.
     frozen: RwLock<()>,
     /// Owns the mappings that `regions` points into.
-    _mappings: GuestMemoryMmap,
+    _mappings: GuestMemoryMmap<()>,
 }
 
-/// A range of RAM and where it is mapped. An absent one has length 0.
+/// A range of RAM and where it is mapped.
 #[derive(Clone, Copy)]
 struct Region {
     start: u64,
@@ -58,7 +63,7 @@ impl fmt::Display for WriteError {
 impl std::error::Error for WriteError {}
 
 impl GuestRam {
-    /// Maps RAM for `ranges`, at most two. Pages are taken from the host when first touched.
+    /// Maps RAM for `ranges`. Pages are taken from the host when first touched.
     ///
     /// # Errors
     /// [`HostError::Memory`] when the host has less than that available.
@@ -69,15 +74,51 @@ impl GuestRam {
         {
             return Err(HostError::Memory { wanted: bytes, available }.into());
         }
-        let layout: Vec<_> = ranges.iter().map(|r| (GuestAddress(r.start.0), r.len as usize)).collect();
-        let mappings = GuestMemoryMmap::<()>::from_ranges(&layout)
-            .with_context(|| format!("Cannot map {} MiB of guest memory", bytes >> 20))?;
-        let mut regions = [Region { start: 0, len: 0, host: std::ptr::null_mut() }; 2];
-        anyhow::ensure!(mappings.num_regions() <= regions.len(), "Guest memory has more than two ranges");
-        for (slot, region) in regions.iter_mut().zip(mappings.iter()) {
+        let layout: Vec<_> = ranges.iter().map(|r| (GuestAddress(r.start.0), r.len as usize, None)).collect();
+        Self::map(ranges, layout).with_context(|| format!("Cannot map {} MiB of guest memory", bytes >> 20))
+    }
+
+    /// RAM whose first contents are those of `file`, each range from its offset on. What is written stays in memory.
+    ///
+    /// # Errors
+    /// An offset is not on a page, or the file cannot be mapped.
+    pub fn of_file(file: &Arc<File>, ranges: &[(RamRange, u64)]) -> anyhow::Result<Self> {
+        let place = |&(range, offset): &(RamRange, u64)| {
+            let part = FileOffset::from_arc(Arc::clone(file), offset);
+            (GuestAddress(range.start.0), range.len as usize, Some(part))
+        };
+        let layout = ranges.iter().map(place).collect();
+        Self::map(ranges.iter().map(|&(range, _)| range).collect(), layout).context("Cannot map the file")
+    }
+
+    fn map(
+        ranges: Vec<RamRange>,
+        layout: Vec<(GuestAddress, usize, Option<FileOffset>)>,
+    ) -> anyhow::Result<Self> {
+        let mut mapped = Vec::with_capacity(layout.len());
+        for (start, len, file) in layout {
+            // A file is what memory held: writing must not change it.
+            let flags = match file {
+                Some(_) => libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+                None => libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+            };
+            let builder = MmapRegionBuilder::new(len)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(flags);
+            let region = match file {
+                Some(part) => builder.with_file_offset(part),
+                None => builder,
+            };
+            let region =
+                GuestRegionMmap::new(region.build()?, start).context("RAM at impossible addresses")?;
+            mapped.push(region);
+        }
+        let mappings = GuestMemoryMmap::from_regions(mapped)?;
+        let mut regions = Vec::with_capacity(ranges.len());
+        for region in mappings.iter() {
             let host =
                 region.get_host_address(MemoryRegionAddress(0)).context("Guest memory is not mapped")?;
-            *slot = Region { start: region.start_addr().0, len: region.len(), host };
+            regions.push(Region { start: region.start_addr().0, len: region.len(), host });
         }
         Ok(Self(Arc::new(Inner { ranges, regions, frozen: RwLock::new(()), _mappings: mappings })))
     }

@@ -10,6 +10,7 @@
 mod console_log;
 mod control;
 mod error;
+mod guest;
 mod memory;
 mod recent;
 mod vcpu;
@@ -21,6 +22,7 @@ pub use console_log::ConsoleLog;
 pub use control::Outcome;
 pub use error::HostError;
 pub(crate) use error::kvm_error;
+pub use guest::{Guest, Paused};
 pub use memory::{FrozenRam, GuestRam, WriteError};
 
 use crate::arch::{self, Platform};
@@ -29,13 +31,13 @@ use crate::devices::{SerialPort, SerialSink};
 use anyhow::{Context, bail, ensure};
 use console_log::Watched;
 use control::{Control, Snapshot, kick_signal};
-use introspect::arch::{CpuState, Registers};
+use introspect::arch::Registers;
 use introspect::image::KernelImage;
-use introspect::linux::Placement;
-use introspect::memory::{MemoryError, Pa, Va};
+use introspect::memory::Va;
 use kvm_ioctls::{Kvm, VmFd};
 use std::fmt::Write;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vcpu::Vcpu;
@@ -156,21 +158,14 @@ impl<'a> Config<'a> {
 
 /// A virtual machine. All methods may be called from any thread.
 pub struct Machine {
-    ram: GuestRam,
-    control: Arc<Control>,
+    guest: Arc<Guest>,
     platform: Arc<Platform>,
-    console: Arc<ConsoleLog>,
-    placement: Placement,
     cmdline: String,
-    /// Serialises pauses.
-    pausing: Mutex<()>,
     waiting: Mutex<Vec<Vcpu>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     _vm: VmFd,
 }
 
-/// Longest wait for a vCPU to stop. Under full emulation one KVM_RUN may take long; on hardware it is microseconds.
-const PAUSE_TIMEOUT: Duration = Duration::from_secs(20);
 /// A kernel that has panicked gets this long to finish its console output.
 const PANIC_GRACE: Duration = Duration::from_secs(10);
 /// Console lines in [`Machine::diagnosis`].
@@ -196,7 +191,7 @@ impl Machine {
                 userspace_addr: host,
                 flags: 0,
             };
-            // SAFETY: the mapping outlives the machine: `ram` is a field of it.
+            // SAFETY: the mapping outlives the machine, which keeps `ram`.
             unsafe { vm.set_user_memory_region(region) }
                 .map_err(kvm_error("Cannot give the guest its memory"))?;
         }
@@ -213,13 +208,9 @@ impl Machine {
         });
         let machine = Self {
             waiting: Mutex::new(vcpus.collect()),
-            ram,
-            control,
+            guest: Arc::new(Guest::new(ram, control, console, loaded.placement)),
             platform,
-            console,
-            placement: loaded.placement,
             cmdline: config.cmdline,
-            pausing: Mutex::new(()),
             threads: Mutex::default(),
             _vm: vm,
         };
@@ -227,19 +218,9 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Guest RAM.
-    pub fn ram(&self) -> &GuestRam {
-        &self.ram
-    }
-
-    /// Where the kernel was put.
-    pub fn placement(&self) -> Placement {
-        self.placement
-    }
-
-    /// Number of vCPUs.
-    pub fn cpu_count(&self) -> usize {
-        self.control.snapshots().len()
+    /// The guest, for who looks at it and does not run it.
+    pub fn guest(&self) -> &Arc<Guest> {
+        &self.guest
     }
 
     /// Serial port 0 (the console) or 1.
@@ -250,20 +231,15 @@ impl Machine {
     /// Sends the output of serial port 0 or 1 to `sink`.
     pub fn connect_serial(&self, port: usize, sink: Box<dyn SerialSink>) {
         let sink =
-            if port == 0 { Box::new(Watched::new(self.console.clone(), sink)) as Box<_> } else { sink };
+            if port == 0 { Box::new(Watched::new(self.guest.console.clone(), sink)) as Box<_> } else { sink };
         self.serial(port).connect(sink);
     }
 
     /// Prints a line among the guest's console output: to whoever sees that, and into the log of it. The guest does not
     /// know.
     pub fn announce(&self, line: &str) {
-        let gap = if self.console.is_within_line() { "\r\n" } else { "" };
+        let gap = if self.guest.console.is_within_line() { "\r\n" } else { "" };
         self.serial(0).show(format!("{gap}{line}\r\n").as_bytes());
-    }
-
-    /// What the guest printed on its console.
-    pub fn console_log(&self) -> &Arc<ConsoleLog> {
-        &self.console
     }
 
     /// Lets the guest run. With `traps`, exits of that instruction go to the handler; breakpoints are asked of KVM
@@ -283,69 +259,19 @@ impl Machine {
         }
         for vcpu in vcpus {
             let index = vcpu.index;
-            self.control.starting(index);
+            self.guest.control.starting(index);
             let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || vcpu.run());
             match thread {
                 Ok(thread) => lock(&self.threads).push(thread),
                 Err(error) => {
                     let why = format!("Cannot start the thread of vCPU {index}: {error}");
-                    self.control.never_started(index);
-                    self.control.finish(Outcome::Error(why.clone()));
+                    self.guest.control.never_started(index);
+                    self.guest.control.finish(Outcome::Error(why.clone()));
                     bail!(why);
                 }
             }
         }
         Ok(())
-    }
-
-    /// Stops every vCPU between two instructions, no access to a device pending, until the value is dropped. Pauses of
-    /// several threads take turns; a second one on the same thread would wait for ever. A machine that has ended, or
-    /// was not started, counts as paused.
-    ///
-    /// # Errors
-    /// A vCPU does not stop, or its registers cannot be read: names it.
-    pub fn pause(&self) -> anyhow::Result<Paused<'_>> {
-        let turn = lock(&self.pausing);
-        let snapshots = self.control.pause(PAUSE_TIMEOUT).map_err(anyhow::Error::msg)?;
-        let resume = ResumeOnDrop(&self.control);
-        let states = snapshots.into_iter().enumerate().map(|(cpu, snapshot)| {
-            snapshot.state.map_err(|why| anyhow::anyhow!("Cannot read the registers of vCPU {cpu}: {why}"))
-        });
-        let cpus = states.collect::<anyhow::Result<Vec<_>>>()?;
-        Ok(Paused { ram: &self.ram, cpus, frozen: self.ram.freeze(), _resume: resume, _turn: turn })
-    }
-
-    /// Pauses the machine until [`Machine::release`]; pauses meanwhile neither wait nor end it. False when it was held
-    /// already.
-    ///
-    /// # Errors
-    /// As [`Machine::pause`].
-    pub fn hold(&self) -> anyhow::Result<bool> {
-        let _paused = self.pause()?;
-        Ok(!self.control.hold(true))
-    }
-
-    /// Ends a [`Machine::hold`]; false when there was none.
-    pub fn release(&self) -> bool {
-        let _turn = lock(&self.pausing);
-        let held = self.control.hold(false);
-        self.control.resume();
-        held
-    }
-
-    /// True while the machine is held.
-    pub fn held(&self) -> bool {
-        self.control.held()
-    }
-
-    /// Ends the machine from outside, at once.
-    pub fn stop(&self) {
-        self.control.finish(Outcome::HostStop);
-    }
-
-    /// How the machine ended, if it did.
-    pub fn outcome(&self) -> Option<Outcome> {
-        self.control.outcome().map(|outcome| self.with_panic(outcome))
     }
 
     /// Waits until the machine has ended; None when `timeout` passes first (None waits for ever).
@@ -354,13 +280,13 @@ impl Machine {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
             let left = deadline.map_or(POLL, |d| d.saturating_duration_since(Instant::now()).min(POLL));
-            if let Some(outcome) = self.control.wait(left) {
-                return Some(self.with_panic(outcome));
+            if let Some(outcome) = self.guest.control.wait(left) {
+                return Some(self.guest.with_panic(outcome));
             }
-            if let Some((line, since)) = self.console.panicked()
+            if let Some((line, since)) = self.guest.console.panicked()
                 && since.elapsed() > PANIC_GRACE
             {
-                self.control.finish(Outcome::Panic(line));
+                self.guest.control.finish(Outcome::Panic(line));
             }
             if deadline.is_some_and(|d| Instant::now() >= d) {
                 return None;
@@ -380,28 +306,27 @@ impl Machine {
             line(format_args!("{outcome}"));
         }
         line(format_args!("command line: {}", self.cmdline));
-        for (cpu, snapshot) in self.control.snapshots().into_iter().enumerate() {
+        for (cpu, snapshot) in self.guest.control.snapshots().into_iter().enumerate() {
             line(format_args!("vCPU {cpu}: {}", place(&snapshot, symbolise)));
             if !snapshot.exits.is_empty() {
                 line(format_args!("  last exits: {}", snapshot.exits.join(", ")));
             }
         }
-        let tail = self.console.tail(DIAGNOSIS_LINES);
+        let tail = self.guest.console.tail(DIAGNOSIS_LINES);
         line(format_args!("console, last {} lines:", tail.len()));
         for entry in tail {
             line(format_args!("  {entry}"));
         }
         text
     }
+}
 
-    /// A kernel told to restart after a panic resets, or crashes on the way: the panic is what happened.
-    fn with_panic(&self, outcome: Outcome) -> Outcome {
-        match (outcome, self.console.panicked()) {
-            (Outcome::Reset | Outcome::PowerOff | Outcome::TripleFault, Some((line, _))) => {
-                Outcome::Panic(line)
-            }
-            (outcome, _) => outcome,
-        }
+/// A machine is a guest that runs.
+impl Deref for Machine {
+    type Target = Guest;
+
+    fn deref(&self) -> &Guest {
+        &self.guest
     }
 }
 
@@ -430,44 +355,6 @@ fn place(snapshot: &Snapshot, symbolise: &dyn Fn(Va) -> Option<String>) -> Strin
             let symbol = symbol.map(|s| format!(" {s}")).unwrap_or_default();
             format!("ip {ip}{symbol}, sp {}, {mode} mode, page tables {}", state.registers.sp(), state.root)
         }
-    }
-}
-
-/// A machine that stands still: the proof that its memory and registers may be looked at together.
-pub struct Paused<'a> {
-    ram: &'a GuestRam,
-    cpus: Vec<CpuState>,
-    // Dropped in this order: writers may go on, then the vCPUs, then the next pause.
-    frozen: RwLockWriteGuard<'a, ()>,
-    _resume: ResumeOnDrop<'a>,
-    _turn: MutexGuard<'a, ()>,
-}
-
-impl Paused<'_> {
-    /// Every vCPU, by index.
-    pub fn cpus(&self) -> &[CpuState] {
-        &self.cpus
-    }
-
-    /// Guest memory, at rest.
-    pub fn memory(&self) -> FrozenRam<'_> {
-        FrozenRam::new(self.ram, &self.frozen)
-    }
-
-    /// Changes guest memory while it is at rest.
-    ///
-    /// # Errors
-    /// No RAM there.
-    pub fn write(&mut self, pa: Pa, bytes: &[u8]) -> Result<(), MemoryError> {
-        self.ram.store(pa, bytes)
-    }
-}
-
-struct ResumeOnDrop<'a>(&'a Control);
-
-impl Drop for ResumeOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.resume();
     }
 }
 

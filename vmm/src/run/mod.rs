@@ -97,7 +97,7 @@ fn track(
         lab: lab::inside(),
     };
     let parts = Parts {
-        machine: Arc::clone(machine),
+        guest: Arc::clone(machine.guest()),
         linux: Arc::clone(linux),
         recorder,
         traps: Arc::clone(&traps),

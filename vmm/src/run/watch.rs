@@ -203,7 +203,7 @@ impl Ended<'_> {
 fn failure_of(outcome: Option<&Outcome>, timeout_s: Option<u64>) -> Option<String> {
     match outcome {
         None => Some(format!("The guest did not end within {} s", timeout_s.unwrap_or(0))),
-        Some(Outcome::PowerOff | Outcome::Reset | Outcome::HostStop) => None,
+        Some(Outcome::PowerOff | Outcome::Reset | Outcome::HostStop | Outcome::Saved) => None,
         Some(bad) => Some(bad.to_string()),
     }
 }

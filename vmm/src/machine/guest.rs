@@ -1,0 +1,158 @@
+//! A guest as the detector sees it: memory and vCPUs that stand still when they are looked at. Whether threads run them
+//! or they were saved long ago makes no difference.
+
+use super::console_log::ConsoleLog;
+use super::control::{Control, Outcome};
+use super::lock;
+use super::memory::{FrozenRam, GuestRam};
+use introspect::arch::CpuState;
+use introspect::linux::Placement;
+use introspect::memory::{MemoryError, Pa};
+use std::sync::{Arc, Mutex, MutexGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+/// Longest wait for a vCPU to stop. Under full emulation one KVM_RUN may take long; on hardware it is microseconds.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(20);
+/// See the module.
+pub struct Guest {
+    ram: GuestRam,
+    pub(super) control: Arc<Control>,
+    pub(super) console: Arc<ConsoleLog>,
+    placement: Placement,
+    /// Serialises pauses.
+    pausing: Mutex<()>,
+}
+
+impl Guest {
+    pub(super) fn new(
+        ram: GuestRam,
+        control: Arc<Control>,
+        console: Arc<ConsoleLog>,
+        placement: Placement,
+    ) -> Self {
+        Self { ram, control, console, placement, pausing: Mutex::new(()) }
+    }
+
+    /// One that was saved: it has ended, and stands as it stood.
+    pub fn saved(ram: GuestRam, cpus: Vec<CpuState>, placement: Placement) -> Self {
+        Self::new(ram, Arc::new(Control::saved(cpus)), Arc::default(), placement)
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Where the kernel was put.
+    pub fn placement(&self) -> Placement {
+        self.placement
+    }
+
+    /// Number of vCPUs.
+    pub fn cpu_count(&self) -> usize {
+        self.control.snapshots().len()
+    }
+
+    /// What the guest printed on its console.
+    pub fn console_log(&self) -> &Arc<ConsoleLog> {
+        &self.console
+    }
+
+    /// Stops every vCPU between two instructions, no access to a device pending, until the value is dropped. Pauses of
+    /// several threads take turns; a second one on the same thread would wait for ever. A machine that has ended, or
+    /// was not started, counts as paused.
+    ///
+    /// # Errors
+    /// A vCPU does not stop, or its registers cannot be read: names it.
+    pub fn pause(&self) -> anyhow::Result<Paused<'_>> {
+        let turn = lock(&self.pausing);
+        let snapshots = self.control.pause(PAUSE_TIMEOUT).map_err(anyhow::Error::msg)?;
+        let resume = ResumeOnDrop(&self.control);
+        let states = snapshots.into_iter().enumerate().map(|(cpu, snapshot)| {
+            snapshot.state.map_err(|why| anyhow::anyhow!("Cannot read the registers of vCPU {cpu}: {why}"))
+        });
+        let cpus = states.collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Paused { ram: &self.ram, cpus, frozen: self.ram.freeze(), _resume: resume, _turn: turn })
+    }
+
+    /// Pauses the machine until [`Machine::release`]; pauses meanwhile neither wait nor end it. False when it was held
+    /// already.
+    ///
+    /// # Errors
+    /// As [`Machine::pause`].
+    pub fn hold(&self) -> anyhow::Result<bool> {
+        let _paused = self.pause()?;
+        Ok(!self.control.hold(true))
+    }
+
+    /// Ends a [`Machine::hold`]; false when there was none.
+    pub fn release(&self) -> bool {
+        let _turn = lock(&self.pausing);
+        let held = self.control.hold(false);
+        self.control.resume();
+        held
+    }
+
+    /// True while the machine is held.
+    pub fn held(&self) -> bool {
+        self.control.held()
+    }
+
+    /// Ends the machine from outside, at once.
+    pub fn stop(&self) {
+        self.control.finish(Outcome::HostStop);
+    }
+
+    /// How the machine ended, if it did.
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.control.outcome().map(|outcome| self.with_panic(outcome))
+    }
+
+    /// A kernel told to restart after a panic resets, or crashes on the way: the panic is what happened.
+    pub(super) fn with_panic(&self, outcome: Outcome) -> Outcome {
+        match (outcome, self.console.panicked()) {
+            (Outcome::Reset | Outcome::PowerOff | Outcome::TripleFault, Some((line, _))) => {
+                Outcome::Panic(line)
+            }
+            (outcome, _) => outcome,
+        }
+    }
+}
+
+/// A guest that stands still: the proof that its memory and registers may be looked at together.
+pub struct Paused<'a> {
+    ram: &'a GuestRam,
+    cpus: Vec<CpuState>,
+    // Dropped in this order: writers may go on, then the vCPUs, then the next pause.
+    frozen: RwLockWriteGuard<'a, ()>,
+    _resume: ResumeOnDrop<'a>,
+    _turn: MutexGuard<'a, ()>,
+}
+
+impl Paused<'_> {
+    /// Every vCPU, by index.
+    pub fn cpus(&self) -> &[CpuState] {
+        &self.cpus
+    }
+
+    /// Guest memory, at rest.
+    pub fn memory(&self) -> FrozenRam<'_> {
+        FrozenRam::new(self.ram, &self.frozen)
+    }
+
+    /// Changes guest memory while it is at rest.
+    ///
+    /// # Errors
+    /// No RAM there.
+    pub fn write(&mut self, pa: Pa, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.ram.store(pa, bytes)
+    }
+}
+
+struct ResumeOnDrop<'a>(&'a Control);
+
+impl Drop for ResumeOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.resume();
+    }
+}
