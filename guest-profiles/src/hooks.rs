@@ -1,7 +1,7 @@
 //! Allocator hooks: which functions see every allocation and every free exactly once.
 
 use anyhow::{Context, Result, bail};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// What a hook means to the tracer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
@@ -46,7 +46,7 @@ pub enum Role {
 }
 
 /// What can be tracked; `run --track` takes these words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tracked {
     /// Slab objects, and kmalloc beyond the largest cache.

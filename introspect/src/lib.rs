@@ -22,3 +22,4 @@ pub mod scan;
 pub mod symbols;
 pub mod types;
 pub mod unwind;
+pub mod vmcore;

@@ -3,13 +3,14 @@
 //! [`PhysicalMemory`] copies out of memory that the guest may be writing at the same time;
 //! [`FrozenMemory`] lends slices, which only a paused machine or a snapshot can do soundly.
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::{Add, Sub};
 
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
         pub struct $name(pub u64);
 
         impl fmt::Debug for $name {

@@ -19,6 +19,7 @@ use super::{Cell, Column, Role, Table};
 use crate::memory::Va;
 use crate::registry::{Kind, Registry, StackId};
 use rustc_hash::{FxHashMap, FxHashSet};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// Counts kept; when they are full every second is dropped, so that they reach back to the beginning.
@@ -32,13 +33,14 @@ const MAX_FREERS: usize = 4;
 const SECONDS_PER_HOUR: f64 = 3600.0;
 
 /// Whose objects are counted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 enum Counted {
     Backtrace(StackId),
     Cache(Kind, Va),
 }
 
 /// The live objects at one moment.
+#[derive(Clone, Serialize, Deserialize)]
 struct Sample {
     jiffies: u64,
     /// Objects and bytes.
@@ -46,7 +48,7 @@ struct Sample {
 }
 
 /// Live objects over time.
-#[derive(Default)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 pub struct History {
     samples: Vec<Sample>,
 }
@@ -71,6 +73,11 @@ impl History {
             });
         }
         self.samples.push(Sample { jiffies, live });
+    }
+
+    /// Drops what no history has: of one from a file, whoever wrote that.
+    pub fn bound(&mut self) {
+        self.samples.truncate(MAX_SAMPLES);
     }
 
     /// Forgets everything.
@@ -175,7 +182,8 @@ impl Series {
             *bytes += count[1] as f64;
         }
         for (function, times) in freed {
-            *self.freed.entry(function).or_default() += times;
+            let sum = self.freed.entry(function).or_default();
+            *sum = sum.saturating_add(times);
         }
     }
 
@@ -301,7 +309,7 @@ pub fn json(growing: &[Growing]) -> Value {
 }
 
 /// Who frees objects, by the backtrace that allocated them: callers of the functions that free.
-#[derive(Default)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 pub struct FreedBy {
     callers: FxHashMap<StackId, Vec<(Va, u64)>>,
 }

@@ -84,8 +84,8 @@ pub struct KernelImage {
     pub entry: Pa,
     /// KASLR relocations, when the image has them.
     pub relocations: Option<Relocations>,
-    /// The first 4 KiB of a bzImage (boot sector and setup header), for boot_params; empty for an ELF.
-    pub setup: Vec<u8>,
+    /// The file, where it is packed; an ELF is [`KernelImage::elf`]. See [`KernelImage::file`].
+    pub packed: Vec<u8>,
     /// `Linux version ...` banner.
     pub banner: String,
 }
@@ -106,28 +106,27 @@ impl KernelImage {
     /// # Errors
     /// As [`KernelImage::open`].
     pub fn parse(bytes: &[u8]) -> anyhow::Result<Self> {
-        if elf::is_elf(bytes) { Self::from_vec(bytes.to_vec()) } else { Self::from_packed(bytes) }
+        Self::from_vec(bytes.to_vec())
     }
 
     fn from_vec(bytes: Vec<u8>) -> anyhow::Result<Self> {
         if !elf::is_elf(&bytes) {
-            return Self::from_packed(&bytes);
+            return Self::from_packed(bytes);
         }
         let parsed = elf::Elf::parse(&bytes)?;
         Self::assemble(Format::Elf, bytes, parsed, None, Vec::new())
     }
 
-    fn from_packed(bytes: &[u8]) -> anyhow::Result<Self> {
-        if !bzimage::is_boot_executable(bytes) {
-            bail!(identify::describe(bytes));
+    fn from_packed(bytes: Vec<u8>) -> anyhow::Result<Self> {
+        if !bzimage::is_boot_executable(&bytes) {
+            bail!(identify::describe(&bytes));
         }
-        let payload = bzimage::payload(bytes)?;
+        let payload = bzimage::payload(&bytes)?;
         let (compression, mut elf) = unpack::unpack(payload).context("The bzImage's payload is damaged")?;
         let parsed = elf::Elf::parse(&elf).context("The bzImage's payload holds no usable kernel")?;
         let relocations = Relocations::parse(&elf[parsed.file_end..], &parsed.segments);
         elf.truncate(parsed.file_end);
-        let setup = bytes[..bytes.len().min(SETUP_BYTES)].to_vec();
-        Self::assemble(Format::BzImage(compression), elf, parsed, relocations, setup)
+        Self::assemble(Format::BzImage(compression), elf, parsed, relocations, bytes)
     }
 
     fn assemble(
@@ -135,15 +134,25 @@ impl KernelImage {
         elf: Vec<u8>,
         parsed: elf::Elf,
         relocations: Option<Relocations>,
-        setup: Vec<u8>,
+        packed: Vec<u8>,
     ) -> anyhow::Result<Self> {
         let elf::Elf { segments, sections, entry, .. } = parsed;
         let mut image =
-            Self { format, elf, segments, sections, entry, relocations, setup, banner: String::new() };
+            Self { format, elf, segments, sections, entry, relocations, packed, banner: String::new() };
         image.banner = image
             .find_banner()
             .context("The ELF is no Linux kernel: it has no `Linux version` banner in its loaded segments")?;
         Ok(image)
+    }
+
+    /// The bytes of the file it came from; what follows the sections of an ELF is gone.
+    pub fn file(&self) -> &[u8] {
+        if self.packed.is_empty() { &self.elf } else { &self.packed }
+    }
+
+    /// The first 4 KiB of a bzImage (boot sector and setup header), for boot_params; empty for an ELF.
+    pub fn setup(&self) -> &[u8] {
+        &self.packed[..self.packed.len().min(SETUP_BYTES)]
     }
 
     /// The image's bytes at link address `va`; None outside file-backed segments.

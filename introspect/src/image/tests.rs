@@ -35,13 +35,13 @@ fn error(bytes: &[u8]) -> String {
 fn every_compression_unpacks_to_the_same_kernel() {
     let plain = KernelImage::parse(&synthetic::vmlinux(&blocks())).unwrap();
     assert_eq!(plain.format, Format::Elf);
-    assert_eq!((plain.setup.len(), &plain.relocations), (0, &None));
+    assert_eq!((plain.setup().len(), &plain.relocations), (0, &None));
     for name in COMPRESSIONS {
         let file = bzimage(name);
         let image = KernelImage::parse(&file).unwrap_or_else(|e| panic!("{name}: {e:#}"));
         assert_eq!(image.format, Format::BzImage(name));
         assert_eq!(image.elf, plain.elf, "{name}");
-        assert_eq!(image.setup, file[..4096]);
+        assert_eq!(image.setup(), &file[..4096]);
         let relocations = image.relocations.expect("relocations");
         assert_eq!(relocations.abs64, [Va(BASE + 0x10)]);
         assert_eq!(relocations.inverse32, [Va(BASE + 0x20)]);

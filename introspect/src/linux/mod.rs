@@ -20,7 +20,7 @@ mod page_tables;
 pub mod pages;
 pub mod percpu;
 pub mod processes;
-mod read;
+pub(crate) mod read;
 mod roots;
 pub mod slab;
 mod slab_map;
@@ -45,13 +45,14 @@ use crate::kernel::Kernel;
 use crate::memory::{MemoryError, Pa, PhysicalMemory, Va};
 use anyhow::Context;
 use lookup::Lookup;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// Most CPUs of any configuration (`NR_CPUS` with MAXSMP).
 const MAX_CPUS: u64 = 8192;
 
 /// Where this boot put the kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
     /// Run-time address minus link address of kernel text (KASLR).
     pub slide: u64,

@@ -1,12 +1,15 @@
 //! Every module the guest ever loaded, so that a backtrace keeps its names after `rmmod` and after another
 //! module took the same addresses.
 
-use super::modules::Module;
-use crate::memory::Va;
+use super::Linux;
+use super::modules::{MAX_REGION, Module};
+use crate::memory::{PhysicalMemory, Va};
 use crate::symbols::Resolved;
 use crate::unwind::OrcTable;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
+#[derive(Serialize, Deserialize)]
 struct Loaded {
     module: Module,
     /// Event order number at load.
@@ -16,7 +19,7 @@ struct Loaded {
 }
 
 /// Modules by address and time. Times are the registry's event order numbers.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 pub struct ModuleMap {
     loaded: Vec<Loaded>,
 }
@@ -33,6 +36,19 @@ impl ModuleMap {
     pub fn unload(&mut self, va: Va, now: u64) {
         for entry in self.loaded.iter_mut().filter(|e| e.module.va == va && e.until.is_none()) {
             entry.until = Some(now);
+        }
+    }
+
+    /// Makes a map that comes from a file whole again: stack tables are read from `memory`, and what no module has goes.
+    pub fn restore(&mut self, linux: &Linux, memory: &impl PhysicalMemory) {
+        for Loaded { module, until, .. } in &mut self.loaded {
+            module
+                .regions
+                .retain(|r| r.range.start <= r.range.end && r.range.end - r.range.start <= MAX_REGION);
+            module.symbols.sort_by_key(|s| s.va);
+            if until.is_none() {
+                module.orc = linux.module_orc(memory, module.va).unwrap_or_default();
+            }
         }
     }
 

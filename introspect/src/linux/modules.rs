@@ -7,6 +7,7 @@ use super::read::{Walk, le16, le32, le64};
 use crate::memory::{MemoryError, PhysicalMemory, Va};
 use crate::symbols::Symbol;
 use crate::unwind::OrcTable;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// More modules than any kernel loads; a list beyond it is damage.
@@ -18,7 +19,7 @@ const MAX_ORC: u64 = 4 << 20;
 /// Longest symbol name, bytes (`KSYM_NAME_LEN`).
 const MAX_SYMBOL_NAME: usize = 512;
 /// Largest part of a module, bytes: the whole module space.
-const MAX_REGION: u64 = 2 << 30;
+pub(super) const MAX_REGION: u64 = 2 << 30;
 /// Size of an `Elf64_Sym`, bytes (System V ABI).
 const SYMBOL_SIZE: u64 = 24;
 /// Section indices from here on are no sections (`SHN_LORESERVE`); 0 is `SHN_UNDEF`.
@@ -28,6 +29,7 @@ const ORC_ENTRY_SIZE: u64 = 6;
 const ORC_IP_SIZE: u64 = 4;
 
 /// What a module was at load time.
+#[derive(Serialize, Deserialize)]
 pub struct Module {
     /// `struct module`.
     pub va: Va,
@@ -37,12 +39,13 @@ pub struct Module {
     pub regions: Vec<Region>,
     /// Its symbols, ascending by address.
     pub symbols: Vec<Symbol>,
-    /// Its stack tables.
+    /// Its stack tables; not saved, as they are in the guest's memory.
+    #[serde(skip)]
     pub orc: Option<OrcTable>,
 }
 
 /// One part of a module's memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Region {
     /// Run-time addresses.
     pub range: Range<u64>,
@@ -250,7 +253,11 @@ impl Linux {
         Ok(symbols)
     }
 
-    fn module_orc(&self, memory: &impl PhysicalMemory, va: Va) -> Result<Option<OrcTable>, MemoryError> {
+    pub(super) fn module_orc(
+        &self,
+        memory: &impl PhysicalMemory,
+        va: Va,
+    ) -> Result<Option<OrcTable>, MemoryError> {
         let (Some(layout), Some(own)) = (&self.modules.orc, &self.kernel.orc) else { return Ok(None) };
         let count = u64::from(self.read_u32(memory, va + layout.count)?);
         if count == 0 || count > MAX_ORC {

@@ -219,19 +219,19 @@ pub(super) fn physical_end(memory: &impl PhysicalMemory) -> u64 {
 
 /// Little-endian word at `offset` of `bytes`; 0 where it does not fit, which callers rule out by checking the
 /// structure's size when they look its offsets up.
-pub(super) fn le64(bytes: &[u8], offset: u64) -> u64 {
+pub(crate) fn le64(bytes: &[u8], offset: u64) -> u64 {
     let at = offset as usize;
     bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
 }
 
 /// 32-bit [`le64`].
-pub(super) fn le32(bytes: &[u8], offset: u64) -> u32 {
+pub(crate) fn le32(bytes: &[u8], offset: u64) -> u32 {
     let at = offset as usize;
     bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
 }
 
 /// 16-bit [`le64`].
-pub(super) fn le16(bytes: &[u8], offset: u64) -> u16 {
+pub(crate) fn le16(bytes: &[u8], offset: u64) -> u16 {
     let at = offset as usize;
     bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map_or(0, u16::from_le_bytes)
 }

@@ -2,9 +2,10 @@
 
 use crate::memory::Va;
 use hashbrown::HashTable;
+use serde::{Deserialize, Serialize};
 
 /// A stored backtrace; 0 is the empty one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct StackId(pub u32);
 
 /// Deduplicating store of backtraces. Nothing is ever removed: a kernel allocates from some ten thousand

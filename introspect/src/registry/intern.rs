@@ -26,6 +26,11 @@ impl<T: Copy + Eq + Hash + Default, const BITS: u32> Interner<T, BITS> {
         self.last.1
     }
 
+    /// All, by id.
+    pub(super) fn values(&self) -> &[T] {
+        &self.values
+    }
+
     pub(super) fn get(&self, id: u32) -> T {
         self.values.get(id as usize).copied().unwrap_or_default()
     }

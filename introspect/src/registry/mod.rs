@@ -12,26 +12,28 @@ mod blocks;
 mod depot;
 mod intern;
 mod record;
+mod saved;
 mod table;
 #[cfg(test)]
 mod tests;
 
 pub use audit::{Audit, Mismatch, Truth};
 pub use depot::{StackDepot, StackId};
+pub use saved::SavedRegistry;
 
 use crate::memory::Va;
 use blocks::Blocks;
 use intern::Interner;
 use record::{CACHE_BITS, COMM_BITS, New, OVERSIZE, Record};
 use rustc_hash::FxHashMap;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use table::Table;
 
 /// Number of frames kept of a backtrace (kmemleak's MAX_TRACE).
 pub const MAX_FRAMES: usize = 16;
 
 /// What kind of memory an object is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs, reason = "the names are the report's")]
 pub enum Kind {
@@ -107,7 +109,7 @@ pub struct AllocEvent<'a> {
 }
 
 /// How an object is treated by scans.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Paint {
     /// Reported when unreferenced.
     Normal,
@@ -118,7 +120,7 @@ pub enum Paint {
 }
 
 /// A live object.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Object {
     /// Start.
     pub address: Va,
@@ -147,7 +149,7 @@ pub struct Object {
 }
 
 /// Counters since boot; `dropped` stays 0 or is said loudly.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
     /// Allocations recorded.
     pub allocs: u64,

@@ -14,11 +14,12 @@ use anyhow::bail;
 use hashbrown::HashTable;
 pub use ksymtab::Export;
 use rustc_hash::FxBuildHasher;
+use serde::{Deserialize, Serialize};
 use std::hash::BuildHasher;
 use std::ops::Range;
 
 /// One symbol, owning its name: what modules bring, and what a table's [`SymbolRef`] turns into.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Symbol {
     /// Link address; a per-CPU symbol's is its offset in the per-CPU area.
     pub va: Va,

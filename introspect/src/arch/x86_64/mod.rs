@@ -2,6 +2,7 @@
 
 pub mod layout;
 mod paging;
+pub mod prstatus;
 mod registers;
 mod vectors;
 

@@ -1,9 +1,10 @@
 //! The registers of one vCPU.
 
 use crate::memory::{Pa, Va};
+use serde::{Deserialize, Serialize};
 
 /// General registers of x86-64, as KVM and `struct pt_regs` name them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names are the architecture's")]
 pub struct Registers {
     pub rax: u64,
@@ -47,7 +48,7 @@ impl Registers {
 }
 
 /// Everything a scan wants to know of one paused vCPU.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuState {
     /// vCPU index; Linux numbers its CPUs in the same order (MADT order, boot CPU first).
     pub index: usize,

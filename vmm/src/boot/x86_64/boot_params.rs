@@ -55,7 +55,7 @@ pub(super) struct Header {
 impl Header {
     /// The header of a bzImage, or for a vmlinux the one that any bzImage of today has.
     pub fn of(image: &KernelImage) -> Self {
-        Self::parse(&image.setup).unwrap_or_else(|| {
+        Self::parse(image.setup()).unwrap_or_else(|| {
             let mut bytes = vec![0; HEADER_LIMIT - SETUP_HEADER];
             let mut put = |at: usize, value: &[u8]| {
                 bytes[at - SETUP_HEADER..at - SETUP_HEADER + value.len()].copy_from_slice(value);

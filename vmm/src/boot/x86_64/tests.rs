@@ -20,7 +20,7 @@ fn image() -> KernelImage {
         sections: Vec::new(),
         entry: Pa(16 * MIB),
         relocations: None,
-        setup: Vec::new(),
+        packed: Vec::new(),
         banner: String::new(),
     }
 }
