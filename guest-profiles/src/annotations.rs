@@ -112,6 +112,18 @@ pub fn builtin() -> Rules {
     rules
 }
 
+/// The built-in rules and those of a rule file.
+///
+/// # Errors
+/// As [`parse`].
+pub fn builtin_and(text: Option<&str>) -> Result<Rules> {
+    let mut rules = builtin();
+    if let Some(text) = text {
+        rules.extend(parse(text)?);
+    }
+    Ok(rules)
+}
+
 /// Reads a rule file.
 ///
 /// # Errors

@@ -60,6 +60,11 @@ pub const ALL: &[HostPackage] = &[
         "a job array of one node",
         Purpose::LongTests,
     ),
+    package("crash", &["crash"], "opening a saved machine", Purpose::LongTests),
+    HostPackage {
+        files: &["/usr/lib/python3/dist-packages/drgn/__init__.py"],
+        ..package("python3-drgn", &[], "opening a saved machine", Purpose::LongTests)
+    },
     package("chromium", &["chromium"], "looking at the page of results", Purpose::LongTests),
     package("bc", &["bc"], "building a kernel", Purpose::Oracle),
     package("bison", &["bison"], "building a kernel", Purpose::Oracle),

@@ -51,6 +51,17 @@ impl KernelPackage {
         ensure!(kernel.vmlinuz.is_file(), "The package {package} has no {}", kernel.vmlinuz.display());
         Ok(kernel)
     }
+
+    /// Its vmlinux with debug information, which crash and drgn want: 300 MB to fetch, 1.8 GB unpacked.
+    ///
+    /// # Errors
+    /// The mirror has it no longer, or cannot be reached.
+    pub fn debug_vmlinux(&self, cache: &Cache) -> Result<PathBuf> {
+        let wrong = || format!("Cannot get the debug information of {}", self.release);
+        let root =
+            cache.packages().fetch(&format!("linux-image-{}-dbg", self.release)).with_context(wrong)?;
+        Ok(root.join(format!("usr/lib/debug/boot/vmlinux-{}", self.release)))
+    }
 }
 
 /// Version and flavour when `name` is a line and no exact release: `6.1-cloud` is `6.1` and `-cloud`.

@@ -32,6 +32,7 @@ mod tests;
 pub mod totals;
 pub mod vmalloc;
 pub mod vmalloc_info;
+mod vmcoreinfo;
 pub mod zones;
 
 pub use module_map::ModuleMap;

@@ -48,6 +48,8 @@ fn line(usage: &str, object: &str) -> Result<Option<Line>> {
         "stack=" => "stack=on".to_owned(),
         "dump=" | "path=" | "not_leak=" | "ignore=" | "no_scan=" => format!("{name}{object}"),
         "alloc_calls=" | "refs=" => format!("{name}dentry"),
+        // On the machine that runs the lab: in a folder of the guest's own.
+        "snapshot=" | "core=" => format!("{name}{saved}"),
         "top" => "top caches".to_owned(),
         "kmem" => "kmem -s dentry".to_owned(),
         "bt" => "bt 1".to_owned(),

@@ -2,10 +2,11 @@
 //! memory.
 
 use super::failure::Failure;
-use super::options::RunOptions;
+use super::options::{Reports, RunOptions};
 use super::values::format_size;
 use crate::machine::MEMORY_LIMITS;
 use crate::meminfo;
+use crate::saved;
 use anyhow::Context;
 use images::initramfs;
 use std::fs::File;
@@ -36,14 +37,27 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
     if let Some(dir) = &options.module_dir {
         directory(dir, "module directory", "check --module-dir")?;
     }
-    for report in options.reports.0.iter().filter(|report| report.path != Path::new("-")) {
-        output_file(&report.path)?;
+    reports(&options.reports)?;
+    if let Some(snapshot) = &options.snapshot_on_leak {
+        saved::check_place(snapshot).with_context(|| {
+            Failure::usage(format!("Cannot save to {}", snapshot.display())).hint("check --snapshot-on-leak")
+        })?;
+        output_file(snapshot)?;
     }
     if let Some(dir) = &options.report_dir {
         let failure = || Failure::usage(format!("Cannot create report directory {}", dir.display()));
         std::fs::create_dir_all(dir).with_context(|| failure().hint("check --report-dir"))?;
     }
     check_memory(options.mem_bytes, host_memory_bytes())
+}
+
+/// Whether the reports can be written.
+///
+/// # Errors
+/// Names the one that cannot.
+pub(super) fn reports(reports: &Reports) -> anyhow::Result<()> {
+    let files = reports.0.iter().map(|report| report.path.as_path());
+    files.filter(|path| *path != Path::new("-")).try_for_each(output_file)
 }
 
 fn check_kernel(options: &RunOptions) -> anyhow::Result<()> {

@@ -4,6 +4,7 @@
 //! not clear which machine is meant; 4 when no machine answers.
 
 use super::{CtlOptions, ExitCode, Failure, print};
+use crate::console::Reply;
 use crate::console::client::Client;
 use crate::console::command::{Command, Request, help};
 use crate::console::socket::{live_sockets, runtime_dir};
@@ -15,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// # Errors
 /// See the module; the codes travel as [`Failure`]s.
 pub fn ctl(options: &CtlOptions) -> anyhow::Result<ExitCode> {
-    let line = options.command.join(" ");
+    let mut line = options.command.join(" ");
     let hint = "kleak-vmm ctl help lists the commands";
     let Request { command, json } = Request::parse(&line);
     match command {
@@ -25,12 +26,26 @@ pub fn ctl(options: &CtlOptions) -> anyhow::Result<ExitCode> {
             print(&help(entry))?;
             return Ok(ExitCode::Success);
         }
+        // The machine may have another working directory.
+        Ok(Command::Save(how, path)) => {
+            let absolute =
+                std::path::absolute(&path).context(Failure::usage("There is no working directory"))?;
+            line = format!("{}{}={}", if json { "json " } else { "" }, how.name(), absolute.display());
+        }
         Ok(_) => {}
     }
     let path = socket(options.control.as_deref())?;
     let failure = || unanswered(&path);
     let mut client = Client::connect(&path).with_context(failure)?;
     let reply = client.request(&line).with_context(failure)?;
+    said(&reply)
+}
+
+/// Prints a reply; one in text that is an error goes where errors go.
+///
+/// # Errors
+/// See the module.
+pub fn said(reply: &Reply) -> anyhow::Result<ExitCode> {
     if reply.failed && !reply.body.starts_with('{') {
         let what = reply.body.trim_end().trim_start_matches("error: ").to_owned();
         return Err(Failure::usage(what).into());

@@ -69,6 +69,11 @@ impl Failure {
     pub fn hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
     }
+
+    /// What the user can do, where it is known.
+    pub fn what_to_do(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
 }
 
 impl fmt::Display for Failure {
@@ -95,7 +100,7 @@ pub fn render(error: &anyhow::Error) -> String {
         }
     }
     let mut text = format!("kleak-vmm: error: {}\n", one_line(&levels.join(": ")));
-    if let Some(hint) = error.downcast_ref::<Failure>().and_then(|failure| failure.hint.as_deref()) {
+    if let Some(hint) = error.downcast_ref::<Failure>().and_then(Failure::what_to_do) {
         text.push_str(&format!("hint: {}\n", one_line(hint)));
     }
     text

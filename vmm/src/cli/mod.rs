@@ -1,5 +1,6 @@
 //! The command line: parsing, dispatch, exit codes.
 
+mod analyze;
 pub mod check;
 pub mod ctl;
 mod doctor;
@@ -13,6 +14,7 @@ mod tests;
 mod top;
 pub mod values;
 
+pub use analyze::AnalyzeOptions;
 pub use failure::{ExitCode, Failure};
 pub use options::RunOptions;
 
@@ -21,7 +23,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Finds memory leaks in an unmodified Linux kernel, from outside it.
 #[derive(Debug, Parser)]
@@ -44,6 +46,8 @@ enum Action {
     Ctl(CtlOptions),
     /// Show live who holds the guest's memory: sites and caches with bytes, rates and their history
     Top(TopOptions),
+    /// Scan a saved snapshot or a vmcore for leaks, without a virtual machine
+    Analyze(Box<AnalyzeOptions>),
     /// Show what can be recovered from a kernel image, and which hooks apply
     Inspect(InspectOptions),
     /// Tell whether this host can run it, and how fast; what to do if not
@@ -120,21 +124,6 @@ pub fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-/// Writes a file whole or not at all: a reader, or a crash, never sees half of it.
-///
-/// # Errors
-/// No place to write to, or no room.
-pub fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    let part = PathBuf::from(part);
-    let written = std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, path));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&part);
-    }
-    written
-}
-
 /// `--help` and `--version` go to standard output; a usage error is said in the house's style.
 fn usage(error: &clap::Error) -> ExitCode {
     match error.kind() {
@@ -174,6 +163,7 @@ fn dispatch(action: Action) -> anyhow::Result<ExitCode> {
         Action::Regress(options) => regress(&options),
         Action::Ctl(options) => ctl::ctl(&options),
         Action::Top(options) => top::top(&options),
+        Action::Analyze(options) => analyze::analyze(&options),
         Action::Inspect(options) => inspect::inspect(&options),
         Action::Doctor(options) => doctor::doctor(&options),
     }

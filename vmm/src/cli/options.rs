@@ -184,6 +184,10 @@ pub struct RunOptions {
     #[arg(long, value_name = "DIR", help_heading = "Results")]
     pub report_dir: Option<PathBuf>,
 
+    /// Save the machine, for kleak-vmm analyze, at the first scan that finds leaks
+    #[arg(long, value_name = "FILE", help_heading = "Results")]
+    pub snapshot_on_leak: Option<PathBuf>,
+
     /// Exit 1 when leaks were found
     #[arg(long, help_heading = "Results")]
     pub fail_on_leak: bool,

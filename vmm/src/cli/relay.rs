@@ -27,6 +27,7 @@ impl RunOptions {
             ("--module-dir", &self.module_dir, Input),
             ("--profile", &self.profile, Input),
             ("--report-dir", &self.report_dir, Output),
+            ("--snapshot-on-leak", &self.snapshot_on_leak, Output),
             ("--control", &self.control, Output),
         ];
         for (name, path, usage) in paths {

@@ -1,6 +1,7 @@
 //! The words a user types: what they stand for, help and completion. Parsing is in `parse`.
 
 use introspect::memory::Va;
+use std::path::PathBuf;
 
 /// A console command.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +60,8 @@ pub enum Command {
     Backtrace(Option<i32>),
     /// Registers of every vCPU.
     Regs,
+    /// Write the machine to a file.
+    Save(SaveAs, PathBuf),
     /// Stop the machine until `resume`.
     Pause,
     /// Let it go on.
@@ -89,6 +92,27 @@ impl Annotation {
             Self::NotLeak => "not_leak",
             Self::Ignore => "ignore",
             Self::NoScan => "no_scan",
+        }
+    }
+}
+
+/// What a machine is saved as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SaveAs {
+    /// For `analyze`: with what is tracked.
+    Snapshot,
+    /// An ELF vmcore: the machine alone.
+    Core,
+}
+
+impl SaveAs {
+    pub(super) const ALL: [Self; 2] = [Self::Snapshot, Self::Core];
+
+    /// The command's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Snapshot => "snapshot",
+            Self::Core => "core",
         }
     }
 }
@@ -178,6 +202,8 @@ enum Pause {
     Moment,
     /// While it looks at the whole heap.
     Scan,
+    /// While all of its memory is written.
+    Copy,
 }
 
 impl Pause {
@@ -187,6 +213,7 @@ impl Pause {
             Self::No => "",
             Self::Moment => "The machine is paused for a moment.\n",
             Self::Scan => "The machine is paused for as long as a scan takes.\n",
+            Self::Copy => "The machine is paused while its memory is written.\n",
         }
     }
 }
@@ -474,6 +501,24 @@ pub const COMMANDS: &[Entry] = &[
         detail: "Between two instructions.",
         pause: Pause::Moment,
         completions: &["regs"],
+    },
+    Entry {
+        name: "snapshot",
+        usage: "snapshot=FILE",
+        summary: "save the machine and what is tracked, for kleak-vmm analyze",
+        detail: "Memory, registers, objects with their backtraces, and the kernel image; crash and drgn open it, too. What is\n\
+                 at FILE is replaced if it is such a file. Not on the guest's own port: FILE is the host's.",
+        pause: Pause::Copy,
+        completions: &["snapshot="],
+    },
+    Entry {
+        name: "core",
+        usage: "core=FILE",
+        summary: "save the machine as an ELF vmcore, for crash and drgn",
+        detail: "Memory and registers, as kdump's /proc/vmcore has them; the kernel's own instructions are where the traps\n\
+                 are. What is at FILE is replaced if it is such a file. Not on the guest's own port: FILE is the host's.",
+        pause: Pause::Copy,
+        completions: &["core="],
     },
     Entry {
         name: "pause",

@@ -62,18 +62,33 @@ fn is_printable(c: char) -> bool {
 /// Carries out commands on a [`Target`].
 pub struct Executor {
     target: Arc<dyn Target>,
+    /// Who asks is the guest.
+    guest: bool,
 }
 
 impl Executor {
     /// Commands that act on `target`.
     pub fn new(target: Arc<dyn Target>) -> Self {
-        Self { target }
+        Self { target, guest: false }
+    }
+
+    /// The same for the guest itself, which may have nothing written on the host.
+    pub fn for_guest(target: Arc<dyn Target>) -> Self {
+        Self { target, guest: true }
     }
 }
 
 impl Commands for Executor {
     fn answer(&self, line: &str) -> Reply {
-        execute(self.target.as_ref(), &Request::parse(line))
+        let request = Request::parse(line);
+        match &request.command {
+            Ok(Command::Save(how, _)) if self.guest => {
+                let what =
+                    format!("{}= writes a file on the host: use the monitor or kleak-vmm ctl", how.name());
+                Reply::error(&what, request.json)
+            }
+            _ => execute(self.target.as_ref(), &request),
+        }
     }
 
     fn quit(&self) {
@@ -139,6 +154,7 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::Procrank => target.procrank()?.text,
         Command::Backtrace(pid) => target.backtrace(*pid)?.text,
         Command::Regs => target.regs()?.text,
+        Command::Save(how, path) => target.save(*how, path)?.text,
         Command::Pause if target.pause()? => "paused: resume lets the guest go on".to_owned(),
         Command::Pause => "paused already".to_owned(),
         Command::Resume if target.resume()? => "resumed".to_owned(),
@@ -180,6 +196,7 @@ fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::Procrank => target.procrank()?.json,
         Command::Backtrace(pid) => target.backtrace(*pid)?.json,
         Command::Regs => target.regs()?.json,
+        Command::Save(how, path) => target.save(*how, path)?.json,
         Command::Pause => json!({ "paused": true, "changed": target.pause()? }),
         Command::Resume => json!({ "paused": false, "changed": target.resume()? }),
         Command::Help(entry) => json!({ "help": help(*entry) }),

@@ -1,8 +1,9 @@
 //! A target for tests: counts what is asked of it, and fails where told to.
 
-use super::{Account, Annotation, Answer, Audit, Target, TopBy, When};
+use super::{Account, Annotation, Answer, Audit, SaveAs, Target, TopBy, When};
 use introspect::memory::Va;
 use serde_json::{Value, json};
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
@@ -136,6 +137,10 @@ impl Target for FakeTarget {
     }
     fn regs(&self) -> anyhow::Result<Answer> {
         self.called("regs", answer("cpu 0", json!({ "regs": [] })))
+    }
+    fn save(&self, how: SaveAs, path: &Path) -> anyhow::Result<Answer> {
+        let text = format!("saved: 512 MiB to {}, 3 ms", path.display());
+        self.called(how.name(), Answer { text, json: json!({ "saved": path.to_string_lossy() }) })
     }
     fn pause(&self) -> anyhow::Result<bool> {
         self.called("pause", true)

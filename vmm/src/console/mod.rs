@@ -28,13 +28,14 @@ mod surfaces_tests;
 #[cfg(test)]
 mod tests;
 
-pub use command::{Account, Annotation, Command, Request, TopBy, When};
+pub use command::{Account, Annotation, Command, Request, SaveAs, TopBy, When};
 pub use execute::{Commands, Executor, Reply, execute};
 pub use guest_port::GuestPort;
 pub use mux::ConsoleMux;
 pub use socket::ControlServer;
 
 use introspect::memory::Va;
+use std::path::Path;
 
 /// What the commands act on; the detector is it. Implementations serialise commands themselves: any surface may
 /// call at any time, never on a vCPU thread.
@@ -96,6 +97,8 @@ pub trait Target: Send + Sync {
     fn backtrace(&self, pid: Option<i32>) -> anyhow::Result<Answer>;
     /// Registers of every vCPU.
     fn regs(&self) -> anyhow::Result<Answer>;
+    /// Writes the machine to a file.
+    fn save(&self, how: SaveAs, path: &Path) -> anyhow::Result<Answer>;
     /// Stops the machine until it is resumed; false when it was stopped so already.
     fn pause(&self) -> anyhow::Result<bool>;
     /// Lets it go on; false when it was not stopped.

@@ -1,6 +1,6 @@
 //! From a line to a command, or to one line that says what was expected.
 
-use super::command::{Account, Annotation, COMMANDS, Command, Entry, Request, TopBy, When};
+use super::command::{Account, Annotation, COMMANDS, Command, Entry, Request, SaveAs, TopBy, When};
 use introspect::memory::Va;
 
 impl Request {
@@ -79,6 +79,7 @@ impl Command {
             "stack" => return Err("stack takes a value: stack=on or stack=off".into()),
             "refs" => return Err("refs takes an address or a slab cache: refs=ADDR or refs=CACHE".into()),
             "alloc_calls" => return Err("alloc_calls takes a slab cache: alloc_calls=CACHE".into()),
+            "snapshot" | "core" => return Err(format!("{name} takes a file: {name}=FILE")),
             "dump" | "path" | "not_leak" | "ignore" | "no_scan" => {
                 return Err(format!("{name} takes an address: {name}=ADDR"));
             }
@@ -112,6 +113,16 @@ impl Command {
         };
         if let Some(annotation) = Annotation::ALL.into_iter().find(|annotation| annotation.name() == name) {
             return Ok(Self::Annotate(annotation, address()?));
+        }
+        if let Some(how) = SaveAs::ALL.into_iter().find(|how| how.name() == name) {
+            return match value {
+                "" => Err(format!("{name}= takes the name of a file")),
+                // A line of help has some.
+                file if file.contains(char::is_whitespace) => {
+                    Err(format!("{name}= takes the name of a file without white space, not {}", quote(file)))
+                }
+                file => Ok(Self::Save(how, file.into())),
+            };
         }
         match (name, value) {
             ("stack", "on") => Ok(Self::Stack(true)),

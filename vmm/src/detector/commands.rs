@@ -1,12 +1,13 @@
 //! The console's commands on the detector.
 
 use super::Detector;
-use crate::console::{Account, Annotation, Answer, Audit, Target, TopBy, When};
+use crate::console::{Account, Annotation, Answer, Audit, SaveAs, Target, TopBy, When};
 use anyhow::{Result, bail};
 use guest_profiles::hooks::Tracked;
 use introspect::memory::Va;
 use introspect::registry::Paint;
 use serde_json::{Value, json};
+use std::path::Path;
 
 impl Target for Detector {
     fn scan(&self) -> Result<usize> {
@@ -216,6 +217,10 @@ impl Target for Detector {
 
     fn regs(&self) -> Result<Answer> {
         self.registers_now()
+    }
+
+    fn save(&self, how: SaveAs, path: &Path) -> Result<Answer> {
+        self.save_now(how, path)
     }
 
     fn pause(&self) -> Result<bool> {

@@ -8,6 +8,7 @@ mod explain;
 mod quiet;
 mod readings;
 mod reporting;
+mod saving;
 
 pub use canary::CANARY;
 
@@ -26,6 +27,8 @@ use introspect::memory::{PAGE_SIZE, Va};
 use introspect::registry::{AllocEvent, Audit, Kind, Paint, Truth};
 use introspect::scan::{ScanInput, ScanResult, Treatments, scan};
 use quiet::Allocator;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,14 +40,14 @@ const QUIET_STEP: Duration = Duration::from_millis(3);
 const VM_ALLOC: u64 = 2;
 
 /// What the report says of the host.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostFacts {
     /// "kvm-intel", "kvm-amd" or what /dev/kvm says.
     pub kvm: String,
     /// "breakpoint" or "off".
-    pub tracer: &'static str,
+    pub tracer: String,
     /// "int3" or "pio".
-    pub trap: &'static str,
+    pub trap: String,
     /// Name of the lab this runs in, if any.
     pub lab: Option<String>,
 }
@@ -74,6 +77,8 @@ pub struct Parts {
     pub tracked: Vec<Tracked>,
     /// Annotations and suppressions.
     pub rules: Rules,
+    /// Text of the guest profile that is among them.
+    pub profile: Option<String>,
     /// For the report.
     pub host: HostFacts,
 }
@@ -106,6 +111,8 @@ struct Work {
     audit: Option<Audit>,
     mark: Option<accounting::Mark>,
     history: History,
+    /// Where the machine is to be saved when a scan finds leaks.
+    save_leak: Option<PathBuf>,
 }
 
 /// See the module.
@@ -131,8 +138,21 @@ impl Detector {
             audit: None,
             mark: None,
             history: History::default(),
+            save_leak: None,
         };
         Self { parts, allocator, work: Mutex::new(work), started: Instant::now() }
+    }
+
+    /// Has the machine saved to `path` as it stands at the first scan that finds leaks.
+    pub fn save_at_first_leak(&self, path: PathBuf) {
+        self.work().save_leak = Some(path);
+    }
+
+    /// Goes on where another one, whose machine was saved, stopped.
+    pub fn carry_on(&self, scans: u64, history: History) {
+        let mut work = self.work();
+        work.scans = scans;
+        work.history = history;
     }
 
     fn work(&self) -> MutexGuard<'_, Work> {
@@ -163,9 +183,13 @@ impl Detector {
         let mut paused = self.parts.guest.pause()?;
         self.check_traps(&mut paused)?;
         let new = self.scan_paused(&mut work, &paused, begin);
+        let pause = begin.elapsed();
+        if matches!(new, Ok(1..)) {
+            self.save_leak(&mut work, &paused);
+        }
         drop(paused);
         if let (Ok(_), Some(scanned)) = (&new, &mut work.scanned) {
-            scanned.pause = begin.elapsed();
+            scanned.pause = pause;
         }
         new
     }
@@ -270,7 +294,9 @@ impl Detector {
                 return Ok(paused);
             }
             if guest.outcome().is_some() {
-                bail!("The machine ended while the allocator was at work");
+                bail!(
+                    "The machine stands where the allocator is at work: on what it is doing there, registry and guest differ"
+                );
             }
             if guest.held() {
                 bail!("The machine is held while the allocator is at work; resume it, and pause it again");
@@ -305,9 +331,20 @@ impl Detector {
     /// have no backtrace, so no annotation could spare them: they are scanned and never reported. Half a free or half
     /// an allocation would be taken for none: hence the quiet moment.
     fn reseed(&self) -> Result<usize> {
-        let Parts { linux, recorder, .. } = &self.parts;
         let paused = self.pause_when_quiet()?;
-        let memory = &paused.memory();
+        let seeded = self.seed(&paused.memory(), Paint::Gray)?;
+        self.parts.recorder.enable(true);
+        Ok(seeded)
+    }
+
+    /// Takes what the metadata of a machine that was not tracked list as allocated, to be reported where it is unreferenced:
+    /// there is nothing better. It stands where it stands, quiet or not.
+    pub fn seed_reportable(&self) -> Result<usize> {
+        self.seed(&self.parts.guest.pause()?.memory(), Paint::Normal)
+    }
+
+    fn seed(&self, memory: &FrozenRam<'_>, paint: Paint) -> Result<usize> {
+        let Parts { linux, recorder, .. } = &self.parts;
         let found = self.metadata(memory)?;
         let areas = match self.tracks(Tracked::Vmalloc) {
             true => linux.vmalloc_areas(memory).context("Cannot read the guest's vmalloc areas")?,
@@ -323,7 +360,7 @@ impl Detector {
         let mut seed = |address, size, kind, cache| {
             let event = AllocEvent { address, size, kind, cache, comm: [0; 16], pid: 0, jiffies, stack: &[] };
             state.registry.alloc(&event);
-            state.registry.paint(address, Paint::Gray);
+            state.registry.paint(address, paint);
         };
         // Blocks first: where a slab begins, its first object is the one that is painted.
         let used = |usage: Use| matches!(usage, Use::Slab | Use::User | Use::PageTable | Use::Kernel);
@@ -344,7 +381,6 @@ impl Detector {
             seed(cookie, size, Kind::Percpu, Va(0));
         }
         state.registry.counters.allocs = allocs;
-        recorder.enable(true);
         Ok(state.registry.len())
     }
 }

@@ -61,8 +61,8 @@ impl Detector {
             guest: self.guest_info(),
             host: HostInfo {
                 kvm: parts.host.kvm.clone(),
-                tracer: parts.host.tracer.to_owned(),
-                trap: parts.host.trap.to_owned(),
+                tracer: parts.host.tracer.clone(),
+                trap: parts.host.trap.clone(),
                 lab: parts.host.lab.clone(),
             },
             number: work.scans,

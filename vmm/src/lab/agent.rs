@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::affinity::{off_first_cpu, start_other_cpus};
+use super::exports::Exports;
 use super::idle_vm::IdleVm;
 use super::job_process::{JobProcess, spawn};
 use super::link::Link;
@@ -83,6 +84,7 @@ fn live() -> Result<()> {
 /// Runs the job; its exit code, or 128 + the signal that ended it.
 fn run(link: &Arc<Link>, input: PortReader, spec: &JobSpec) -> Result<i32> {
     let mut outputs = Outputs::new(spec.outputs.iter().map(PathBuf::from));
+    let exports = Exports::serve(link).context("listening for what the job saves")?;
     // A job that will say what is wrong with KVM is better than none.
     let _idle_vm = IdleVm::new().ok();
     start_other_cpus().context("starting the other CPUs")?;
@@ -105,7 +107,7 @@ fn run(link: &Arc<Link>, input: PortReader, spec: &JobSpec) -> Result<i32> {
     }
     let control = spec.control.clone().map(PathBuf::from);
     let pid = child.id();
-    let commands = Commands { link: Arc::clone(link), terminal, control, pid };
+    let commands = Commands { link: Arc::clone(link), terminal, control, pid, exports };
     std::thread::Builder::new().name("line".to_owned()).spawn(move || commands.serve(input))?;
     let code = wait(child, link, &mut outputs)?;
     drain(&ends, open);
@@ -160,6 +162,7 @@ struct Commands {
     terminal: Option<File>,
     control: Option<PathBuf>,
     pid: u32,
+    exports: Arc<Exports>,
 }
 
 impl Commands {
@@ -179,6 +182,7 @@ impl Commands {
                 }
                 Ok(Some(Frame::Resize(rows, columns))) => self.resize(rows, columns),
                 Ok(Some(Frame::Control(stream))) => self.connect(stream),
+                Ok(Some(Frame::Placed(stream, what))) => self.exports.placed(stream, what),
                 Ok(Some(other)) => eprintln!("lab agent: {other:?} out of place"),
                 Err(error) => {
                     eprintln!("lab agent: {error}");

@@ -1,12 +1,10 @@
 //! The host's side of a lab run: starts the machine, joins the job's streams, files, signals and control socket with
 //! the user's, and says what went wrong when the lab fails.
 
-use std::collections::HashSet;
-use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,10 +14,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::Job;
+use super::incoming::Files;
 use super::link::Link;
 use super::payload::{self, Content};
 use super::qemu::{Machine, Qemu};
-use super::wire::{FileHead, Frame, JobSpec, Stream, VERSION};
+use super::wire::{Frame, JobSpec, Stream, VERSION};
 use crate::cli::Failure;
 use crate::console::signals;
 use crate::console::socket::ControlServer;
@@ -142,7 +141,7 @@ impl<'a> Session<'a> {
         let began = Instant::now();
         let (qemu, line) = Qemu::start(program, &machine).context(Failure::host("Cannot start the lab"))?;
         let link = Link::new(line.try_clone().context("cloning the lab's line")?);
-        let files = Arc::new(Files::new(job));
+        let files = Arc::new(Files::new(job.outputs.iter().cloned()));
         let reader = Reader { link: Arc::clone(&link), files: Arc::clone(&files), events };
         std::thread::Builder::new().name("lab-line".to_owned()).spawn(move || reader.serve(line))?;
         let session = Self {
@@ -334,98 +333,6 @@ impl Reader {
         };
         let _ = self.events.send(Event::Ended(error));
         self.link.shut();
-    }
-}
-
-/// Files that come from the lab.
-struct Files {
-    outputs: HashSet<PathBuf>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
-}
-
-impl Files {
-    fn new(job: &Job) -> Self {
-        Self { outputs: job.outputs.iter().cloned().collect(), threads: Mutex::default() }
-    }
-
-    /// A file follows: it appears whole under its name, or not at all.
-    fn begin(&self, link: &Arc<Link>, stream: Stream, head: &FileHead) -> io::Result<()> {
-        let path = PathBuf::from(&head.path);
-        let climbs = path.components().any(|part| part == std::path::Component::ParentDir);
-        if climbs || !self.outputs.iter().any(|output| path.starts_with(output)) {
-            let what = format!("the lab sent {}, which is none of the job's outputs", path.display());
-            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
-        }
-        let size = head.size;
-        let incoming = Incoming::create(path.clone());
-        let thread = match incoming {
-            Ok(incoming) => link.receive(stream, incoming, move |incoming, outcome| {
-                if let Err(error) = outcome.and_then(|()| incoming.place(size)) {
-                    eprintln!("kleak-vmm: warning: cannot write {}: {error}", path.display());
-                }
-            })?,
-            Err(error) => {
-                eprintln!("kleak-vmm: warning: cannot write {}: {error}", path.display());
-                link.receive(stream, io::sink(), |_, _| {})?
-            }
-        };
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
-        Ok(())
-    }
-
-    /// Waits for what has begun.
-    fn finish(&self) {
-        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        threads.into_iter().for_each(|thread| drop(thread.join()));
-    }
-}
-
-/// A file on its way, beside the one it is going to replace.
-struct Incoming {
-    path: PathBuf,
-    temporary: PathBuf,
-    file: File,
-    size: u64,
-}
-
-impl Incoming {
-    fn create(path: PathBuf) -> io::Result<Self> {
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
-        }
-        let mut name = std::ffi::OsString::from(".");
-        name.push(path.file_name().unwrap_or_default());
-        name.push(format!(".{}", std::process::id()));
-        let temporary = path.with_file_name(name);
-        let file = File::create(&temporary)?;
-        Ok(Self { path, temporary, file, size: 0 })
-    }
-
-    /// Moves the file to its place if it is `size` bytes long; a shorter one was cut off with the lab.
-    fn place(&self, size: u64) -> io::Result<()> {
-        if self.size != size {
-            return Err(io::Error::other(format!("{} of {size} bytes came", self.size)));
-        }
-        fs::rename(&self.temporary, &self.path)
-    }
-}
-
-impl Write for Incoming {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = self.file.write(bytes)?;
-        self.size += count as u64;
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
-    }
-}
-
-impl Drop for Incoming {
-    fn drop(&mut self) {
-        // Gone already where it was moved.
-        let _ = fs::remove_file(&self.temporary);
     }
 }
 

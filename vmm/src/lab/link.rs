@@ -13,6 +13,8 @@ use super::wire::{Frame, Stream};
 pub const WINDOW: u32 = 256 << 10;
 /// Bytes in one data frame.
 const CHUNK: usize = 32 << 10;
+/// Fewer zeros than these are sent as they are.
+const LEAST_ZEROS: usize = 512;
 
 /// One side of the line.
 pub struct Link {
@@ -98,7 +100,11 @@ impl Link {
             };
             drop(state);
             let (now, later) = bytes.split_at(granted);
-            self.send(&Frame::Data(stream, now.to_vec()))?;
+            let zeros = now.len() >= LEAST_ZEROS && now.iter().all(|&byte| byte == 0);
+            self.send(&match zeros {
+                true => Frame::Zeros(stream, now.len() as u32),
+                false => Frame::Data(stream, now.to_vec()),
+            })?;
             bytes = later;
         }
         Ok(())
@@ -150,6 +156,10 @@ impl Link {
     pub fn received(&self, frame: Frame) -> io::Result<Option<Frame>> {
         let mut state = lock(&self.state);
         match frame {
+            Frame::Zeros(stream, count) => {
+                drop(state);
+                return self.received(Frame::Data(stream, vec![0; count as usize]));
+            }
             Frame::Data(stream, bytes) => {
                 // What comes for a stream whose receiver has gone is dropped.
                 if let Some(sink) = state.sinks.get(&stream) {
@@ -202,7 +212,9 @@ mod tests {
     #[test]
     fn carries_more_than_a_window_in_order() {
         let (here, there) = pair();
-        let sent: Vec<u8> = (0..WINDOW * 3 + 17).map(|index| (index / 7) as u8).collect();
+        let sent: Vec<u8> = (0..WINDOW * 5 + 17)
+            .map(|index| if index / WINDOW == 2 { 0 } else { (index / 7) as u8 })
+            .collect();
         let (give, take) = mpsc::channel();
         let done =
             move |bytes: Vec<u8>, outcome: io::Result<()>| give.send((bytes, outcome.is_ok())).unwrap();

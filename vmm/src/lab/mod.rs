@@ -6,15 +6,18 @@
 //! kleak-vmm run ...      host.rs  ==[ wire.rs over virtio-serial ]==  agent.rs      kleak-vmm run ... --lab never
 //!   terminal, pipes  <->  link.rs                                     link.rs  <->  pseudo terminal, pipes
 //!   --control socket <->                                                       <->  control socket
-//!   --report files   <--                                                       <--  outputs.rs
+//!   --report files   <--  incoming.rs                                          <--  outputs.rs
+//!   snapshot=, core= <--                                                       <--  exports.rs
 //!   --kernel, ...    -->  payload.rs (initramfs)
 //! ```
 
 mod affinity;
 pub mod agent;
 mod decide;
+mod exports;
 mod host;
 mod idle_vm;
+mod incoming;
 mod job;
 mod job_process;
 mod link;
@@ -31,6 +34,7 @@ use anyhow::{Context, Result};
 use images::lab::{SvmLab, prepare_svm, prepared_svm};
 
 pub use decide::{Decision, decide};
+pub use exports::Export;
 pub use job::Job;
 pub use qemu::{PROGRAM, version as qemu_version};
 

@@ -101,7 +101,7 @@ impl Outputs {
         let stream = Stream(self.next);
         self.next = self.next.checked_add(1).unwrap_or(Stream::FIRST_FILE.0);
         let path = path.to_string_lossy().into_owned();
-        link.send(&Frame::File(stream, FileHead { path, size }))?;
+        link.send(&Frame::File(stream, FileHead { path, saved: false, size }))?;
         link.send_all(stream, &mut file.take(size))
     }
 }

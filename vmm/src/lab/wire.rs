@@ -17,7 +17,7 @@ use std::io::{self, Read, Write};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file; both sides are the same binary, unless someone mixes them.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Begins each frame.
 pub const MAGIC: [u8; 2] = *b"kL";
 /// Longest payload, bytes. A job with many arguments is the longest there is.
@@ -37,6 +37,8 @@ impl Stream {
     pub const STDERR: Self = Self(2);
     /// The first number of those the host gives to control connections.
     pub const FIRST_CONTROL: Self = Self(0x100);
+    /// The first number of those the lab gives to what the job saves.
+    pub const FIRST_EXPORT: Self = Self(0x4000_0000);
     /// The first number of those the lab gives to files.
     pub const FIRST_FILE: Self = Self(0x8000_0000);
 }
@@ -61,8 +63,10 @@ pub struct JobSpec {
 /// A file that follows as a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileHead {
-    /// Where it goes on the host, absolute; one of the job's outputs, or within one.
+    /// Where it goes on the host, absolute; one of the job's outputs, or within one, or saved.
     pub path: String,
+    /// It is the guest's memory, saved by a command: anywhere, but a core; the host says what became of it.
+    pub saved: bool,
     /// Its size in bytes.
     pub size: u64,
 }
@@ -76,6 +80,8 @@ pub enum Frame {
     Job(JobSpec),
     /// Bytes of a stream.
     Data(Stream, Vec<u8>),
+    /// That many bytes of a stream, all zero, at most [`MAX_PAYLOAD`]: of memory most are.
+    Zeros(Stream, u32),
     /// No more bytes will come.
     Close(Stream),
     /// The receiver of a stream has dealt with this many bytes.
@@ -94,6 +100,8 @@ pub enum Frame {
     Trouble(String),
     /// From the lab, now and then: it has not hung.
     Alive,
+    /// From the host: what became of a file that was saved; empty when it is in its place.
+    Placed(Stream, String),
 }
 
 mod kind {
@@ -109,6 +117,8 @@ mod kind {
     pub const EXIT: u8 = 10;
     pub const TROUBLE: u8 = 11;
     pub const ALIVE: u8 = 12;
+    pub const PLACED: u8 = 13;
+    pub const ZEROS: u8 = 14;
 }
 
 fn invalid(what: impl Into<String>) -> io::Error {
@@ -129,6 +139,7 @@ impl Frame {
             Self::Hello(version) => (kind::HELLO, none, version.to_le_bytes().to_vec()),
             Self::Job(job) => (kind::JOB, none, json(serde_json::to_vec(job))?),
             Self::Data(stream, bytes) => (kind::DATA, *stream, bytes.clone()),
+            Self::Zeros(stream, count) => (kind::ZEROS, *stream, count.to_le_bytes().to_vec()),
             Self::Close(stream) => (kind::CLOSE, *stream, Vec::new()),
             Self::Credit(stream, bytes) => (kind::CREDIT, *stream, bytes.to_le_bytes().to_vec()),
             Self::Control(stream) => (kind::CONTROL, *stream, Vec::new()),
@@ -140,6 +151,7 @@ impl Frame {
             Self::Exit(code) => (kind::EXIT, none, code.to_le_bytes().to_vec()),
             Self::Trouble(text) => (kind::TROUBLE, none, text.clone().into_bytes()),
             Self::Alive => (kind::ALIVE, none, Vec::new()),
+            Self::Placed(stream, text) => (kind::PLACED, *stream, text.clone().into_bytes()),
         };
         if payload.len() > MAX_PAYLOAD {
             return Err(invalid(format!("a message of {} bytes is too long for the lab", payload.len())));
@@ -191,6 +203,10 @@ impl Frame {
             kind::HELLO => Self::Hello(u32::from_le_bytes(number(&payload)?)),
             kind::JOB => Self::Job(serde_json::from_slice(&payload).map_err(json)?),
             kind::DATA => Self::Data(stream, payload),
+            kind::ZEROS => match u32::from_le_bytes(number(&payload)?) {
+                count if count as usize <= MAX_PAYLOAD => Self::Zeros(stream, count),
+                count => return Err(invalid(format!("{count} bytes in one message from the lab"))),
+            },
             kind::CLOSE => Self::Close(stream),
             kind::CREDIT => Self::Credit(stream, u32::from_le_bytes(number(&payload)?)),
             kind::CONTROL => Self::Control(stream),
@@ -203,6 +219,7 @@ impl Frame {
             kind::EXIT => Self::Exit(i32::from_le_bytes(number(&payload)?)),
             kind::TROUBLE => Self::Trouble(String::from_utf8_lossy(&payload).into_owned()),
             kind::ALIVE => Self::Alive,
+            kind::PLACED => Self::Placed(stream, String::from_utf8_lossy(&payload).into_owned()),
             other => return Err(invalid(format!("a message of unknown kind {other}"))),
         })
     }
@@ -232,10 +249,13 @@ mod tests {
             job.prop_map(Frame::Job),
             (stream.clone(), proptest::collection::vec(any::<u8>(), 0..300))
                 .prop_map(|(s, b)| Frame::Data(s, b)),
+            (stream.clone(), 0..=MAX_PAYLOAD as u32).prop_map(|(s, n)| Frame::Zeros(s, n)),
             stream.clone().prop_map(Frame::Close),
             (stream.clone(), any::<u32>()).prop_map(|(s, n)| Frame::Credit(s, n)),
             stream.clone().prop_map(Frame::Control),
-            (stream, text, any::<u64>()).prop_map(|(s, path, size)| Frame::File(s, FileHead { path, size })),
+            (stream.clone(), text, any::<bool>(), any::<u64>())
+                .prop_map(|(s, path, saved, size)| Frame::File(s, FileHead { path, saved, size })),
+            (stream, text).prop_map(|(s, t)| Frame::Placed(s, t)),
             any::<i32>().prop_map(Frame::Signal),
             any::<(u16, u16)>().prop_map(|(r, c)| Frame::Resize(r, c)),
             any::<i32>().prop_map(Frame::Exit),

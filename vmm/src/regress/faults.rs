@@ -483,7 +483,8 @@ fn a_report_that_cannot_be_written_loses_nothing_else() {
     {
         let mut case = Case::new(&suite("baseline = \"base.json\"", &["good"], &[command]));
         // Where the report is to be made whole there is a folder already.
-        fs::create_dir(case.folder.join("blocked.json.part")).unwrap();
+        let part = format!(".blocked.json.{}.part", std::process::id());
+        fs::create_dir(case.folder.join(part)).unwrap();
         case.options.outputs.reports.insert(0, case.folder.join("blocked.json"));
         case.options.outputs.update_baseline = true;
         let finished = case.finish(&Arc::default());

@@ -35,20 +35,26 @@ pub struct GuestRules {
     pub hooks: Vec<hooks::Hook>,
     /// Annotations and suppressions.
     pub annotations: annotations::Rules,
+    /// Text of `--profile`, which is among them.
+    pub profile: Option<String>,
 }
 
 /// The built-in rules and those of `--profile`.
 pub fn rules(options: &RunOptions) -> Result<GuestRules> {
-    let mut annotations = annotations::builtin();
-    if let Some(path) = &options.profile {
-        let wrong = || {
-            Failure::usage(format!("Cannot use guest profile {}", path.display()))
-                .hint("guest-profiles/data/annotations.toml shows the format")
-        };
-        let text = std::fs::read_to_string(path).with_context(wrong)?;
-        annotations.extend(annotations::parse(&text).with_context(wrong)?);
-    }
-    Ok(GuestRules { hooks: hooks::builtin(), annotations })
+    let (profile, annotations) = profile(options.profile.as_deref())?;
+    Ok(GuestRules { hooks: hooks::builtin(), annotations, profile })
+}
+
+/// The text of a guest profile, and the built-in annotations with those in it.
+pub fn profile(path: Option<&Path>) -> Result<(Option<String>, annotations::Rules)> {
+    let Some(path) = path else { return Ok((None, annotations::builtin())) };
+    let wrong = || {
+        Failure::usage(format!("Cannot use guest profile {}", path.display()))
+            .hint("guest-profiles/data/annotations.toml shows the format")
+    };
+    let text = std::fs::read_to_string(path).with_context(wrong)?;
+    let rules = annotations::builtin_and(Some(&text)).with_context(wrong)?;
+    Ok((Some(text), rules))
 }
 
 /// The kernel command line: ours first, so that the user's words win. A kernel that panicked waits: the machine is ended

@@ -1,8 +1,10 @@
 //! `kleak-vmm run`: puts machine, tracer, detector and console together and sees the guest through to its end.
 
 mod guest;
+pub mod reports;
 mod watch;
 
+pub use guest::profile;
 pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS};
 
 use crate::cli::options::{RunOptions, TracerChoice};
@@ -92,8 +94,8 @@ fn track(
     recorder.enable(tracing);
     let host = HostFacts {
         kvm: kvm_name(),
-        tracer: if tracing { "breakpoint" } else { "off" },
-        trap: trap_name(instruction),
+        tracer: if tracing { "breakpoint" } else { "off" }.to_owned(),
+        trap: trap_name(instruction).to_owned(),
         lab: lab::inside(),
     };
     let parts = Parts {
@@ -104,10 +106,14 @@ fn track(
         plan,
         tracked: options.track.clone(),
         rules: rules.annotations,
+        profile: rules.profile,
         host,
     };
     let scan = ScanOptions { min_age_ms: options.min_age_ms, stack: options.stack };
     let detector = Arc::new(Detector::new(parts, scan, options.scan_period_s));
+    if let Some(path) = &options.snapshot_on_leak {
+        detector.save_at_first_leak(path.clone());
+    }
     Ok((detector, tracing.then(|| Traps { instruction, handler: traps })))
 }
 
@@ -180,7 +186,8 @@ impl Session {
             machine.connect_serial(1, port.sink());
             // Under full emulation a shell takes longer from its echo to its close.
             let settle = if lab::inside().is_some() { SETTLE * 3 } else { SETTLE };
-            port.serve(machine.serial(1).clone(), commands.clone(), settle)?;
+            let asked = Arc::new(Executor::for_guest(detector.clone()));
+            port.serve(machine.serial(1).clone(), asked, settle)?;
             Some(port)
         } else {
             None

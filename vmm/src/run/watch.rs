@@ -1,13 +1,13 @@
 //! From the first instruction to the exit code: periodic scans, the end, the last scan, the reports.
 
-use crate::cli::options::{ReportFormat, RunOptions, ScanTrigger};
-use crate::cli::{ExitCode, Failure, print, write_whole};
+use super::reports;
+use crate::cli::options::{RunOptions, ScanTrigger};
+use crate::cli::{ExitCode, Failure};
 use crate::console::Target;
 use crate::detector::Detector;
 use crate::machine::{Machine, Outcome};
 use anyhow::{Context, Result};
 use images::initramfs::{EXEC_EXITED, FAILED};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How often the guest's state is looked at.
@@ -78,8 +78,8 @@ fn scan_and_keep(
             text.extend(holders.text.lines().map(|line| format!("# {line}\n")));
             json["holders"] = holders.json;
         }
-        write(&dir.join(format!("scan-{number:04}.txt")), &text)?;
-        write(&dir.join(format!("scan-{number:04}.json")), &format!("{json:#}\n"))?;
+        reports::write_file(&dir.join(format!("scan-{number:04}.txt")), &text)?;
+        reports::write_file(&dir.join(format!("scan-{number:04}.json")), &format!("{json:#}\n"))?;
     }
     if options.clear_after_scan {
         detector.clear()?;
@@ -120,7 +120,7 @@ impl Ended<'_> {
         let trigger = if panicked { ScanTrigger::Panic } else { ScanTrigger::Exit };
         let wanted = self.options.scan_at_exit && self.options.scan_on.contains(&trigger);
         let scanned = if wanted { self.last_scan() } else { Ok(()) };
-        let reported = self.report();
+        let reported = reports::write(self.detector, &self.options.reports, self.options.quiet);
         scanned.and(reported)
     }
 
@@ -169,34 +169,6 @@ impl Ended<'_> {
             _ => Ok(()),
         }
     }
-
-    fn report(&self) -> Result<()> {
-        let reports = &self.options.reports.0;
-        if self.detector.scans() == 0 {
-            if !reports.is_empty() {
-                eprintln!("kleak-vmm: warning: Nothing was scanned, so no report was written");
-            }
-            return Ok(());
-        }
-        if reports.is_empty() {
-            print(&self.detector.report_text()?)?;
-        }
-        for report in reports {
-            let text = match report.format {
-                ReportFormat::Text => self.detector.report_text()?,
-                ReportFormat::Json => format!("{:#}\n", self.detector.report_json()?),
-            };
-            if report.path == Path::new("-") {
-                print(&text)?;
-            } else {
-                write(&report.path, &text)?;
-            }
-        }
-        if !self.options.quiet {
-            eprintln!("kleak-vmm: {}", self.detector.summary());
-        }
-        Ok(())
-    }
 }
 
 /// What is wrong with the way a guest ended (None: time ran out); None when nothing is.
@@ -206,11 +178,6 @@ fn failure_of(outcome: Option<&Outcome>, timeout_s: Option<u64>) -> Option<Strin
         Some(Outcome::PowerOff | Outcome::Reset | Outcome::HostStop | Outcome::Saved) => None,
         Some(bad) => Some(bad.to_string()),
     }
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    let failure = || Failure::usage(format!("Cannot write report {}", path.display())).hint("check --report");
-    write_whole(path, text).with_context(failure)
 }
 
 #[cfg(test)]

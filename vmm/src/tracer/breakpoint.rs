@@ -105,6 +105,14 @@ impl Breakpoints {
         self.rearmed.load(Ordering::Relaxed)
     }
 
+    /// What belongs where traps are, ascending.
+    pub fn originals(&self) -> Vec<(Pa, &[u8])> {
+        let mut originals: Vec<_> =
+            self.traps.values().map(|trap| (trap.at, &trap.original[..self.instruction.len()])).collect();
+        originals.sort_unstable();
+        originals
+    }
+
     /// Checks every site and plants lost traps again. Returns the addresses that had lost theirs.
     ///
     /// # Errors

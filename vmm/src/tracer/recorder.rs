@@ -44,6 +44,11 @@ pub struct State {
 }
 
 impl State {
+    /// One that was saved; no call is under way in it.
+    pub fn restored(registry: Registry, freed_by: FreedBy) -> Self {
+        Self { registry, freed_by, pending: FxHashMap::default() }
+    }
+
     /// Forgets all objects and all calls under way.
     pub fn reset(&mut self) {
         self.registry.clear();

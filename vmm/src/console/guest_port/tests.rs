@@ -37,7 +37,7 @@ impl Guest {
         Self {
             now: Time::ZERO,
             protocol: Protocol::new(SETTLE),
-            commands: Executor::new(target.clone()),
+            commands: Executor::for_guest(target.clone()),
             target,
             pause: Duration::ZERO,
             openers: 0,

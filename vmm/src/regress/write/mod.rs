@@ -9,7 +9,8 @@ mod text;
 pub use text::{line, text};
 
 use super::result::Results;
-use crate::cli::{Failure, write_whole};
+use crate::cli::Failure;
+use crate::files::write_whole;
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 

@@ -1,0 +1,50 @@
+//! The reports of the last scan, where the user wants them.
+
+use crate::cli::options::{ReportFormat, Reports};
+use crate::cli::{Failure, print};
+use crate::console::Target;
+use crate::detector::Detector;
+use crate::files::write_whole;
+use anyhow::{Context, Result};
+use std::path::Path;
+
+/// Writes them, text on standard output where none was asked for, and a summary line unless `quiet`.
+///
+/// # Errors
+/// A file cannot be written.
+pub fn write(detector: &Detector, reports: &Reports, quiet: bool) -> Result<()> {
+    let reports = &reports.0;
+    if detector.scans() == 0 {
+        if !reports.is_empty() {
+            eprintln!("kleak-vmm: warning: Nothing was scanned, so no report was written");
+        }
+        return Ok(());
+    }
+    if reports.is_empty() {
+        print(&detector.report_text()?)?;
+    }
+    for report in reports {
+        let text = match report.format {
+            ReportFormat::Text => detector.report_text()?,
+            ReportFormat::Json => format!("{:#}\n", detector.report_json()?),
+        };
+        if report.path == Path::new("-") {
+            print(&text)?;
+        } else {
+            write_file(&report.path, &text)?;
+        }
+    }
+    if !quiet {
+        eprintln!("kleak-vmm: {}", detector.summary());
+    }
+    Ok(())
+}
+
+/// Writes one of them.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_file(path: &Path, text: &str) -> Result<()> {
+    let failure = || Failure::usage(format!("Cannot write report {}", path.display())).hint("check --report");
+    write_whole(path, text).with_context(failure)
+}
