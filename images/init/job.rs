@@ -4,6 +4,7 @@
 //! | record | meaning |
 //! | --- | --- |
 //! | `module` PATH NAME PARAMETERS | load a kernel module; NAME is what the kernel will call it |
+//! | `driver` PATH NAME PARAMETERS | the same, and never unload it |
 //! | `exec` COMMAND | run a command once the modules are loaded |
 //! | `shell` | give a shell on the console |
 //! | `settle` MILLISECONDS | wait this long before the scan |
@@ -25,6 +26,8 @@ pub struct Module<'a> {
     pub name: &'a CStr,
     /// As `finit_module(2)` takes them.
     pub parameters: &'a CStr,
+    /// It stays.
+    pub kept: bool,
 }
 
 /// See the module.
@@ -61,9 +64,10 @@ impl<'a> Job<'a> {
         let mut words = Words(bytes);
         while !words.0.is_empty() {
             match words.next()?.to_bytes() {
-                b"module" => {
-                    let module =
-                        Module { path: words.next()?, name: words.next()?, parameters: words.next()? };
+                word @ (b"module" | b"driver") => {
+                    let kept = word == b"driver";
+                    let (path, name, parameters) = (words.next()?, words.next()?, words.next()?);
+                    let module = Module { path, name, parameters, kept };
                     *job.modules.get_mut(job.count).ok_or("too many modules")? = Some(module);
                     job.count += 1;
                 }

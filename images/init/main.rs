@@ -107,7 +107,7 @@ fn run(job: &Job) {
     }
     sys::kill_all();
     program::reap();
-    for module in job.modules().rev() {
+    for module in job.modules().rev().filter(|module| !module.kept) {
         if let Err(error) = sys::unload_module(module.name) {
             say!("cannot unload module {}: {error}", text(module.name));
         }

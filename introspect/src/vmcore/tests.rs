@@ -26,6 +26,7 @@ fn core() -> Vec<u8> {
     let content = Content {
         ranges: &ranges,
         direct_map: Some(Va(0xffff_8880_0000_0000)),
+        image: (Va(0xffff_ffff_9b00_0000), range(PAGE_SIZE, 2)),
         cpus: &cpus,
         vmcoreinfo: Some("OSRELEASE=6.1.0\nKERNELOFFSET=1a000000\nNUMBER(phys_base)=-4096\n"),
         attached: Some((0x1234, 10, 20)),
@@ -64,7 +65,7 @@ fn what_is_laid_out_is_read() {
 fn memory_that_is_there_twice_counts_once() {
     let mut file = core();
     // The second segment now begins within the first, and its file part is shorter than its memory.
-    let second = EHDR + 2 * PHDR;
+    let second = EHDR + 3 * PHDR;
     file[second + 24..second + 32].copy_from_slice(&(2 * PAGE_SIZE).to_le_bytes());
     file[second + 32..second + 40].copy_from_slice(&PAGE_SIZE.to_le_bytes());
     file[second + 40..second + 48].copy_from_slice(&(3 * PAGE_SIZE).to_le_bytes());

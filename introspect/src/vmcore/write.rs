@@ -12,6 +12,8 @@ pub struct Content<'a> {
     pub ranges: &'a [RamRange],
     /// Where the kernel maps physical address 0, if it does yet.
     pub direct_map: Option<Va>,
+    /// Where it maps its image, and the image's place in `ranges`: drgn begins there.
+    pub image: (Va, RamRange),
     /// Every CPU, and the pid of what it runs.
     pub cpus: &'a [(CpuState, i32)],
     /// What the kernel says of itself; crash and drgn need it.
@@ -34,7 +36,7 @@ impl Head {
     /// # Errors
     /// More ranges of RAM than an ELF file of this form has.
     pub fn new(content: &Content<'_>) -> anyhow::Result<Self> {
-        let headers = content.ranges.len() + 1;
+        let headers = content.ranges.len() + 2;
         ensure!(
             headers < usize::from(super::PN_XNUM),
             "{headers} ranges of RAM are too many for a core file"
@@ -49,6 +51,16 @@ impl Head {
         let notes = notes(start as u64 + ram);
         let mut bytes = elf_header(headers as u16);
         program_header(&mut bytes, PT_NOTE, notes_at as u64, [0, 0], notes.len() as u64);
+        let (va, image) = content.image;
+        let mut before = start as u64;
+        for range in content.ranges {
+            if image.start >= range.start && image.start + image.len <= range.start + range.len {
+                before += image.start - range.start;
+                break;
+            }
+            before += range.len;
+        }
+        program_header(&mut bytes, PT_LOAD, before, [va.0, image.start.0], image.len);
         let mut offset = start as u64;
         for range in content.ranges {
             let va = content.direct_map.map_or(0, |base| (base + range.start.0).0);
@@ -85,8 +97,8 @@ fn program_header(out: &mut Vec<u8>, kind: u32, offset: u64, addresses: [u64; 2]
     const READ_WRITE_EXECUTE: u32 = 7;
     out.extend(kind.to_le_bytes());
     out.extend(if kind == PT_LOAD { READ_WRITE_EXECUTE } else { 0 }.to_le_bytes());
-    let align = if kind == PT_LOAD { PAGE_SIZE } else { 4 };
-    for word in [offset, addresses[0], addresses[1], len, len, align] {
+    // Alignment zero, as kdump has it: by that crash tells its files from those of netdump, which have no VMCOREINFO.
+    for word in [offset, addresses[0], addresses[1], len, len, 0] {
         out.extend(word.to_le_bytes());
     }
 }

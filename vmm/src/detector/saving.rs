@@ -68,6 +68,7 @@ impl Detector {
         let head = Head::new(&Content {
             ranges: memory.ranges(),
             direct_map: linux.direct_map_base(memory).ok(),
+            image: linux.image_mapping(),
             cpus: &cpus,
             vmcoreinfo: vmcoreinfo.as_deref(),
             attached: state.as_ref().map(|s| (crc32fast::hash(s), s.len() as u64, kernel.len() as u64)),

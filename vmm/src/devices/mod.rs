@@ -1,9 +1,11 @@
-//! Devices of the machine: serial ports. A device owns its registers and nothing else; what an access means for the
+//! Devices of the machine: serial ports, disks. A device owns its registers and nothing else; what an access means for the
 //! machine (power off, reset) is an action it returns.
 
 pub mod serial;
+pub mod virtio;
 
 pub use serial::SerialPort;
+pub use virtio::{Disk, VirtioDisk};
 
 /// What stands behind a serial port on the host side. Called on vCPU threads: must not block.
 pub trait SerialSink: Send {

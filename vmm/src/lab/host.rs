@@ -17,7 +17,7 @@ use super::Job;
 use super::incoming::Files;
 use super::link::Link;
 use super::payload::{self, Content};
-use super::qemu::{Machine, Qemu};
+use super::qemu::{Machine, Qemu, disk_node};
 use super::wire::{Frame, JobSpec, Stream, VERSION};
 use crate::cli::Failure;
 use crate::console::signals;
@@ -129,13 +129,16 @@ impl<'a> Session<'a> {
         let parents = job.outputs.iter().chain(&job.control).filter_map(|path| path.parent());
         let folders =
             parents.chain([job.cwd.as_path()]).map(Path::to_owned).chain(job.folders.iter().cloned());
-        let content = Content { inputs: job.inputs.clone(), folders: folders.collect() };
+        let links = job.disks.iter().enumerate().map(|(index, (path, _))| (path.clone(), disk_node(index)));
+        let content =
+            Content { inputs: job.inputs.clone(), folders: folders.collect(), links: links.collect() };
         let initrd = payload::build(&lab.modules, &content)
             .context(Failure::host("Cannot pack the files of the lab"))?;
         let mem_bytes = job.lab_memory(initrd.size);
         // Two for the job at least, so that the guest need not wait for its monitor, and the one it keeps off.
         let cpus = job.cpus.max(2) + 1;
-        let machine = Machine { kernel: &lab.kernel, initrd: &initrd.file, cpus, mem_bytes };
+        let machine =
+            Machine { kernel: &lab.kernel, initrd: &initrd.file, cpus, mem_bytes, disks: &job.disks };
         let (events, inbox) = mpsc::channel();
         *route.lock().unwrap_or_else(PoisonError::into_inner) = Some(events.clone());
         let began = Instant::now();

@@ -33,6 +33,8 @@ pub struct Job {
     pub folders: Vec<PathBuf>,
     /// Files and folders it writes, absolute.
     pub outputs: Vec<PathBuf>,
+    /// Disks of its guest, absolute, and true where they are not written to.
+    pub disks: Vec<(PathBuf, bool)>,
     /// Its control socket, absolute.
     pub control: Option<PathBuf>,
     /// Memory of its guest, in bytes.
@@ -60,17 +62,18 @@ impl Job {
             inputs: Vec::new(),
             folders: Vec::new(),
             outputs: Vec::new(),
+            disks: Vec::new(),
             control: None,
             guest_mem_bytes: 0,
             cpus: 1,
         })
     }
 
-    /// `kleak-vmm run` with these options.
+    /// `kleak-vmm run` with these options, and the drivers of its disks.
     ///
     /// # Errors
     /// A path that is not UTF-8, or no folder for the control socket.
-    pub fn of_run(options: &RunOptions) -> Result<Self> {
+    pub fn of_run(options: &RunOptions, drivers: &[WantedModule]) -> Result<Self> {
         let mut options = options.clone();
         options.lab = LabChoice::Never;
         options.kernel = Some(options.kernel_path());
@@ -90,6 +93,7 @@ impl Job {
                 // Of that folder only what is needed goes along.
                 PathUse::Input if Some(path) == options.module_dir.as_deref() => job.folders.push(absolute),
                 PathUse::Input => job.inputs.push(absolute),
+                PathUse::Disk(read_only) => job.disks.push((absolute, read_only)),
                 PathUse::Output if is_hidden(&absolute) => {}
                 PathUse::Output => job.outputs.push(absolute),
             }
@@ -104,7 +108,7 @@ impl Job {
             })?;
             job.argv.push(text);
         }
-        job.inputs.extend(needed_modules(&options).into_iter().map(|path| job.cwd.join(path)));
+        job.inputs.extend(needed_modules(&options, drivers).into_iter().map(|path| job.cwd.join(path)));
         let script = options.exec.as_deref().and_then(images::initramfs::command_file);
         job.inputs.extend(script.map(|file| job.cwd.join(file.host)));
         job.inputs.extend(images::initramfs::find_busybox());
@@ -135,11 +139,11 @@ impl Job {
 }
 
 /// Files of the modules that the given ones need. None when they cannot be told, which the inner run says in its words.
-fn needed_modules(options: &RunOptions) -> Vec<PathBuf> {
+fn needed_modules(options: &RunOptions, drivers: &[WantedModule]) -> Vec<PathBuf> {
     let wanted = |spec: &ModuleSpec| WantedModule { path: spec.path.clone(), parameters: String::new() };
     let wanted: Vec<_> = options.modules.iter().map(wanted).collect();
-    let found = module_file::resolve(&wanted, options.module_dir.as_deref()).unwrap_or_default();
-    found.into_iter().map(|(file, _)| file.path).collect()
+    let found = |wanted| module_file::resolve(wanted, options.module_dir.as_deref()).unwrap_or_default();
+    found(&wanted).into_iter().chain(found(drivers)).map(|(file, _)| file.path).collect()
 }
 
 #[cfg(test)]
@@ -157,15 +161,16 @@ mod tests {
     #[test]
     fn takes_files_along_and_brings_reports_back() {
         let line = "run --kernel k --initrd /i --file h:/g --report r.json --report /dev/stderr --report - \
-                    --report-dir rd --module-dir md --control c.sock --mem 256M --cpus 2 --lab svm";
+                    --report-dir rd --module-dir md --control c.sock --mem 256M --cpus 2 --disk d,ro --disk e --lab svm";
         let options = Line::try_parse_from(line.split_whitespace()).unwrap().run;
-        let job = Job::of_run(&options).unwrap();
+        let job = Job::of_run(&options, &[]).unwrap();
         let here = std::env::current_dir().unwrap();
         for input in [here.join("k"), "/i".into(), here.join("h")] {
             assert!(job.inputs.contains(&input), "{input:?}");
         }
         assert_eq!(job.folders, [here.join("md")]);
         assert_eq!(job.outputs, [here.join("rd"), here.join("r.json")]);
+        assert_eq!(job.disks, [(here.join("d"), true), (here.join("e"), false)]);
         assert_eq!(job.control, Some(here.join("c.sock")));
         assert_eq!((job.guest_mem_bytes, job.cpus), (256 << 20, 2));
         assert!(job.argv.contains(&"--kernel=k".to_owned()) && job.argv.contains(&"--lab=never".to_owned()));

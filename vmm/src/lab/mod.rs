@@ -9,6 +9,7 @@
 //!   --report files   <--  incoming.rs                                          <--  outputs.rs
 //!   snapshot=, core= <--                                                       <--  exports.rs
 //!   --kernel, ...    -->  payload.rs (initramfs)
+//!   --disk           <->  qemu.rs (drives of the machine)                           links of the same names
 //! ```
 
 mod affinity;
@@ -32,6 +33,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use images::lab::{SvmLab, prepare_svm, prepared_svm};
+use images::module_file::WantedModule;
 
 pub use decide::{Decision, decide};
 pub use exports::Export;
@@ -66,14 +68,14 @@ pub fn is_prepared() -> bool {
     folder().is_ok_and(|folder| prepared_svm(&folder).is_some())
 }
 
-/// `kleak-vmm run` in the lab; `reason` is why it does not run here, where the user did not ask for the lab.
+/// `kleak-vmm run` in the lab, with the drivers of its disks; `reason` is why it does not run here, where the user did not ask for the lab.
 ///
 /// Errors as [`run`].
-pub fn run_command(options: &RunOptions, reason: Option<&str>) -> Result<ExitCode> {
+pub fn run_command(options: &RunOptions, drivers: &[WantedModule], reason: Option<&str>) -> Result<ExitCode> {
     if let Some(reason) = reason.filter(|_| !options.quiet) {
         eprintln!("kleak-vmm: running in the lab, under emulation and about 20 times slower: {reason}");
     }
-    run(&Job::of_run(options)?)
+    run(&Job::of_run(options, drivers)?)
 }
 
 /// Runs `job` in the lab, joined with this process's streams.

@@ -1,9 +1,11 @@
 //! QEMU as the lab's machine: emulated in software, with AMD's SVM.
 
 use std::collections::VecDeque;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -41,6 +43,14 @@ pub struct Machine<'a> {
     pub cpus: u8,
     /// Memory.
     pub mem_bytes: u64,
+    /// Disks, each with true where it is not written to: [`disk_node`] in the machine.
+    pub disks: &'a [(PathBuf, bool)],
+}
+
+/// The device node of a disk in the machine.
+pub fn disk_node(index: usize) -> String {
+    // There are 8 at most.
+    format!("/dev/vd{}", char::from(b'a' + index as u8))
 }
 
 /// A running QEMU; dropping it ends it.
@@ -80,6 +90,7 @@ impl Qemu {
             .args(["-device", "virtio-serial-pci"])
             .args(["-chardev", &format!("socket,id=line,fd={}", there.as_raw_fd())])
             .args(["-device", "virtserialport,chardev=line,name=kleak"])
+            .args(machine.disks.iter().enumerate().flat_map(|(index, disk)| drive(index, disk)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -142,6 +153,16 @@ impl Drop for Qemu {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The options for a disk. QEMU wants commas in names twice.
+fn drive(index: usize, (path, read_only): &(PathBuf, bool)) -> [OsString; 4] {
+    let mut drive = OsString::from("file=");
+    let name = path.as_os_str().as_bytes();
+    drive.push(OsStr::from_bytes(&name.split(|&b| b == b',').collect::<Vec<_>>().join(&b",,"[..])));
+    let access = if *read_only { "on" } else { "off" };
+    drive.push(format!(",format=raw,if=none,id=disk{index},readonly={access}"));
+    ["-drive".into(), drive, "-device".into(), format!("virtio-blk-pci,drive=disk{index}").into()]
 }
 
 fn keep_tail(mut output: impl Read, tail: &Mutex<VecDeque<u8>>) {

@@ -25,7 +25,7 @@ struct Inner {
     /// Write-locked while a paused machine lends slices.
     frozen: RwLock<()>,
     /// Owns the mappings that `regions` points into.
-    _mappings: GuestMemoryMmap<()>,
+    mappings: GuestMemoryMmap<()>,
 }
 
 /// A range of RAM and where it is mapped.
@@ -120,7 +120,7 @@ impl GuestRam {
                 region.get_host_address(MemoryRegionAddress(0)).context("Guest memory is not mapped")?;
             regions.push(Region { start: region.start_addr().0, len: region.len(), host });
         }
-        Ok(Self(Arc::new(Inner { ranges, regions, frozen: RwLock::new(()), _mappings: mappings })))
+        Ok(Self(Arc::new(Inner { ranges, regions, frozen: RwLock::new(()), mappings })))
     }
 
     /// Writes `bytes` at `pa`; an aligned 8-byte write is not torn. For vCPU threads (trap handlers) and before the
@@ -135,6 +135,12 @@ impl GuestRam {
             Err(TryLockError::WouldBlock) => return Err(WriteError::Frozen),
         };
         self.store(pa, bytes).map_err(WriteError::Memory)
+    }
+
+    /// Lends the mappings to a device that reads and writes for the guest: on the thread of a vCPU, which runs.
+    pub fn with_mappings<T>(&self, work: impl FnOnce(&GuestMemoryMmap<()>) -> T) -> T {
+        let _writing = self.0.frozen.read().unwrap_or_else(PoisonError::into_inner);
+        work(&self.0.mappings)
     }
 
     /// Keeps every writer out until the guard is dropped. The vCPUs must stand still.

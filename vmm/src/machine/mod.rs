@@ -27,7 +27,7 @@ pub use memory::{FrozenRam, GuestRam, WriteError};
 
 use crate::arch::{self, Platform};
 use crate::boot;
-use crate::devices::{SerialPort, SerialSink};
+use crate::devices::{Disk, SerialPort, SerialSink};
 use anyhow::{Context, bail, ensure};
 use console_log::Watched;
 use control::{Control, Snapshot, kick_signal};
@@ -37,6 +37,7 @@ use introspect::memory::Va;
 use kvm_ioctls::{Kvm, VmFd};
 use std::fmt::Write;
 use std::ops::Deref;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -104,6 +105,8 @@ pub struct Traps {
 pub const MEMORY_LIMITS: (u64, u64) = (128 << 20, 8 << 30);
 /// Most vCPUs.
 pub const MAX_CPUS: usize = 8;
+/// Most disks.
+pub const MAX_DISKS: usize = 8;
 
 /// What a machine is made of.
 #[derive(Clone)]
@@ -122,6 +125,8 @@ pub struct Config<'a> {
     pub kaslr: bool,
     /// Makes the random address repeatable.
     pub kaslr_seed: Option<u64>,
+    /// Images of disks, [`MAX_DISKS`] at most, each with true where the guest may not write.
+    pub disks: Vec<(PathBuf, bool)>,
 }
 
 impl<'a> Config<'a> {
@@ -135,6 +140,7 @@ impl<'a> Config<'a> {
             cpus: 1,
             kaslr: false,
             kaslr_seed: None,
+            disks: Vec::new(),
         }
     }
 
@@ -146,6 +152,11 @@ impl<'a> Config<'a> {
             self.mem_bytes >> 20,
             least >> 20,
             most >> 20
+        );
+        ensure!(
+            self.disks.len() <= MAX_DISKS,
+            "The guest has {} disks, at most {MAX_DISKS}",
+            self.disks.len()
         );
         ensure!(
             (1..=MAX_CPUS).contains(&self.cpus),
@@ -178,6 +189,10 @@ impl Machine {
     /// A [`HostError`] for what the host cannot do; else what is wrong with the configuration.
     pub fn new(config: Config<'_>) -> anyhow::Result<Self> {
         config.check()?;
+        let disks = config.disks.iter().map(|(path, read_only)| {
+            Disk::open(path, *read_only).with_context(|| format!("Cannot open disk {}", path.display()))
+        });
+        let disks = disks.collect::<anyhow::Result<_>>()?;
         let kvm = open_kvm()?;
         arch::check_capabilities(&kvm)?;
         let ram = GuestRam::new(arch::layout::ram(config.mem_bytes & !0xfff))?;
@@ -196,7 +211,7 @@ impl Machine {
                 .map_err(kvm_error("Cannot give the guest its memory"))?;
         }
         let console = Arc::new(ConsoleLog::default());
-        let platform = Arc::new(Platform::new(&vm, console.clone())?);
+        let platform = Arc::new(Platform::new(&vm, console.clone(), &ram, disks)?);
         let control = Arc::new(Control::new(config.cpus));
         let fds = arch::create_vcpus(&kvm, &vm, &config, &loaded)?;
         let vcpus = fds.into_iter().enumerate().map(|(index, fd)| Vcpu {

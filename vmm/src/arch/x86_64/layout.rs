@@ -24,6 +24,10 @@ pub const RESET_VECTOR: Pa = Pa(0xf_fff0);
 pub const HIGH_RAM: Pa = Pa(0x10_0000);
 /// Hole for devices below 4 GiB.
 pub const MMIO_HOLE: Pa = Pa(0xc000_0000);
+/// Registers of the first disk; those of the others follow.
+pub const DISKS: Pa = Pa(0xd000_0000);
+/// Inputs of the I/O APIC that no ISA interrupt has: one for each disk, [`crate::machine::MAX_DISKS`] at most.
+pub const DISK_IRQS: std::ops::Range<u32> = 16..24;
 /// I/O APIC (Intel 82093AA).
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Local APICs.

@@ -1,11 +1,13 @@
 //! Interrupt chips and ports.
 
 use super::layout::{
-    KVM_IDENTITY_MAP, KVM_TSS, RESET, RESET_VALUE, SERIAL_IRQS, SERIAL_PORTS, SLEEP_CONTROL, SLEEP_STATUS,
+    DISK_IRQS, DISKS, KVM_IDENTITY_MAP, KVM_TSS, RESET, RESET_VALUE, SERIAL_IRQS, SERIAL_PORTS,
+    SLEEP_CONTROL, SLEEP_STATUS,
 };
 use super::{ExitRecord, Next};
-use crate::devices::SerialPort;
-use crate::machine::{ConsoleLog, Outcome, TRAP_PORT, TrapInstruction, kvm_error};
+use crate::devices::{Disk, SerialPort, VirtioDisk, virtio};
+use crate::machine::{ConsoleLog, GuestRam, Outcome, TRAP_PORT, TrapInstruction, kvm_error};
+use anyhow::Context;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuExit, VmFd};
 use std::sync::Arc;
@@ -15,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub struct Platform {
     /// COM1 and COM2.
     pub serial: [Arc<SerialPort>; 2],
+    disks: Vec<Arc<VirtioDisk>>,
     console: Arc<ConsoleLog>,
 }
 
@@ -34,7 +37,12 @@ impl Platform {
     ///
     /// # Errors
     /// What KVM refused.
-    pub fn new(vm: &VmFd, console: Arc<ConsoleLog>) -> anyhow::Result<Self> {
+    pub fn new(
+        vm: &VmFd,
+        console: Arc<ConsoleLog>,
+        ram: &GuestRam,
+        disks: Vec<Disk>,
+    ) -> anyhow::Result<Self> {
         // Only Intel hosts use these two; others take and ignore them.
         vm.set_identity_map_address(KVM_IDENTITY_MAP.0)
             .map_err(kvm_error("Cannot place the identity map"))?;
@@ -44,7 +52,13 @@ impl Platform {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(kvm_error("Cannot create the interval timer"))?;
         let [first, second] = SERIAL_IRQS;
-        Ok(Self { serial: [serial_port(vm, first)?, serial_port(vm, second)?], console })
+        let serial = [serial_port(vm, first)?, serial_port(vm, second)?];
+        let connect = |(disk, irq)| {
+            let interrupt = interrupt(vm, irq).context("Cannot connect a disk's interrupt")?;
+            Ok(VirtioDisk::new(disk, ram.clone(), interrupt))
+        };
+        let disks = disks.into_iter().zip(DISK_IRQS).map(connect).collect::<anyhow::Result<_>>()?;
+        Ok(Self { serial, disks, console })
     }
 
     /// Decides what an exit means; carries out accesses to ports.
@@ -59,12 +73,20 @@ impl Platform {
             VcpuExit::Debug(debug) if debug.exception == ExitRecord::BREAKPOINT => {
                 Next::Trap(TrapInstruction::Int3)
             }
-            // Nothing is there: reads are all ones, as on a bus without the device.
-            VcpuExit::MmioRead(_, data) => {
-                data.fill(0xff);
+            VcpuExit::MmioRead(address, data) => {
+                match self.disk_register(address) {
+                    Some((disk, offset)) => disk.read(offset, data),
+                    // Nothing is there: reads are all ones, as on a bus without the device.
+                    None => data.fill(0xff),
+                }
                 Next::Enter
             }
-            VcpuExit::MmioWrite(..) => Next::Enter,
+            VcpuExit::MmioWrite(address, data) => {
+                if let Some((disk, offset)) = self.disk_register(address) {
+                    disk.write(offset, data);
+                }
+                Next::Enter
+            }
             VcpuExit::Intr | VcpuExit::IrqWindowOpen => Next::Checkpoint,
             VcpuExit::Shutdown => Next::End(Outcome::TripleFault),
             VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN, _) => Next::End(Outcome::PowerOff),
@@ -110,13 +132,25 @@ impl Platform {
         Some((&self.serial[k], (port - SERIAL_PORTS[k]) as u8))
     }
 
+    fn disk_register(&self, address: u64) -> Option<(&VirtioDisk, u64)> {
+        let offset = address.checked_sub(DISKS.0)?;
+        let disk = self.disks.get((offset / virtio::REGISTERS) as usize)?;
+        Some((disk, offset % virtio::REGISTERS))
+    }
+
     fn panic(&self) -> Outcome {
         Outcome::Panic(self.console.panicked().map(|(line, _)| line).unwrap_or_default())
     }
 }
 
 fn serial_port(vm: &VmFd, irq: u32) -> anyhow::Result<Arc<SerialPort>> {
+    let interrupt = interrupt(vm, irq).context("Cannot connect a serial port's interrupt")?;
+    Ok(Arc::new(SerialPort::new(interrupt)))
+}
+
+/// Raises an interrupt when it is written to.
+fn interrupt(vm: &VmFd, irq: u32) -> anyhow::Result<EventFd> {
     let event = EventFd::new(libc::EFD_NONBLOCK)?;
-    vm.register_irqfd(&event, irq).map_err(kvm_error("Cannot connect a serial port's interrupt"))?;
-    Ok(Arc::new(SerialPort::new(event)))
+    vm.register_irqfd(&event, irq).map_err(kvm_error("KVM takes no such event"))?;
+    Ok(event)
 }

@@ -4,8 +4,10 @@
 //! keyboard controller and no CMOS clock that a kernel would wait for.
 
 use crate::arch::layout::{
-    ACPI, IO_APIC, LOCAL_APIC, RESET, RESET_VALUE, SERIAL_IRQS, SERIAL_PORTS, SLEEP_CONTROL, SLEEP_STATUS,
+    ACPI, DISK_IRQS, DISKS, IO_APIC, LOCAL_APIC, RESET, RESET_VALUE, SERIAL_IRQS, SERIAL_PORTS,
+    SLEEP_CONTROL, SLEEP_STATUS,
 };
+use crate::devices::virtio;
 use acpi_tables::aml::{self, Device, EISAName, Interrupt, Name, Package, Path, ResourceTemplate};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -21,11 +23,11 @@ const OEM_REVISION: u32 = 1;
 /// Where each table may start.
 const ALIGNMENT: usize = 64;
 
-/// All tables for a machine of `cpus` vCPUs, for [`ACPI`]; the RSDP is the first.
-pub(super) fn tables(cpus: u8) -> Vec<u8> {
+/// All tables for a machine of `cpus` vCPUs and `disks` disks, for [`ACPI`]; the RSDP is the first.
+pub(super) fn tables(cpus: u8, disks: usize) -> Vec<u8> {
     // The RSDP's place is known, its content only at the end.
     let mut tables = Tables(vec![0; Rsdp::len().next_multiple_of(ALIGNMENT)]);
-    let dsdt = tables.add(&dsdt());
+    let dsdt = tables.add(&dsdt(disks));
     let fadt = tables.add(&bytes(&fadt(dsdt)));
     let madt = tables.add(&bytes(&madt(cpus)));
     let mut xsdt = XSDT::new(OEM, TABLE, OEM_REVISION);
@@ -77,8 +79,8 @@ fn madt(cpus: u8) -> MADT {
     madt
 }
 
-/// Power off, and the serial ports: without a legacy interrupt controller a kernel takes ISA interrupts from here.
-fn dsdt() -> Vec<u8> {
+/// Power off, the disks, and the serial ports: without a legacy interrupt controller a kernel takes ISA interrupts from here.
+fn dsdt(disks: usize) -> Vec<u8> {
     const REVISION: u8 = 6;
     const EMPTY_LEN: u32 = 36;
     let mut dsdt = Sdt::new(*b"DSDT", EMPTY_LEN, REVISION, OEM, TABLE, OEM_REVISION);
@@ -86,6 +88,9 @@ fn dsdt() -> Vec<u8> {
     dsdt.append_slice(&bytes(&Name::new(Path::new("_S5_"), &s5)));
     for k in 0..SERIAL_PORTS.len() {
         dsdt.append_slice(&serial_port(k));
+    }
+    for (k, irq) in DISK_IRQS.enumerate().take(disks) {
+        dsdt.append_slice(&disk(k, irq));
     }
     dsdt.as_slice().to_vec()
 }
@@ -101,6 +106,21 @@ fn serial_port(k: usize) -> Vec<u8> {
     let resources = Name::new(Path::new("_CRS"), &resources);
     let path = Path::new(&format!("_SB_.COM{}", k + 1));
     bytes(&Device::new(path, vec![&id, &number, &resources]))
+}
+
+/// A virtio device with memory-mapped registers, by the name that Linux and QEMU have for those.
+fn disk(k: usize, irq: u32) -> Vec<u8> {
+    let base = DISKS.0 + k as u64 * virtio::REGISTERS;
+    let registers = aml::Memory32Fixed::new(true, base as u32, virtio::REGISTERS as u32);
+    let (consumer, edge, active_low, shared) = (true, true, false, false);
+    let interrupt = Interrupt::new(consumer, edge, active_low, shared, irq);
+    let id = Name::new(Path::new("_HID"), &"LNRO0005");
+    let number = Name::new(Path::new("_UID"), &(k as u8));
+    let coherent = Name::new(Path::new("_CCA"), &1u8);
+    let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
+    let resources = Name::new(Path::new("_CRS"), &resources);
+    let path = Path::new(&format!("_SB_.DSK{k}"));
+    bytes(&Device::new(path, vec![&id, &number, &coherent, &resources]))
 }
 
 fn bytes(table: &dyn Aml) -> Vec<u8> {
@@ -137,7 +157,7 @@ mod tests {
 
     #[test]
     fn every_table_is_found_from_the_rsdp() {
-        let tables = tables(8);
+        let tables = tables(8, 2);
         assert_eq!(&tables[..8], b"RSD PTR ");
         let xsdt = table(&tables, u64_at(&tables, 24));
         let names: Vec<&[u8]> =
@@ -147,12 +167,13 @@ mod tests {
         let dsdt = table(&tables, u64_at(fadt, 140));
         assert_eq!(&dsdt[..4], b"DSDT");
         assert!(dsdt.windows(4).any(|w| w == b"_S5_"));
+        assert_eq!(dsdt.windows(8).filter(|w| *w == b"LNRO0005").count(), 2);
     }
 
     #[test]
     fn every_processor_is_listed() {
         for cpus in [1, 8] {
-            let tables = tables(cpus);
+            let tables = tables(cpus, 0);
             let xsdt = table(&tables, u64_at(&tables, 24));
             let madt = table(&tables, u64_at(xsdt, 44));
             assert_eq!(madt.len(), 44 + usize::from(cpus) * 8 + 12);

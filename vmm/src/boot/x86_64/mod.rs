@@ -43,7 +43,7 @@ pub fn load(ram: &GuestRam, config: &Config<'_>) -> anyhow::Result<Loaded> {
     let kernel = kernel::load(ram, config, &header)?;
     let initrd = load_initrd(ram, config, &header, kernel.end)?;
     load_cmdline(ram, &config.cmdline, &header)?;
-    let tables = acpi::tables(config.cpus as u8);
+    let tables = acpi::tables(config.cpus as u8, config.disks.len());
     ensure!(tables.len() as u64 <= RESET_VECTOR - ACPI, "The ACPI tables take {} bytes", tables.len());
     ram.write(ACPI, &tables)?;
     ram.write(RESET_VECTOR, &tables::reset_code())?;
