@@ -4,6 +4,7 @@ use super::options::Reports;
 use super::values;
 use super::{ExitCode, Failure, check, ctl};
 use crate::console::{Request, Target, execute};
+use crate::regress::Looked;
 use crate::run::{self, reports};
 use crate::saved::{Opening, open};
 use anyhow::{Context, Result};
@@ -86,7 +87,9 @@ pub fn analyze(options: &AnalyzeOptions) -> Result<ExitCode> {
         .scan()
         .context(Failure::usage("The scan failed").hint("the machine may have been saved too early"))?;
     if options.commands.is_empty() || !options.reports.0.is_empty() {
-        reports::write(&detector, &options.reports, options.quiet)?;
+        let test = options.file.display().to_string();
+        let looked = Looked { by: "analyze", test: &test, file: &options.file, failure: None };
+        reports::write(&detector, &options.reports, options.quiet, &looked)?;
     }
     for line in &options.commands {
         if ctl::said(&execute(detector.as_ref(), &Request::parse(line)))? != ExitCode::Success {

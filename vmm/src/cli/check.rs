@@ -4,14 +4,14 @@
 use super::failure::Failure;
 use super::options::{Reports, RunOptions};
 use super::values::format_size;
-use crate::machine::MEMORY_LIMITS;
+use crate::machine::{MAX_DISKS, MEMORY_LIMITS};
 use crate::meminfo;
 use crate::saved;
 use anyhow::Context;
 use images::initramfs;
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
 /// Checks every path of `options` and the memory asked for.
@@ -30,6 +30,7 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
     for file in &options.files {
         input_file(&file.host, "file", "check the HOST part of --file HOST:GUEST")?;
     }
+    check_disks(options)?;
     check_command(options)?;
     if let Some(profile) = &options.profile {
         input_file(profile, "guest profile", "check --profile")?;
@@ -68,6 +69,26 @@ fn check_kernel(options: &RunOptions) -> anyhow::Result<()> {
         }
     };
     input_file(&options.kernel_path(), "kernel", hint).map(drop)
+}
+
+/// A disk is an image or a block device, and may be written to unless it is only read.
+fn check_disks(options: &RunOptions) -> anyhow::Result<()> {
+    if options.disks.len() > MAX_DISKS {
+        return Err(Failure::usage(format!("A guest has {MAX_DISKS} disks at most"))
+            .hint("check --disk")
+            .into());
+    }
+    for disk in &options.disks {
+        let what = || Failure::usage(format!("Cannot use disk {}", disk.path.display()));
+        let there = std::fs::metadata(&disk.path).with_context(|| what().hint("check --disk"))?;
+        if !there.is_file() && !there.file_type().is_block_device() {
+            let error = what().hint("give a raw image, such as mkfs.ext4 makes of a file, or a block device");
+            return Err(anyhow::anyhow!("It is neither a file nor a block device").context(error));
+        }
+        let opened = File::options().read(true).write(!disk.read_only).open(&disk.path);
+        opened.with_context(|| what().hint("PATH,ro only reads it"))?;
+    }
+    Ok(())
 }
 
 /// A command that is a file of this host (`./test.sh`) must be one that can be executed; the guest would say so only

@@ -1,6 +1,6 @@
 //! Options of `kleak-vmm run`.
 
-use super::values::{self, FileSpec, ModuleSpec};
+use super::values::{self, DiskSpec, FileSpec, ModuleSpec};
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, ValueEnum};
 use guest_profiles::hooks::Tracked;
 use std::path::{Path, PathBuf};
@@ -56,6 +56,12 @@ pub enum ReportFormat {
     Text,
     /// `kleak-report/1`.
     Json,
+    /// JUnit XML: the run as one test.
+    Junit,
+    /// SARIF 2.1.0.
+    Sarif,
+    /// A page that needs no network.
+    Html,
 }
 
 /// A file that gets the report.
@@ -94,6 +100,11 @@ pub struct RunOptions {
     /// Copy a host file into the guest; repeatable
     #[arg(long = "file", value_name = "HOST:GUEST", value_parser = values::file, help_heading = "Guest")]
     pub files: Vec<FileSpec>,
+
+    /// Give the guest a disk: a raw image or a block device of the host, which it writes to unless ro; repeatable. The first
+    /// is /dev/vda; drivers are looked for beside the kernel (../lib/modules), in /lib/modules and in --module-dir
+    #[arg(long = "disk", value_name = "PATH[,ro]", value_parser = values::disk, help_heading = "Guest")]
+    pub disks: Vec<DiskSpec>,
 
     /// Added to the kernel command line; kleak.console=off keeps the second serial port for the guest's own use
     #[arg(
@@ -247,8 +258,8 @@ fn host_kernel() -> PathBuf {
     format!("/boot/vmlinuz-{}", release.trim()).into()
 }
 
-/// The `--report FILE` and `--format FORMAT` pairs: a format belongs to the report before it. Without one, a file
-/// named `*.json` gets JSON and any other text.
+/// The `--report FILE` and `--format FORMAT` pairs: a format belongs to the report before it. Without one, the name's ending
+/// tells.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reports(pub Vec<ReportSpec>);
 
@@ -263,12 +274,12 @@ impl Args for Reports {
                 .help("Write the final report to a file, - for standard output; repeatable [default: text on standard output]"),
             Arg::new("format")
                 .long("format")
-                .value_name("text|json")
+                .value_name("text|json|junit|sarif|html")
                 .value_parser(clap::value_parser!(ReportFormat))
                 .hide_possible_values(true)
                 .action(ArgAction::Append)
                 .requires("report")
-                .help("Form of the --report before it [default: json for *.json, else text]"),
+                .help("Form of the --report before it [default: by its ending: .json, .xml, .sarif, .html, else text]"),
         ])
     }
 
@@ -311,9 +322,11 @@ fn indexed<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, id: &str) -> 
 }
 
 fn format_of(path: &Path) -> ReportFormat {
-    if path.extension().is_some_and(|extension| extension == "json") {
-        ReportFormat::Json
-    } else {
-        ReportFormat::Text
+    match path.extension().and_then(|extension| extension.to_str()) {
+        Some("json") => ReportFormat::Json,
+        Some("xml") => ReportFormat::Junit,
+        Some("sarif") => ReportFormat::Sarif,
+        Some("html" | "htm") => ReportFormat::Html,
+        _ => ReportFormat::Text,
     }
 }

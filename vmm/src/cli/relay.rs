@@ -13,13 +13,15 @@ pub enum PathUse {
     Input,
     /// A file or directory that is written, or a socket.
     Output,
+    /// A disk of the guest; true: it is not written to.
+    Disk(bool),
 }
 
 impl RunOptions {
     /// The arguments behind `kleak-vmm run` that parse to these options, each path as `map` says. Defaults are
     /// written out; a report on standard output (`-`) is not mapped.
     pub fn to_args(&self, mut map: impl FnMut(&Path, PathUse) -> PathBuf) -> Vec<OsString> {
-        use PathUse::{Input, Output};
+        use PathUse::{Disk, Input, Output};
         let mut line = Line::default();
         let paths = [
             ("--kernel", &self.kernel, Input),
@@ -39,6 +41,11 @@ impl RunOptions {
             let mut value = map(&module.path, Input).into_os_string();
             module.params.iter().for_each(|param| value.push(format!(",{param}")));
             line.option("--module", value);
+        }
+        for disk in &self.disks {
+            let mut value = map(&disk.path, Disk(disk.read_only)).into_os_string();
+            value.push(if disk.read_only { ",ro" } else { "" });
+            line.option("--disk", value);
         }
         for file in &self.files {
             let mut value = map(&file.host, Input).into_os_string();

@@ -46,7 +46,7 @@ fn defaults_are_the_contracts() {
 const FULL: &str = "--kernel k --initrd i --module a.ko,x=1 --module b.ko --module-dir d --exec ./t.sh --file h:/g \
                 --mem 1G --cpus 4 --profile p --tracer breakpoint --trap pio --kaslr off --scan-period 0 --min-age 5 \
                 --stack off --control s --report r --scan-at-exit no --fail-on-leak --timeout 9 --scan-on oom,exit \
-                --report-dir rd --clear-after-scan --notice-on-console --lab never -vv";
+                --report-dir rd --disk d,ro --disk e --snapshot-on-leak f --clear-after-scan --notice-on-console --lab never -vv";
 
 #[test]
 fn every_option_is_taken() {
@@ -74,6 +74,7 @@ fn options_survive_being_written_out() {
     let mapped = words(FULL).to_args(|path, usage| match usage {
         PathUse::Input => PathBuf::from("/in").join(path),
         PathUse::Output => PathBuf::from("/out").join(path),
+        PathUse::Disk(read_only) => PathBuf::from(if read_only { "/ro" } else { "/rw" }).join(path),
     });
     let line = mapped.iter().map(|arg| arg.to_string_lossy()).collect::<Vec<_>>().join(" ");
     for expected in [
@@ -82,6 +83,9 @@ fn options_survive_being_written_out() {
         "--file=/in/h:/g ",
         "--report=/out/r ",
         "--control=/out/s ",
+        "--disk=/ro/d,ro ",
+        "--disk=/rw/e ",
+        "--snapshot-on-leak=/out/f ",
     ] {
         assert!(line.contains(expected), "{expected} in {line}");
     }
@@ -97,7 +101,7 @@ fn words_of_the_command_line_count_too() {
 
 #[test]
 fn a_format_belongs_to_the_report_before_it() {
-    use ReportFormat::{Json, Text};
+    use ReportFormat::{Html, Json, Junit, Sarif, Text};
     let formats = |line: &str| {
         let options = run_options(&line.split_whitespace().collect::<Vec<_>>());
         options
@@ -110,6 +114,8 @@ fn a_format_belongs_to_the_report_before_it() {
     assert_eq!(formats("--report a --format json"), [("a".into(), Json)]);
     assert_eq!(formats("--report a --report b --format json"), [("a".into(), Text), ("b".into(), Json)]);
     assert_eq!(formats("--report a.json --report b.txt"), [("a.json".into(), Json), ("b.txt".into(), Text)]);
+    let named = formats("--report a.xml --report a.sarif --report a.html --report a.xml --format html");
+    assert_eq!(named.iter().map(|(_, format)| *format).collect::<Vec<_>>(), [Junit, Sarif, Html, Html]);
     assert_eq!(
         formats("--report a.json --format text --cpus 2 --report -"),
         [("a.json".into(), Text), ("-".into(), Text)]

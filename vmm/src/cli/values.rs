@@ -108,6 +108,27 @@ pub fn module(text: &str) -> Result<ModuleSpec, String> {
     Ok(ModuleSpec { path: path.into(), params })
 }
 
+/// A disk of the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// Image, or block device of the host.
+    pub path: PathBuf,
+    /// The guest may not write.
+    pub read_only: bool,
+}
+
+/// Parses `PATH[,ro]`.
+///
+/// # Errors
+/// No path.
+pub fn disk(text: &str) -> Result<DiskSpec, String> {
+    let (path, read_only) = text.strip_suffix(",ro").map_or((text, false), |path| (path, true));
+    if path.is_empty() {
+        return Err(format!("expected PATH[,ro], not {text:?}"));
+    }
+    Ok(DiskSpec { path: path.into(), read_only })
+}
+
 /// Parses `HOST:GUEST`; GUEST is absolute.
 ///
 /// # Errors
@@ -152,6 +173,13 @@ mod tests {
         for text in ["", ",x=1", "a.ko,", "a.ko,=1"] {
             assert!(module(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn disks() {
+        let spec = |path: &str, read_only| Ok(DiskSpec { path: path.into(), read_only });
+        assert_eq!((disk("a.img"), disk("b,c,ro")), (spec("a.img", false), spec("b,c", true)));
+        assert!(disk("").is_err() && disk(",ro").is_err());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! gives each leak to the test that made it.
 
 use super::driver::{self, Step, Trouble, What};
+use super::files::{Files, own_disk};
 use super::findings::{self, add, count, take_leaks};
 use super::matrix::{self, Boot};
 use super::recipes::Ready;
@@ -15,8 +16,7 @@ use images::initramfs::GuestModule;
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -247,6 +247,9 @@ impl<'a> Session<'a> {
         let modules = kernel.modules(&guest.modules)?;
         let modules = modules.iter().enumerate().map(|(index, module)| files.of_guest(index, module));
         let modules: Vec<OsString> = modules.collect::<Result<_>>()?;
+        let disks =
+            guest.disks.iter().enumerate().map(|(index, disk)| own_disk(&prepared.folder, index, disk));
+        let disks: Vec<OsString> = disks.collect::<Result<_>>()?;
         let mut option = |name: &str, value: OsString| {
             let mut word = OsString::from(format!("{name}="));
             word.push(value);
@@ -263,6 +266,7 @@ impl<'a> Session<'a> {
         option("--scan-at-exit", "no".into());
         suite.profile.iter().for_each(|profile| option("--profile", profile.clone().into()));
         guest.initramfs.iter().for_each(|path| option("--initrd", path.clone().into()));
+        disks.into_iter().for_each(|disk| option("--disk", disk));
         modules.into_iter().for_each(|module| option("--module", module));
         for file in &files.list {
             let mut value = file.host.clone().into_os_string();
@@ -525,58 +529,6 @@ enum End {
 
 fn out_of_step() -> End {
     End::Detector(anyhow::anyhow!("The guest's driver is at another test than the host"))
-}
-
-/// Files of a boot on their way to the guest.
-struct Files {
-    folder: PathBuf,
-    list: Vec<FileSpec>,
-}
-
-impl Files {
-    fn of_test(&mut self, index: usize, test: &Test, modules: &[GuestModule]) -> Result<()> {
-        let host = |name: &str| format!("{index}-{name}");
-        let guest = |name: &str| format!("{index}/{name}");
-        let shell = |text: &str| format!("#!/kleak/bin/sh\n{text}\n").into_bytes();
-        if let Some(setup) = &test.setup {
-            self.write(&host("setup"), &guest("setup"), &shell(setup))?;
-        }
-        match &test.action {
-            Action::Nothing => {}
-            Action::Run(text) => self.write(&host("test"), &guest("test"), &shell(text))?,
-            Action::Script(path) => {
-                let content =
-                    fs::read(path).with_context(|| format!("Cannot read script {}", path.display()))?;
-                self.write(&host("test"), &guest("test"), &content)?;
-            }
-        }
-        for (at, module) in modules.iter().enumerate() {
-            let name = format!("{at}.ko");
-            self.write(&host(&name), &guest(&name), &module.content)?;
-        }
-        Ok(())
-    }
-
-    /// A module for the whole boot, as `run --module` takes it.
-    fn of_guest(&self, index: usize, module: &GuestModule) -> Result<OsString> {
-        // A folder for each: files are named after their modules.
-        let place = self.folder.join(format!("guest-{index}"));
-        let path = place.join(format!("{}.ko", module.name));
-        let written = fs::create_dir_all(&place).and_then(|()| fs::write(&path, &module.content));
-        written.with_context(|| format!("Cannot write {}", path.display()))?;
-        let mut value = path.into_os_string();
-        module.parameters.split_whitespace().for_each(|parameter| value.push(format!(",{parameter}")));
-        Ok(value)
-    }
-
-    fn write(&mut self, host: &str, guest: &str, content: &[u8]) -> Result<()> {
-        let path = self.folder.join(host);
-        let written = fs::write(&path, content)
-            .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o755)));
-        written.with_context(|| format!("Cannot write {}", path.display()))?;
-        self.list.push(FileSpec { host: path, guest: Path::new(driver::FOLDER).join(guest) });
-        Ok(())
-    }
 }
 
 /// It asks what the boot itself leaks.

@@ -13,6 +13,7 @@ mod collect;
 mod driver;
 #[cfg(test)]
 mod faults;
+mod files;
 mod findings;
 #[cfg(test)]
 mod fixture;
@@ -24,11 +25,13 @@ mod result;
 mod scratch;
 #[cfg(test)]
 mod shipped_tests;
+mod single;
 mod suite;
 mod worker;
 mod write;
 
 pub use options::{RegressAction, RegressOptions};
+pub use single::{Form, Looked, of_report};
 
 use crate::cli::{ExitCode, Failure, check, failure, print};
 use crate::console::signals;
@@ -201,6 +204,9 @@ fn check_files(suite: &Suite, outputs: &Outputs) -> Result<()> {
     }
     for initramfs in suite.guests.iter().filter_map(|guest| guest.initramfs.as_ref()) {
         input(initramfs, "initramfs")?;
+    }
+    for disk in suite.guests.iter().flat_map(|guest| &guest.disks) {
+        input(&disk.path, "disk")?;
     }
     if let Some(profile) = &suite.profile {
         input(profile, "guest profile")?;

@@ -3,8 +3,8 @@
 //! Relative paths are relative to the suite file's folder. An error names the file and the line.
 
 use crate::cli::Failure;
-use crate::cli::values::{self, FileSpec, ModuleSpec};
-use crate::machine::MEMORY_LIMITS;
+use crate::cli::values::{self, DiskSpec, FileSpec, ModuleSpec};
+use crate::machine::{MAX_DISKS, MEMORY_LIMITS};
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use std::collections::BTreeSet;
@@ -89,6 +89,8 @@ pub struct Guest {
     pub initramfs: Option<PathBuf>,
     /// Files laid over both.
     pub files: Vec<FileSpec>,
+    /// Its disks; each boot writes to copies of its own.
+    pub disks: Vec<DiskSpec>,
     /// Modules loaded for the whole boot.
     pub modules: Vec<ModuleSpec>,
 }
@@ -182,6 +184,8 @@ struct GuestTable {
     initramfs: Option<PathBuf>,
     #[serde(default)]
     files: Vec<Spanned<String>>,
+    #[serde(default)]
+    disks: Vec<Spanned<String>>,
     #[serde(default)]
     modules: Vec<Spanned<String>>,
 }
@@ -279,8 +283,8 @@ fn parse(text: &str, folder: &Path, default_name: &str) -> Result<Suite, Wrong> 
 
 fn default_guest() -> Guest {
     let (name, mem_bytes) = ("default".to_owned(), 512 << 20);
-    let (cmdline, files, modules) = (String::new(), Vec::new(), Vec::new());
-    Guest { name, mem_bytes, cpus: 1, cmdline, initramfs: None, files, modules }
+    let (cmdline, files, disks, modules) = (String::new(), Vec::new(), Vec::new(), Vec::new());
+    Guest { name, mem_bytes, cpus: 1, cmdline, initramfs: None, files, disks, modules }
 }
 
 /// Rows with the place of each.
@@ -395,6 +399,7 @@ impl Reader<'_> {
             cmdline,
             initramfs: table.initramfs.map(|path| self.folder.join(path)),
             files: self.files(table.files)?,
+            disks: self.disks(table.disks)?,
             modules: self.modules(table.modules)?,
         })
     }
@@ -432,6 +437,18 @@ impl Reader<'_> {
             kernels: known(table.kernels, "kernel", kernels.iter().map(|(kernel, _)| kernel.name.as_str()))?,
             guests: known(table.guests, "guest", guests.iter().map(|(guest, _)| guest.name.as_str()))?,
         })
+    }
+
+    fn disks(&self, rows: Vec<Spanned<String>>) -> Result<Vec<DiskSpec>, Wrong> {
+        if let Some(row) = rows.get(MAX_DISKS) {
+            return wrong(&row.span(), format!("a guest has {MAX_DISKS} disks at most"));
+        }
+        let read = |row: &Spanned<String>| {
+            let disk =
+                values::disk(row.get_ref()).or_else(|what| wrong(&row.span(), format!("disks: {what}")))?;
+            Ok(DiskSpec { path: self.folder.join(disk.path), ..disk })
+        };
+        rows.iter().map(read).collect()
     }
 
     fn files(&self, rows: Vec<Spanned<String>>) -> Result<Vec<FileSpec>, Wrong> {

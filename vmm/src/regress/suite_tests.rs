@@ -24,6 +24,7 @@ cpus = 2
 cmdline = "loglevel=5"
 initramfs = "base.cpio.gz"
 files = ["tools/x:/bin/x"]
+disks = ["fs.img", "data.img,ro"]
 modules = ["base.ko"]
 
 [[test]]
@@ -62,6 +63,9 @@ fn every_key_is_taken_and_paths_are_the_suites() {
     assert_eq!((guest.mem_bytes, guest.cpus, guest.cmdline.as_str()), (256 << 20, 2, "loglevel=5"));
     assert_eq!(guest.initramfs, Some("/suites/base.cpio.gz".into()));
     assert_eq!(guest.files[0].host, Path::new("/suites/tools/x"));
+    let disks: Vec<_> =
+        guest.disks.iter().map(|disk| (disk.path.to_str().unwrap(), disk.read_only)).collect();
+    assert_eq!(disks, [("/suites/fs.img", false), ("/suites/data.img", true)]);
     assert_eq!(suite.tests[0].action, Action::Nothing);
     let test = &suite.tests[1];
     assert_eq!(test.action, Action::Script("/suites/t.sh".into()));

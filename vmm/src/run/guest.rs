@@ -7,10 +7,10 @@ use crate::lab;
 use anyhow::{Context, Result};
 use guest_profiles::{annotations, hooks};
 use images::initramfs::{self, GuestFile, GuestModule, InitramfsSpec};
-use images::module_file::{self, WantedModule};
+use images::module_file::{self, ModuleFile, WantedModule};
 use introspect::image::KernelImage;
 use introspect::kernel::Kernel;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The image's own error says which file and what is wrong with it; this adds the exit code.
 fn unusable() -> Failure {
@@ -78,7 +78,7 @@ pub const SETTLE_MS: u64 = 2000;
 pub const SETTLE_WITH_MODULES_MS: u64 = 6000;
 
 /// The initramfs: the user's, or the embedded one with modules, files and command, laid over the user's if there is one.
-pub fn initrd(options: &RunOptions, release: &str) -> Result<Vec<u8>> {
+pub fn initrd(options: &RunOptions, release: &str, drivers: &[WantedModule]) -> Result<Vec<u8>> {
     let base = match options.initrd.as_ref().map(|path| read(path, "initrd")).transpose()? {
         Some(initrd) if !options.embedded_init() => return Ok(initrd),
         base => base,
@@ -95,7 +95,7 @@ pub fn initrd(options: &RunOptions, release: &str) -> Result<Vec<u8>> {
         base,
         busybox,
         files: options.files.iter().map(file).collect(),
-        modules: modules(options, release)?,
+        modules: modules(options, release, drivers)?,
         exec: options.exec.clone(),
         // SAFETY: isatty takes a plain number.
         interactive: unsafe { libc::isatty(libc::STDIN_FILENO) } == 1,
@@ -105,19 +105,63 @@ pub fn initrd(options: &RunOptions, release: &str) -> Result<Vec<u8>> {
     initramfs::build(&spec).context("Cannot build the initramfs")
 }
 
-/// The modules asked for and those they need, in the order of loading. `release` is the kernel's.
-fn modules(options: &RunOptions, release: &str) -> Result<Vec<GuestModule>> {
+/// Drivers of disks, by the kernel's name of the module and of the driver in it, in the order of loading.
+const DISK_DRIVERS: [(&str, &[u8]); 2] = [("virtio_mmio", b"virtio-mmio\0"), ("virtio_blk", b"virtio_blk\0")];
+
+/// The modules by which our init drives the disks: those of the kernel's that are not built in.
+pub fn drivers(options: &RunOptions, image: &KernelImage) -> Result<Vec<WantedModule>> {
+    if options.disks.is_empty() || !options.embedded_init() {
+        return Ok(Vec::new());
+    }
+    let modules = Path::new("lib/modules").join(image.release());
+    // Where packages have it: boot/vmlinuz and lib/modules side by side.
+    let kernel = options.kernel_path();
+    let beside = kernel.parent().and_then(Path::parent).map(|root| root.join(&modules));
+    let folders: Vec<PathBuf> =
+        options.module_dir.iter().cloned().chain(beside).chain([Path::new("/").join(&modules)]).collect();
+    let mut drivers = Vec::new();
+    for (name, driver) in DISK_DRIVERS {
+        let path = folders.iter().find_map(|folder| module_file::find(name, folder));
+        match path {
+            Some(path) => drivers.push(WantedModule { path, parameters: String::new() }),
+            None if memchr::memmem::find(&image.elf, driver).is_some() => {}
+            None => {
+                let what = format!(
+                    "The kernel has no driver {name} built in, which disks need, and it is no module"
+                );
+                let hint = format!("name the folder of the modules of {} with --module-dir", image.release());
+                return Err(Failure::usage(what).hint(hint).into());
+            }
+        }
+    }
+    Ok(drivers)
+}
+
+/// The modules asked for and those they need, in the order of loading, behind the drivers. `release` is the kernel's.
+fn modules(options: &RunOptions, release: &str, drivers: &[WantedModule]) -> Result<Vec<GuestModule>> {
     let wanted =
         |spec: &ModuleSpec| WantedModule { path: spec.path.clone(), parameters: spec.params.join(" ") };
-    let wanted: Vec<_> = options.modules.iter().map(wanted).collect();
-    let found = module_file::resolve(&wanted, options.module_dir.as_deref()).with_context(|| {
-        Failure::usage("").hint("modules that others need are looked for beside those and in --module-dir")
-    })?;
+    let asked: Vec<_> = options.modules.iter().map(wanted).collect();
+    let resolve = |wanted: &[WantedModule]| {
+        module_file::resolve(wanted, options.module_dir.as_deref()).with_context(|| {
+            Failure::usage("")
+                .hint("modules that others need are looked for beside those and in --module-dir")
+        })
+    };
+    let kept: Vec<String> = resolve(drivers)?.into_iter().map(|(file, _)| file.info.name).collect();
+    // A driver that was asked for, too, has its parameters from there.
+    let given = |driver: &&WantedModule| !asked.iter().any(|module| module.path == driver.path);
+    let wanted: Vec<_> = drivers.iter().filter(given).chain(&asked).cloned().collect();
+    let found = resolve(&wanted)?;
     for (file, _) in &found {
         let hint = format!("{} must be built against the headers of this kernel", file.path.display());
         file.info.check_fits(release).with_context(|| Failure::usage("").hint(hint))?;
     }
-    Ok(found.into_iter().map(Into::into).collect())
+    let module = |found: (ModuleFile, String)| {
+        let kept = kept.contains(&found.0.info.name);
+        GuestModule { kept, ..found.into() }
+    };
+    Ok(found.into_iter().map(module).collect())
 }
 
 fn read(path: &Path, what: &str) -> Result<Vec<u8>> {

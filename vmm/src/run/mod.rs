@@ -32,10 +32,11 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
     check::check(options)?;
     // Before anything is decided or prepared: what the user gave is what goes wrong most often.
     let image = guest::image(options)?;
-    let initrd = guest::initrd(options, image.release())?;
+    let drivers = guest::drivers(options, &image)?;
+    let initrd = guest::initrd(options, image.release(), &drivers)?;
     let probe = match lab::decide(options.lab, || probe::probe(Path::new("/dev/kvm"), Depth::Needed))? {
         Decision::Here(probe) => probe,
-        Decision::Lab(reason) => return lab::run_command(options, reason.as_deref()),
+        Decision::Lab(reason) => return lab::run_command(options, &drivers, reason.as_deref()),
     };
     let kernel = Arc::new(guest::recover(image)?);
     let control = bind_control(options)?;
@@ -47,6 +48,7 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
         cpus: usize::from(options.cpus),
         // A vmlinux has no relocations: it stays where it is linked, unless the user insists.
         kaslr: options.kaslr.unwrap_or(options.kaslr_enabled() && kernel.image.relocations.is_some()),
+        disks: options.disks.iter().map(|disk| (disk.path.clone(), disk.read_only)).collect(),
         ..Config::new(&kernel.image)
     };
     let machine = Arc::new(Machine::new(config)?);

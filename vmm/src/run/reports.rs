@@ -5,14 +5,16 @@ use crate::cli::{Failure, print};
 use crate::console::Target;
 use crate::detector::Detector;
 use crate::files::write_whole;
+use crate::regress::{Form, Looked, of_report};
 use anyhow::{Context, Result};
 use std::path::Path;
 
-/// Writes them, text on standard output where none was asked for, and a summary line unless `quiet`.
+/// Writes them, text on standard output where none was asked for, and a summary line unless `quiet`. `looked` is for the
+/// forms of CI systems.
 ///
 /// # Errors
 /// A file cannot be written.
-pub fn write(detector: &Detector, reports: &Reports, quiet: bool) -> Result<()> {
+pub fn write(detector: &Detector, reports: &Reports, quiet: bool, looked: &Looked<'_>) -> Result<()> {
     let reports = &reports.0;
     if detector.scans() == 0 {
         if !reports.is_empty() {
@@ -24,9 +26,13 @@ pub fn write(detector: &Detector, reports: &Reports, quiet: bool) -> Result<()> 
         print(&detector.report_text()?)?;
     }
     for report in reports {
+        let form = |form| of_report(&detector.report_json()?, looked, form);
         let text = match report.format {
             ReportFormat::Text => detector.report_text()?,
             ReportFormat::Json => format!("{:#}\n", detector.report_json()?),
+            ReportFormat::Junit => form(Form::Junit)?,
+            ReportFormat::Sarif => form(Form::Sarif)?,
+            ReportFormat::Html => form(Form::Html)?,
         };
         if report.path == Path::new("-") {
             print(&text)?;

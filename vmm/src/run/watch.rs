@@ -6,6 +6,7 @@ use crate::cli::{ExitCode, Failure};
 use crate::console::Target;
 use crate::detector::Detector;
 use crate::machine::{Machine, Outcome};
+use crate::regress::Looked;
 use anyhow::{Context, Result};
 use images::initramfs::{EXEC_EXITED, FAILED};
 use std::time::{Duration, Instant};
@@ -100,8 +101,9 @@ pub struct Ended<'a> {
 impl Ended<'_> {
     /// The last scan, the reports and the exit code.
     pub fn conclude(&self, outcome: Option<Outcome>) -> Result<ExitCode> {
-        let looked = self.look(outcome.as_ref());
-        let Some(what) = failure_of(outcome.as_ref(), self.options.timeout_s) else {
+        let failure = failure_of(outcome.as_ref(), self.options.timeout_s);
+        let looked = self.look(outcome.as_ref(), failure.as_deref());
+        let Some(what) = failure else {
             looked?;
             return self.judge();
         };
@@ -115,12 +117,21 @@ impl Ended<'_> {
     }
 
     /// The last scan, where it is asked for, and the reports, of an earlier scan if that one fails.
-    fn look(&self, outcome: Option<&Outcome>) -> Result<()> {
+    fn look(&self, outcome: Option<&Outcome>, failure: Option<&str>) -> Result<()> {
         let panicked = matches!(outcome, Some(Outcome::Panic(_)));
         let trigger = if panicked { ScanTrigger::Panic } else { ScanTrigger::Exit };
         let wanted = self.options.scan_at_exit && self.options.scan_on.contains(&trigger);
         let scanned = if wanted { self.last_scan() } else { Ok(()) };
-        let reported = reports::write(self.detector, &self.options.reports, self.options.quiet);
+        let of_job = if failure.is_none() { self.embedded_init().err() } else { None };
+        let of_job = of_job.map(|error| format!("{error:#}"));
+        let kernel = self.options.kernel_path();
+        let looked = Looked {
+            by: "run",
+            test: self.options.exec.as_deref().unwrap_or("boot"),
+            file: &kernel,
+            failure: failure.or(of_job.as_deref()),
+        };
+        let reported = reports::write(self.detector, &self.options.reports, self.options.quiet, &looked);
         scanned.and(reported)
     }
 

@@ -6,6 +6,9 @@ mod plot;
 mod sarif;
 mod text;
 
+pub use html::html;
+pub use junit::junit;
+pub use sarif::sarif;
 pub use text::{line, text};
 
 use super::result::Results;
@@ -30,9 +33,9 @@ pub fn all(results: &Results, files: &[PathBuf]) -> Result<()> {
 fn form(results: &Results, path: &Path) -> Result<String> {
     Ok(match path.extension().and_then(|extension| extension.to_str()) {
         Some("json") => serde_json::to_string_pretty(results).context("Cannot write results as JSON")? + "\n",
-        Some("xml") => junit::junit(results)?,
-        Some("sarif") => format!("{:#}\n", sarif::sarif(results)),
-        Some("html" | "htm") => html::html(results),
+        Some("xml") => junit(results)?,
+        Some("sarif") => format!("{:#}\n", sarif(results)),
+        Some("html" | "htm") => html(results),
         _ => text(results),
     })
 }
