@@ -192,8 +192,8 @@ fn shows(picture: &Path) -> Result<()> {
     };
     let parts = [
         ("white", count(|p| p == [255; 3]), 1_000_000),
-        // hsl(0..50, 80%, 70%): red full, green between, blue least.
-        ("boxes of the flame graph", count(|[r, g, b]| r >= 238 && b <= 120 && g < r), 20_000),
+        // Warm colours: red most, green between, blue least.
+        ("boxes of the flame graph", count(|[r, g, b]| r >= 200 && b <= 60 && g < r), 20_000),
         ("lines of the plots", count(|p| p == [0x2a, 0x6f, 0xb0]), 1000),
         ("passed, in green", count(|p| p == [0x17, 0x6f, 0x2c]), 20),
         ("leaked, in red", count(|p| p == [0xb0, 0x00, 0x20]), 20),

@@ -3,7 +3,7 @@
 use super::super::result::{Outcome, Results, State, TestResult};
 use super::plot;
 use super::text::describe;
-use std::collections::BTreeMap;
+use inferno::flamegraph;
 use std::fmt::Write;
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}\
@@ -14,16 +14,6 @@ svg text{font:11px monospace}summary{cursor:pointer}figure{margin:.6em 0}";
 
 /// Nothing but the page's own styles (W3C, Content Security Policy Level 3).
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
-
-/// Width of the flame graph, and height of a row of it, in its own units.
-const WIDTH: f64 = 1000.0;
-const ROW: f64 = 18.0;
-/// Narrower boxes are left out.
-const LEAST: f64 = 1.0;
-/// Width of a character of a label.
-const CHARACTER: f64 = 6.7;
-/// Functions deep at most.
-const DEPTH: usize = 64;
 
 /// The page.
 pub fn html(results: &Results) -> String {
@@ -91,62 +81,39 @@ fn row(page: &mut String, test: &TestResult) {
     );
 }
 
-/// Backtraces as a tree, outermost function first; bytes of all below.
-#[derive(Default)]
-struct Node {
-    bytes: u64,
-    below: BTreeMap<String, Node>,
-}
-
-/// A flame graph, upside down (an icicle): a box's width is the bytes that leaks below it retain. Empty without leaks.
+/// A flame graph, upside down (an icicle), by inferno and without its script: a box's width is the bytes that leaks below it
+/// retain. Empty without leaks.
 fn flame(results: &Results) -> String {
-    let mut root = Node::default();
-    for group in
-        results.tests.iter().flat_map(|test| &test.groups).filter(|group| group.state != State::Expected)
-    {
-        root.bytes += group.retained_bytes;
-        let mut node = &mut root;
-        for frame in group.backtrace.iter().rev().take(DEPTH) {
-            node = node.below.entry(frame.text()).or_default();
-            node.bytes += group.retained_bytes;
-        }
+    let groups = results.tests.iter().flat_map(|test| &test.groups);
+    let lines: Vec<String> = groups
+        .filter(|group| group.state != State::Expected && group.retained_bytes > 0)
+        .map(|group| {
+            // A semicolon parts functions, and a space the bytes.
+            let names = group.backtrace.iter().rev().map(|frame| frame.text().replace([';', ' '], "_"));
+            let stack: Vec<String> = std::iter::once("all".to_owned()).chain(names).collect();
+            format!("{} {}", stack.join(";"), group.retained_bytes)
+        })
+        .collect();
+    let mut options = flamegraph::Options::default();
+    options.title = String::new();
+    options.count_name = "bytes".to_owned();
+    options.direction = flamegraph::Direction::Inverted;
+    options.no_javascript = true;
+    options.hash = true;
+    let mut drawing = Vec::new();
+    // It draws to memory; what it cannot draw is nothing at all.
+    match flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), &mut drawing) {
+        Ok(()) if !lines.is_empty() => still(&String::from_utf8_lossy(&drawing)),
+        _ => String::new(),
     }
-    if root.bytes == 0 {
-        return String::new();
-    }
-    let mut boxes = String::new();
-    let depth = draw(&mut boxes, &root, "all", 0.0, 0, WIDTH / root.bytes as f64);
-    let height = ROW * depth as f64;
-    format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\">\n{boxes}</svg>")
 }
 
-/// Draws a node and those below it; how many rows that takes from the top.
-fn draw(boxes: &mut String, node: &Node, name: &str, x: f64, depth: usize, scale: f64) -> usize {
-    let width = node.bytes as f64 * scale;
-    if width < LEAST {
-        return depth;
-    }
-    let y = ROW * depth as f64;
-    // Warm colours, one for each name.
-    let hue = crc32fast::hash(name.as_bytes()) % 50;
-    let shown: String = name.chars().take((width / CHARACTER) as usize).collect();
-    let _ = writeln!(
-        boxes,
-        "<g><title>{} ({} bytes)</title><rect x=\"{x:.1}\" y=\"{y}\" width=\"{width:.1}\" height=\"{}\" \
-         fill=\"hsl({hue},80%,70%)\" stroke=\"#fff\"/><text x=\"{:.1}\" y=\"{}\">{}</text></g>",
-        escape(name),
-        node.bytes,
-        ROW - 1.0,
-        x + 2.0,
-        y + 12.0,
-        escape(&shown)
-    );
-    let (mut deepest, mut at) = (depth + 1, x);
-    for (name, below) in &node.below {
-        deepest = deepest.max(draw(boxes, below, name, at, depth + 1, scale));
-        at += below.bytes as f64 * scale;
-    }
-    deepest
+/// A drawing as a part of a page, without the settings of a script that is not there.
+fn still(drawing: &str) -> String {
+    let body = drawing.find("<svg").map_or("", |start| &drawing[start..]);
+    let (before, rest) = body.split_once("<script").unwrap_or((body, ""));
+    let after = rest.split_once("</script>").map_or("", |(_, after)| after);
+    format!("{}{after}", before.replacen(" onload=\"init(evt)\"", "", 1))
 }
 
 /// Text in HTML.
