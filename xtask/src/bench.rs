@@ -3,9 +3,10 @@
 use crate::test;
 use anyhow::{Context, Result, ensure};
 use images::host_packages::Purpose;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fmt::Write;
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
 /// What stands above the tables.
@@ -30,8 +31,21 @@ const MEANINGS: [(&str, &str); 7] = [
     ),
 ];
 
+/// Options of `cargo xtask bench`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Write the figures as JSON, too
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
 /// Runs the benchmarks and writes the page.
-pub fn run() -> Result<()> {
+pub fn run(options: &Options) -> Result<()> {
+    // Before half an hour of measuring, not behind it.
+    let json = options.json.as_ref().map(|path| std::path::absolute(path).context("--json")).transpose()?;
+    if let Some(path) = &json {
+        fs::write(path, "").with_context(|| format!("Cannot write {}", path.display()))?;
+    }
     let workspace = images::cache::workspace();
     let mut bench = Command::new(env!("CARGO"));
     bench.args(["bench", "--quiet", "--package", "introspect", "--bench", "heap"]).current_dir(&workspace);
@@ -50,19 +64,31 @@ pub fn run() -> Result<()> {
     let page = workspace.join("docs/performance.md");
     let text = format!("{HEAD}{}\n{}", machine(), table(&figures));
     fs::write(&page, &text).with_context(|| format!("Cannot write {}", page.display()))?;
+    if let Some(path) = &json {
+        let document = json!({ "schema": "kleak-bench/1", "machine": machine_facts(), "figures": figures });
+        fs::write(path, format!("{document:#}\n"))
+            .with_context(|| format!("Cannot write {}", path.display()))?;
+    }
     print!("{text}");
     println!("{}", page.display());
     Ok(())
 }
 
-/// A line on the machine.
-fn machine() -> String {
+/// The machine: processor, CPUs, whether there is a KVM.
+fn machine_facts() -> Value {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");
     let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let model = model.map_or("an unknown processor", |(_, name)| name.trim());
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let kvm = if fs::metadata("/dev/kvm").is_ok() { "with /dev/kvm" } else { "without /dev/kvm" };
+    json!({ "processor": model, "cpus": cpus, "dev_kvm": fs::metadata("/dev/kvm").is_ok() })
+}
+
+/// A line on it.
+fn machine() -> String {
+    let facts = machine_facts();
+    let kvm = if facts["dev_kvm"] == true { "with /dev/kvm" } else { "without /dev/kvm" };
+    let (model, cpus) = (facts["processor"].as_str().unwrap_or_default(), &facts["cpus"]);
     format!(
         "Machine: {model}, {cpus} CPUs, {kvm}; `kleak-vmm doctor` says whether guests run on it or in the lab.\n"
     )

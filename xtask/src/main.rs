@@ -27,7 +27,7 @@ enum Task {
     /// Compare with the in-kernel kmemleak, case by case, and write docs/accuracy.md
     Accuracy,
     /// Measure registry, scan and tracing, and write docs/performance.md
-    Bench,
+    Bench(bench::Options),
     /// Prepare guest images: kernels, modules, initramfs
     Images(images::Options),
     /// Build the static release binary and print where it is
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
         Task::Demo => demo::run(),
         Task::Test(options) => test::run(&options),
         Task::Accuracy => accuracy::run(),
-        Task::Bench => bench::run(),
+        Task::Bench(options) => bench::run(&options),
         Task::Images(options) => images::run(&options),
         Task::Build => build::binary().map(|path| println!("{}", path.display())),
     };
