@@ -75,7 +75,7 @@ pub(super) fn encode(
 
 /// Looks at the notes in a segment; one that does not fit ends it.
 pub(super) fn decode(mut bytes: &[u8], found: &mut Found) {
-    while let Some((name, kind, descriptor, rest)) = next(bytes) {
+    while let Some(Note { name, kind, descriptor, rest }) = next(bytes) {
         bytes = rest;
         match (name, kind) {
             (b"CORE", NT_PRSTATUS) => {
@@ -103,8 +103,16 @@ pub(super) fn decode(mut bytes: &[u8], found: &mut Found) {
     }
 }
 
-/// Name without its zero, type, descriptor, and what follows.
-fn next(bytes: &[u8]) -> Option<(&[u8], u32, &[u8], &[u8])> {
+struct Note<'a> {
+    /// Without its zero.
+    name: &'a [u8],
+    kind: u32,
+    descriptor: &'a [u8],
+    /// What follows.
+    rest: &'a [u8],
+}
+
+fn next(bytes: &[u8]) -> Option<Note<'_>> {
     let header = bytes.get(..12)?;
     let (name_len, len, kind) = (le32(header, 0) as usize, le32(header, 4) as usize, le32(header, 8));
     let name_end = 12_usize.checked_add(name_len)?;
@@ -113,5 +121,5 @@ fn next(bytes: &[u8]) -> Option<(&[u8], u32, &[u8], &[u8])> {
     let name = bytes.get(12..name_end)?;
     let descriptor = bytes.get(start..end)?;
     let rest = bytes.get(end.checked_next_multiple_of(4)?..).unwrap_or_default();
-    Some((name.strip_suffix(b"\0").unwrap_or(name), kind, descriptor, rest))
+    Some(Note { name: name.strip_suffix(b"\0").unwrap_or(name), kind, descriptor, rest })
 }
