@@ -5,9 +5,10 @@ use super::boot::Sink;
 use super::result::{BootResult, FOUND, Results, TestResult};
 use super::suite::Test;
 use super::write;
+use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// See the module.
 pub struct Collector {
@@ -18,6 +19,8 @@ pub struct Collector {
     reports: Vec<PathBuf>,
     quiet: bool,
     began: Instant,
+    /// Below the lines on a terminal; nothing elsewhere.
+    bar: ProgressBar,
 }
 
 struct State {
@@ -36,7 +39,8 @@ impl Collector {
         quiet: bool,
     ) -> Self {
         let state = Mutex::new(State { results, unwritten: false });
-        Self { state, order, baseline, reports, quiet, began: Instant::now() }
+        let bar = if quiet { ProgressBar::hidden() } else { bar(order.len() as u64) };
+        Self { state, order, baseline, reports, quiet, began: Instant::now(), bar }
     }
 
     /// Writes that there is nothing yet: what an earlier run left must not pass for this one's. With no tests, as in an empty
@@ -48,12 +52,18 @@ impl Collector {
     /// Tells the user.
     pub fn say(&self, text: &str) {
         if !self.quiet {
-            eprintln!("kleak-vmm: {text}");
+            self.print(&format!("kleak-vmm: {text}"));
         }
+    }
+
+    /// Prints a line on standard error, above the bar.
+    fn print(&self, line: &str) {
+        self.bar.suspend(|| eprintln!("{line}"));
     }
 
     /// All results.
     pub fn finish(self) -> Results {
+        self.bar.finish_and_clear();
         self.state.into_inner().unwrap_or_else(PoisonError::into_inner).results
     }
 
@@ -66,10 +76,23 @@ impl Collector {
         state.results.millis = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let written = write::all(&state.results, &self.reports);
         if let (Err(error), false) = (&written, state.unwritten) {
-            eprintln!("kleak-vmm: warning: {error:#}");
+            self.print(&format!("kleak-vmm: warning: {error:#}"));
         }
         state.unwritten = written.is_err();
     }
+}
+
+/// How many tests are done, how long it has taken and how long it may take; drawn on a terminal only.
+fn bar(tests: u64) -> ProgressBar {
+    const TEMPLATE: &str = "{elapsed_precise} {bar:30} {pos}/{len} tests, {eta} left";
+    const REDRAW: Duration = Duration::from_secs(1);
+    let bar = ProgressBar::new(tests);
+    // Without it indicatif's own form stays.
+    if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(REDRAW);
+    bar
 }
 
 impl Sink for Collector {
@@ -82,12 +105,14 @@ impl Sink for Collector {
             results.tests.push(result);
             number = results.tests.len();
         });
+        self.bar.set_position(number as u64);
         self.say(&format!("[{number}/{}] {line}", self.order.len()));
     }
 
     fn boot(&self, result: BootResult) {
         if let Some(why) = result.canary.as_ref().filter(|canary| *canary != FOUND) {
-            eprintln!("kleak-vmm: error: The detector did not find its canary on {}: {why}", result.kernel);
+            let what = "The detector did not find its canary on";
+            self.print(&format!("kleak-vmm: error: {what} {}: {why}", result.kernel));
         }
         self.change(|results| results.boots.push(result));
     }
