@@ -3,7 +3,9 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Blocks of this size that hold zeros only take no place on the disk: a guest's memory is mostly that.
 const BLOCK: usize = 4096;
@@ -25,18 +27,43 @@ impl WholeFile {
     /// # Errors
     /// The folder cannot be written to.
     pub fn create(path: &Path) -> io::Result<Self> {
+        Self::with_mode(path, 0o666)
+    }
+
+    /// The same for what only this user may read.
+    ///
+    /// # Errors
+    /// As [`WholeFile::create`].
+    pub fn private(path: &Path) -> io::Result<Self> {
+        Self::with_mode(path, 0o600)
+    }
+
+    fn with_mode(path: &Path, mode: u32) -> io::Result<Self> {
+        // A descriptor's name may lead to a file that somebody is writing to.
+        let of_system = ["/dev", "/proc"].iter().any(|folder| path.starts_with(folder));
         // What a link leads to is replaced, not the link.
-        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        if fs::metadata(&path).is_ok_and(|there| !there.is_file() && !there.is_dir()) {
-            let file = File::options().write(true).open(&path)?;
+        let path = if of_system {
+            path.to_owned()
+        } else {
+            resolved(&fs::canonicalize(path).unwrap_or(path.into()))
+        };
+        let there = fs::metadata(&path).ok();
+        if there.as_ref().is_some_and(|there| of_system || !there.is_file() && !there.is_dir()) {
+            let file = File::options().append(true).open(&path)?;
             return Ok(Self { path, temporary: None, file, len: 0, hole: false });
         }
         let name = path.file_name().ok_or_else(|| io::Error::other("that is no name for a file"))?;
         let mut hidden = OsString::from(".");
         hidden.push(name);
-        hidden.push(format!(".{}.part", std::process::id()));
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        hidden.push(format!(".{}-{}.part", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
         let temporary = path.with_file_name(hidden);
-        let file = File::create(&temporary)?;
+        // One that a process of this number left; nothing that is there is written to.
+        let _ = fs::remove_file(&temporary);
+        let file = File::options().write(true).create_new(true).mode(mode).open(&temporary)?;
+        if let Some(there) = there {
+            file.set_permissions(there.permissions())?;
+        }
         Ok(Self { path, temporary: Some(temporary), file, len: 0, hole: false })
     }
 
@@ -86,6 +113,16 @@ impl Drop for WholeFile {
             // Gone already where it was placed.
             let _ = fs::remove_file(temporary);
         }
+    }
+}
+
+/// `path` from the root on, without `..` as far as its folder is there.
+pub fn resolved(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let folder = path.parent().and_then(|folder| fs::canonicalize(folder).ok());
+    match (folder, path.file_name()) {
+        (Some(folder), Some(name)) => folder.join(name),
+        _ => path,
     }
 }
 
@@ -150,6 +187,16 @@ mod tests {
         write_whole(&link, "text").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"text");
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        let mut private = WholeFile::private(&folder.join("private")).unwrap();
+        private.write_all(b"x").unwrap();
+        private.place().unwrap();
+        write_whole(&folder.join("private"), "y").unwrap();
+        assert_eq!(fs::metadata(folder.join("private")).unwrap().mode() & 0o777, 0o600);
+        let written = File::create(folder.join("log")).unwrap();
+        let descriptor = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&written));
+        write_whole(Path::new(&descriptor), "one").unwrap();
+        write_whole(Path::new(&descriptor), "two").unwrap();
+        assert_eq!(fs::read(folder.join("log")).unwrap(), b"onetwo", "the very file, at its end");
         write_whole(Path::new("/dev/null"), "text").unwrap();
         assert!(!fs::metadata("/dev/null").unwrap().is_file());
         fs::remove_dir_all(folder).unwrap();

@@ -44,7 +44,8 @@ pub fn run(options: &Options) -> Result<()> {
     // Before half an hour of measuring, not behind it.
     let json = options.json.as_ref().map(|path| std::path::absolute(path).context("--json")).transpose()?;
     if let Some(path) = &json {
-        fs::write(path, "").with_context(|| format!("Cannot write {}", path.display()))?;
+        let opened = fs::File::options().append(true).create(true).open(path);
+        opened.with_context(|| format!("Cannot write {}", path.display()))?;
     }
     let workspace = images::cache::workspace();
     let mut bench = Command::new(env!("CARGO"));

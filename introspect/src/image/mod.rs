@@ -145,7 +145,7 @@ impl KernelImage {
         Ok(image)
     }
 
-    /// The bytes of the file it came from; what follows the sections of an ELF is gone.
+    /// The bytes of the file it came from.
     pub fn file(&self) -> &[u8] {
         if self.packed.is_empty() { &self.elf } else { &self.packed }
     }

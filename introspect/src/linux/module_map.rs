@@ -9,6 +9,10 @@ use crate::unwind::OrcTable;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
+/// Of a map that comes from a file: loads, and parts of a module, of which there are seven kinds.
+const MAX_LOADS: usize = 1 << 16;
+const MAX_REGIONS: usize = 16;
+
 #[derive(Serialize, Deserialize)]
 struct Loaded {
     module: Module,
@@ -41,7 +45,9 @@ impl ModuleMap {
 
     /// Makes a map that comes from a file whole again: stack tables are read from `memory`, and what no module has goes.
     pub fn restore(&mut self, linux: &Linux, memory: &impl PhysicalMemory) {
+        self.loaded.truncate(MAX_LOADS);
         for Loaded { module, until, .. } in &mut self.loaded {
+            module.regions.truncate(MAX_REGIONS);
             module
                 .regions
                 .retain(|r| r.range.start <= r.range.end && r.range.end - r.range.start <= MAX_REGION);

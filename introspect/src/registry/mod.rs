@@ -19,7 +19,7 @@ mod tests;
 
 pub use audit::{Audit, Mismatch, Truth};
 pub use depot::{StackDepot, StackId};
-pub use saved::SavedRegistry;
+pub use saved::{MAX_DEVICE, SavedRegistry};
 
 use crate::memory::Va;
 use blocks::Blocks;

@@ -6,6 +6,9 @@ use super::{Counters, Kind, MAX_FRAMES, Object, Registry, StackId};
 use crate::memory::Va;
 use serde::{Deserialize, Serialize};
 
+/// More than the device memory of any machine, bytes.
+pub const MAX_DEVICE: u64 = 1 << 46;
+
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedRegistry {
@@ -42,7 +45,7 @@ impl Registry {
         for object in &saved.objects {
             let comm = comms.get(object.comm as usize).copied().unwrap_or(0);
             if !this.put_back(&Object { comm, ..*object }, largest) {
-                this.counters.dropped += 1;
+                this.counters.dropped = this.counters.dropped.saturating_add(1);
             }
         }
         this
@@ -50,7 +53,7 @@ impl Registry {
 
     /// False for an object that cannot be.
     fn put_back(&mut self, object: &Object, largest: u64) -> bool {
-        let fits = object.size <= largest || object.kind == Kind::Ioremap;
+        let fits = object.size <= if object.kind == Kind::Ioremap { MAX_DEVICE } else { largest };
         if !fits || object.address.0.checked_add(object.size).is_none() {
             return false;
         }

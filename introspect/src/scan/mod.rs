@@ -295,7 +295,7 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
         marker: &mut Marker<'_, GuestMemory<'a, M>, W>,
     ) -> Treated {
         // As msecs_to_jiffies, which rounds up.
-        let min_age = (input.min_age_ms * input.linux.hz()).div_ceil(1000);
+        let min_age = input.min_age_ms.saturating_mul(input.linux.hz()).div_ceil(1000);
         let mut treated = Treated::default();
         for object in self.objects(input.registry) {
             let va = object.address.0;

@@ -12,6 +12,9 @@ const OWNER: &[u8] = b"kleak-vmm";
 /// Bytes of our note's descriptor.
 const ATTACHED: usize = 32;
 
+/// Most CPUs of any configuration (`NR_CPUS` with MAXSMP).
+const MAX_CPUS: usize = 8192;
+
 /// What lies behind the memory in a file of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attached {
@@ -78,7 +81,7 @@ pub(super) fn decode(mut bytes: &[u8], found: &mut Found) {
     while let Some(Note { name, kind, descriptor, rest }) = next(bytes) {
         bytes = rest;
         match (name, kind) {
-            (b"CORE", NT_PRSTATUS) => {
+            (b"CORE", NT_PRSTATUS) if found.cpus.len() < MAX_CPUS => {
                 found.cpus.extend(prstatus::decode(descriptor, found.cpus.len()));
             }
             (b"VMCOREINFO", _) => {

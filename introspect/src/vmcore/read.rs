@@ -77,13 +77,15 @@ impl Vmcore {
         let headers = bytes(file, le64(&header, 32), count * PHDR as u64, file_len)
             .context("It ends within its program headers")?;
         let mut found = Found::default();
+        let mut notes_len = 0_u64;
         let mut pieces = Vec::new();
         for header in headers.chunks_exact(PHDR) {
             let (offset, pa) = (le64(header, 8), le64(header, 24));
             let (file_size, mem_size) = (le64(header, 32), le64(header, 40));
             match le32(header, 0) {
                 PT_NOTE => {
-                    ensure!(file_size <= MAX_NOTES, "It has {file_size} bytes of notes");
+                    notes_len = notes_len.saturating_add(file_size);
+                    ensure!(notes_len <= MAX_NOTES, "It has {notes_len} bytes of notes and more");
                     let segment =
                         bytes(file, offset, file_size, file_len).context("It ends within its notes")?;
                     notes::decode(&segment, &mut found);

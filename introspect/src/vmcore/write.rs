@@ -36,7 +36,17 @@ impl Head {
     /// # Errors
     /// More ranges of RAM than an ELF file of this form has.
     pub fn new(content: &Content<'_>) -> anyhow::Result<Self> {
-        let headers = content.ranges.len() + 2;
+        let (va, image) = content.image;
+        // Bytes of RAM before the image, where it lies in one range.
+        let mut before = 0;
+        let mut place = None;
+        for range in content.ranges {
+            if image.start >= range.start && image.start + image.len <= range.start + range.len {
+                place = Some(before + (image.start - range.start));
+            }
+            before += range.len;
+        }
+        let headers = content.ranges.len() + 1 + usize::from(place.is_some());
         ensure!(
             headers < usize::from(super::PN_XNUM),
             "{headers} ranges of RAM are too many for a core file"
@@ -51,16 +61,9 @@ impl Head {
         let notes = notes(start as u64 + ram);
         let mut bytes = elf_header(headers as u16);
         program_header(&mut bytes, PT_NOTE, notes_at as u64, [0, 0], notes.len() as u64);
-        let (va, image) = content.image;
-        let mut before = start as u64;
-        for range in content.ranges {
-            if image.start >= range.start && image.start + image.len <= range.start + range.len {
-                before += image.start - range.start;
-                break;
-            }
-            before += range.len;
+        if let Some(place) = place {
+            program_header(&mut bytes, PT_LOAD, start as u64 + place, [va.0, image.start.0], image.len);
         }
-        program_header(&mut bytes, PT_LOAD, before, [va.0, image.start.0], image.len);
         let mut offset = start as u64;
         for range in content.ranges {
             let va = content.direct_map.map_or(0, |base| (base + range.start.0).0);

@@ -8,6 +8,7 @@ use crate::console::Reply;
 use crate::console::client::Client;
 use crate::console::command::{Command, Request, help};
 use crate::console::socket::{live_sockets, runtime_dir};
+use crate::files::resolved;
 use anyhow::Context;
 use std::path::{Path, PathBuf};
 
@@ -28,8 +29,14 @@ pub fn ctl(options: &CtlOptions) -> anyhow::Result<ExitCode> {
         }
         // The machine may have another working directory.
         Ok(Command::Save(how, path)) => {
-            let absolute =
-                std::path::absolute(&path).context(Failure::usage("There is no working directory"))?;
+            let absolute = resolved(&path);
+            if absolute.as_os_str().as_encoded_bytes().iter().any(u8::is_ascii_whitespace) {
+                let what = format!(
+                    "Cannot save to {}: the console takes no name with white space",
+                    absolute.display()
+                );
+                return Err(Failure::usage(what).hint("name a folder that has none").into());
+            }
             line = format!("{}{}={}", if json { "json " } else { "" }, how.name(), absolute.display());
         }
         Ok(_) => {}

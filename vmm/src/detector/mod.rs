@@ -12,7 +12,7 @@ mod saving;
 
 pub use canary::CANARY;
 
-use crate::machine::{FrozenRam, Guest, Paused};
+use crate::machine::{FrozenRam, Guest, Outcome, Paused};
 use crate::tracer::{Recorder, breakpoint::Breakpoints};
 use anyhow::{Context, Result, bail};
 use guest_profiles::annotations::Rules;
@@ -208,7 +208,10 @@ impl Detector {
         for leak in &scanned.result.leaks {
             state.registry.set_reported(leak.object.address);
         }
-        work.history.note(&state.registry, &unused, scanned.result.jiffies);
+        // Nothing has happened since a machine was saved.
+        if self.parts.guest.outcome() != Some(Outcome::Saved) {
+            work.history.note(&state.registry, &unused, scanned.result.jiffies);
+        }
         work.scans += 1;
         work.scanned = Some(scanned);
         Ok(new)

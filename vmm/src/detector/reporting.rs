@@ -89,6 +89,11 @@ impl Detector {
         }
     }
 
+    /// `uname -r` of the guest.
+    pub fn release(&self) -> &str {
+        self.parts.linux.kernel.image.release()
+    }
+
     pub(super) fn ram(&self) -> &GuestRam {
         self.parts.guest.ram()
     }

@@ -2,6 +2,7 @@
 
 use super::{Detector, Work};
 use crate::console::{Answer, SaveAs};
+use crate::files::resolved;
 use crate::machine::{FrozenRam, Paused};
 use crate::saved::{Facts, Sink, Writing};
 use anyhow::{Context, Result};
@@ -45,9 +46,12 @@ impl Detector {
 
     /// Saves the paused machine where the user wants it when leaks were found, once.
     pub(super) fn save_leak(&self, work: &mut Work, paused: &Paused<'_>) {
-        let Some(path) = work.save_leak.take() else { return };
+        let Some(path) = work.save_leak.clone() else { return };
         match self.write(work, paused, SaveAs::Snapshot, &path) {
-            Ok(_) => eprintln!("kleak-vmm: the machine is saved to {}", path.display()),
+            Ok(_) => {
+                eprintln!("kleak-vmm: the machine is saved to {}", path.display());
+                work.save_leak = None;
+            }
             Err(error) => eprintln!("kleak-vmm: warning: {error:#}"),
         }
     }
@@ -74,9 +78,7 @@ impl Detector {
             attached: state.as_ref().map(|s| (crc32fast::hash(s), s.len() as u64, kernel.len() as u64)),
         })?;
         let failure = || format!("Cannot save to {}", path.display());
-        // The folder of the command that was given on this host; names on sockets are absolute already.
-        let absolute = std::path::absolute(path).with_context(failure)?;
-        let mut sink = Sink::create(&absolute, head.file_len).with_context(failure)?;
+        let mut sink = Sink::create(&resolved(path), head.file_len).with_context(failure)?;
         let written = (|| {
             sink.write_all(&head.bytes)?;
             self.write_memory(&mut sink, memory)?;
@@ -114,7 +116,7 @@ impl Detector {
 
     /// All RAM, with the kernel's own instructions where traps are.
     fn write_memory(&self, out: &mut Sink, memory: &FrozenRam<'_>) -> Result<()> {
-        let originals = self.parts.traps.originals();
+        let originals = self.parts.traps.originals()?;
         for range in memory.ranges() {
             for start in (0..range.len).step_by(CHUNK as usize) {
                 let chunk = RamRange { start: range.start + start, len: CHUNK.min(range.len - start) };

@@ -17,7 +17,7 @@ use super::Job;
 use super::incoming::Files;
 use super::link::Link;
 use super::payload::{self, Content};
-use super::qemu::{Machine, Qemu, disk_node};
+use super::qemu::{Machine, Qemu};
 use super::wire::{Frame, JobSpec, Stream, VERSION};
 use crate::cli::Failure;
 use crate::console::signals;
@@ -70,6 +70,10 @@ pub fn run(job: &Job, lab: &images::lab::SvmLab, program: &Path, streams: &Strea
         starts += 1;
         let (mut session, inbox) = Session::open(job, lab, program, streams, control.take(), &route)?;
         let outcome = session.serve(&inbox);
+        if outcome.is_err() {
+            // What has begun will not end any more.
+            session.link.shut();
+        }
         session.files.finish();
         match outcome {
             Err(error) if !session.started && !error.is::<Failure>() && starts < STARTS => {
@@ -129,9 +133,7 @@ impl<'a> Session<'a> {
         let parents = job.outputs.iter().chain(&job.control).filter_map(|path| path.parent());
         let folders =
             parents.chain([job.cwd.as_path()]).map(Path::to_owned).chain(job.folders.iter().cloned());
-        let links = job.disks.iter().enumerate().map(|(index, (path, _))| (path.clone(), disk_node(index)));
-        let content =
-            Content { inputs: job.inputs.clone(), folders: folders.collect(), links: links.collect() };
+        let content = Content { inputs: job.inputs.clone(), folders: folders.collect() };
         let initrd = payload::build(&lab.modules, &content)
             .context(Failure::host("Cannot pack the files of the lab"))?;
         let mem_bytes = job.lab_memory(initrd.size);
@@ -144,7 +146,7 @@ impl<'a> Session<'a> {
         let began = Instant::now();
         let (qemu, line) = Qemu::start(program, &machine).context(Failure::host("Cannot start the lab"))?;
         let link = Link::new(line.try_clone().context("cloning the lab's line")?);
-        let files = Arc::new(Files::new(job.outputs.iter().cloned()));
+        let files = Arc::new(Files::new(job));
         let reader = Reader { link: Arc::clone(&link), files: Arc::clone(&files), events };
         std::thread::Builder::new().name("lab-line".to_owned()).spawn(move || reader.serve(line))?;
         let session = Self {

@@ -1,13 +1,14 @@
 //! Files that come from the lab, each whole under its name, or not at all: the job's outputs, which the host knows
-//! beforehand, and what commands save. Those may go anywhere, as they may where the job runs on the host itself; the lab's
-//! machine runs a guest that may be hostile, so that nothing but a core is taken for one, and nothing but a core replaced.
+//! beforehand, and what commands save. The lab's machine runs a guest that may be hostile, so that commands save to the
+//! job's working folder and the temporary one, and below, where no name begins with a dot; nothing but a core is replaced.
 
 use std::collections::HashSet;
 use std::io::{self, Write};
-use std::path::{Component, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use super::Job;
 use super::link::Link;
 use super::wire::{FileHead, Frame, Stream};
 use crate::files::WholeFile;
@@ -16,13 +17,27 @@ use crate::saved;
 /// Takes files.
 pub struct Files {
     outputs: HashSet<PathBuf>,
+    /// Where commands may save to.
+    folders: [PathBuf; 2],
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Files {
-    /// For a job with these outputs.
-    pub fn new(outputs: impl Iterator<Item = PathBuf>) -> Self {
-        Self { outputs: outputs.collect(), threads: Mutex::default() }
+    /// For this job.
+    pub fn new(job: &Job) -> Self {
+        let folders = [job.cwd.clone(), std::env::temp_dir()];
+        Self { outputs: job.outputs.iter().cloned().collect(), folders, threads: Mutex::default() }
+    }
+
+    /// Whether a command may save to `path`.
+    fn may_save(&self, path: &Path) -> bool {
+        let within = self.folders.iter().find_map(|folder| path.strip_prefix(folder).ok());
+        within.is_some_and(|rest| {
+            rest.components().all(|part| match part {
+                Component::Normal(name) => !name.as_encoded_bytes().starts_with(b"."),
+                _ => false,
+            })
+        })
     }
 
     /// A file follows.
@@ -31,12 +46,12 @@ impl Files {
     pub fn begin(&self, link: &Arc<Link>, stream: Stream, head: &FileHead) -> io::Result<()> {
         let path = PathBuf::from(&head.path);
         let climbs = path.components().any(|part| part == Component::ParentDir);
-        let is_output = self.outputs.iter().any(|output| path.starts_with(output));
-        if climbs || !path.is_absolute() || !(is_output || head.saved) {
+        let is_output = !climbs && self.outputs.iter().any(|output| path.starts_with(output));
+        if !is_output && !head.saved {
             let what = format!("the lab sent {}, which is none of the job's outputs", path.display());
             return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
-        let (size, saved) = (head.size, head.saved);
+        let (size, saved, name) = (head.size, head.saved, head.path.clone());
         let back = Arc::clone(link);
         let ended = move |outcome: io::Result<()>| match outcome {
             _ if saved => {
@@ -45,9 +60,15 @@ impl Files {
                 let _ = back.send(&Frame::Placed(stream, what));
             }
             Ok(()) => {}
-            Err(error) => eprintln!("kleak-vmm: warning: cannot write {}: {error}", path.display()),
+            Err(error) => eprintln!("kleak-vmm: warning: cannot write {name}: {error}"),
         };
-        let thread = match Incoming::create(&PathBuf::from(&head.path), saved) {
+        let incoming = match is_output || self.may_save(&path) {
+            true => Incoming::create(&path, saved),
+            false => Err(io::Error::other(
+                "out of the lab, machines are saved to the working folder of `run`, to the temporary one, or below",
+            )),
+        };
+        let thread = match incoming {
             Ok(incoming) => link.receive(stream, incoming, move |incoming, outcome| {
                 ended(outcome.and_then(|()| incoming.place(size)));
             })?,
@@ -72,13 +93,14 @@ struct Incoming {
 }
 
 impl Incoming {
-    fn create(path: &std::path::Path, core: bool) -> io::Result<Self> {
+    fn create(path: &Path, core: bool) -> io::Result<Self> {
         if core {
             saved::check_place(path)?;
         } else if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder)?;
         }
-        Ok(Self { file: WholeFile::create(path)?, core })
+        let file = if core { WholeFile::private(path)? } else { WholeFile::create(path)? };
+        Ok(Self { file, core })
     }
 
     /// Gives the file its name if it is `size` bytes long; a shorter one was cut off with the lab.
@@ -108,9 +130,10 @@ mod tests {
     use super::*;
 
     /// What the host makes of files whose content is `bytes`.
-    fn take(path: &std::path::Path, saved: bool, outputs: Vec<PathBuf>, bytes: &[u8]) -> io::Result<()> {
+    fn take(path: &Path, saved: bool, outputs: Vec<PathBuf>, bytes: &[u8]) -> io::Result<()> {
         let link = Link::new(io::sink());
-        let files = Files::new(outputs.into_iter());
+        let job = Job { outputs, cwd: "/nowhere".into(), ..Job::new(["x"]).unwrap() };
+        let files = Files::new(&job);
         let head = FileHead { path: path.to_string_lossy().into_owned(), saved, size: bytes.len() as u64 };
         files.begin(&link, Stream(9), &head)?;
         link.received(Frame::Data(Stream(9), bytes.to_vec()))?;
@@ -128,7 +151,12 @@ mod tests {
         take(&output, false, vec![output.clone()], b"report").unwrap();
         assert_eq!(std::fs::read(&output).unwrap(), b"report");
         assert!(take(&text, false, vec![output.clone()], b"x").is_err(), "no output");
-        assert!(take(&folder.join("../x"), true, vec![], &core).is_err(), "climbs");
+        for (place, name) in [("../x", "climbs"), (".ssh/x", "hidden")] {
+            take(&folder.join(place), true, vec![], &core).unwrap();
+            assert!(!folder.join(place).exists(), "{name}");
+        }
+        take(Path::new("/kleak-elsewhere"), true, vec![], &core).unwrap();
+        assert!(!Path::new("/kleak-elsewhere").exists());
         take(&dump, true, vec![], &core).unwrap();
         assert_eq!(std::fs::read(&dump).unwrap(), core);
         take(&text, true, vec![], b"ssh-rsa").unwrap();

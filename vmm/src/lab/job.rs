@@ -7,11 +7,13 @@ use images::module_file::{self, WantedModule};
 
 use super::ENVIRONMENT;
 use super::payload::is_hidden;
+use super::qemu::disk_node;
 use crate::cli::Failure;
 use crate::cli::options::{LabChoice, RunOptions};
 use crate::cli::relay::PathUse;
 use crate::cli::values::ModuleSpec;
 use crate::console::socket;
+use crate::files::resolved;
 
 /// What the helper Linux needs beside the guest's memory.
 const HEADROOM: u64 = 1 << 30;
@@ -87,17 +89,22 @@ impl Job {
         job.cpus = options.cpus;
         let args = options.to_args(|path, usage| {
             let absolute = job.cwd.join(path);
+            let mut inside = path.to_owned();
             match usage {
                 // The control socket is made on both sides.
                 _ if Some(&absolute) == job.control.as_ref() => {}
                 // Of that folder only what is needed goes along.
                 PathUse::Input if Some(path) == options.module_dir.as_deref() => job.folders.push(absolute),
                 PathUse::Input => job.inputs.push(absolute),
-                PathUse::Disk(read_only) => job.disks.push((absolute, read_only)),
+                // Where the lab has it; names below its /dev mean nothing there.
+                PathUse::Disk(read_only) => {
+                    inside = disk_node(job.disks.len()).into();
+                    job.disks.push((absolute, read_only));
+                }
                 PathUse::Output if is_hidden(&absolute) => {}
-                PathUse::Output => job.outputs.push(absolute),
+                PathUse::Output => job.outputs.push(resolved(&absolute)),
             }
-            path.to_owned()
+            inside
         });
         for arg in args {
             let text = arg.into_string().map_err(|arg| {
@@ -172,6 +179,9 @@ mod tests {
         assert_eq!(job.outputs, [here.join("rd"), here.join("r.json")]);
         assert_eq!(job.disks, [(here.join("d"), true), (here.join("e"), false)]);
         assert_eq!(job.control, Some(here.join("c.sock")));
+        assert!(
+            ["--disk=/dev/vda,ro", "--disk=/dev/vdb"].iter().all(|arg| job.argv.iter().any(|a| a == arg))
+        );
         assert_eq!((job.guest_mem_bytes, job.cpus), (256 << 20, 2));
         assert!(job.argv.contains(&"--kernel=k".to_owned()) && job.argv.contains(&"--lab=never".to_owned()));
         assert!(job.env.contains(&("KLEAK_LAB".to_owned(), "svm".to_owned())));

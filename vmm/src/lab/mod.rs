@@ -9,7 +9,7 @@
 //!   --report files   <--  incoming.rs                                          <--  outputs.rs
 //!   snapshot=, core= <--                                                       <--  exports.rs
 //!   --kernel, ...    -->  payload.rs (initramfs)
-//!   --disk           <->  qemu.rs (drives of the machine)                           links of the same names
+//!   --disk           <->  qemu.rs (drives of the machine)                           /dev/vda, ...
 //! ```
 
 mod affinity;

@@ -26,8 +26,6 @@ pub struct Content {
     pub inputs: Vec<PathBuf>,
     /// Folders that must be there, if only empty.
     pub folders: Vec<PathBuf>,
-    /// Links, and where they lead.
-    pub links: Vec<(PathBuf, String)>,
 }
 
 /// An initramfs in memory.
@@ -85,10 +83,6 @@ pub fn build(modules: &Path, content: &Content) -> Result<Initrd> {
     }
     for input in &content.inputs {
         builder.input(input).with_context(|| format!("taking {} into the lab", input.display()))?;
-    }
-    for (link, target) in &content.links {
-        let path = builder.folders_above(link)?;
-        builder.cpio.symlink(&path, target)?;
     }
     let mut file = builder.cpio.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?;
     let size = file.stream_position()?;
@@ -292,7 +286,6 @@ mod tests {
         let content = Content {
             inputs: vec![folder.clone(), folder.join("sub/../sub/file")],
             folders: vec![folder.join("out"), "/".into()],
-            links: vec![(folder.join("disk"), "/dev/vda".into())],
         };
         let initrd = build(&folder.join("modules"), &content).unwrap();
         assert!(initrd.size > 1000);

@@ -75,17 +75,17 @@ impl Guest {
         Ok(Paused { ram: &self.ram, cpus, frozen: self.ram.freeze(), _resume: resume, _turn: turn })
     }
 
-    /// Pauses the machine until [`Machine::release`]; pauses meanwhile neither wait nor end it. False when it was held
+    /// Pauses the machine until [`Guest::release`]; pauses meanwhile neither wait nor end it. False when it was held
     /// already.
     ///
     /// # Errors
-    /// As [`Machine::pause`].
+    /// As [`Guest::pause`].
     pub fn hold(&self) -> anyhow::Result<bool> {
         let _paused = self.pause()?;
         Ok(!self.control.hold(true))
     }
 
-    /// Ends a [`Machine::hold`]; false when there was none.
+    /// Ends a [`Guest::hold`]; false when there was none.
     pub fn release(&self) -> bool {
         let _turn = lock(&self.pausing);
         let held = self.control.hold(false);

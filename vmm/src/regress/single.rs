@@ -9,6 +9,7 @@ use serde_json::Value;
 use std::path::Path;
 
 /// What was looked at, beside the report.
+#[derive(Clone, Copy)]
 pub struct Looked<'a> {
     /// The subcommand: `run`, `analyze`.
     pub by: &'a str,

@@ -1,12 +1,13 @@
 //! The reports of the last scan, where the user wants them.
 
-use crate::cli::options::{ReportFormat, Reports};
+use crate::cli::options::{ReportFormat, ReportSpec, Reports};
 use crate::cli::{Failure, print};
 use crate::console::Target;
 use crate::detector::Detector;
 use crate::files::write_whole;
 use crate::regress::{Form, Looked, of_report};
 use anyhow::{Context, Result};
+use serde_json::json;
 use std::path::Path;
 
 /// Writes them, text on standard output where none was asked for, and a summary line unless `quiet`. `looked` is for the
@@ -17,10 +18,7 @@ use std::path::Path;
 pub fn write(detector: &Detector, reports: &Reports, quiet: bool, looked: &Looked<'_>) -> Result<()> {
     let reports = &reports.0;
     if detector.scans() == 0 {
-        if !reports.is_empty() {
-            eprintln!("kleak-vmm: warning: Nothing was scanned, so no report was written");
-        }
-        return Ok(());
+        return without_scan(detector, reports, looked);
     }
     if reports.is_empty() {
         print(&detector.report_text()?)?;
@@ -34,16 +32,40 @@ pub fn write(detector: &Detector, reports: &Reports, quiet: bool, looked: &Looke
             ReportFormat::Sarif => form(Form::Sarif)?,
             ReportFormat::Html => form(Form::Html)?,
         };
-        if report.path == Path::new("-") {
-            print(&text)?;
-        } else {
-            write_file(&report.path, &text)?;
-        }
+        put(report, &text)?;
     }
     if !quiet {
         eprintln!("kleak-vmm: {}", detector.summary());
     }
     Ok(())
+}
+
+/// What CI systems read has a run that was not scanned, too: as one that failed.
+fn without_scan(detector: &Detector, reports: &[ReportSpec], looked: &Looked<'_>) -> Result<()> {
+    let looked = Looked { failure: Some(looked.failure.unwrap_or("nothing was scanned")), ..*looked };
+    let nothing = json!({ "guest": { "release": detector.release() }, "scan": {}, "groups": [] });
+    for report in reports {
+        let form = match report.format {
+            ReportFormat::Junit => Form::Junit,
+            ReportFormat::Sarif => Form::Sarif,
+            ReportFormat::Html => Form::Html,
+            ReportFormat::Text | ReportFormat::Json => {
+                let path = report.path.display();
+                eprintln!("kleak-vmm: warning: Nothing was scanned, so the report {path} was not written");
+                continue;
+            }
+        };
+        put(report, &of_report(&nothing, &looked, form)?)?;
+    }
+    Ok(())
+}
+
+/// Writes one of them where it belongs.
+fn put(report: &ReportSpec, text: &str) -> Result<()> {
+    match report.path == Path::new("-") {
+        true => print(text),
+        false => write_file(&report.path, text),
+    }
 }
 
 /// Writes one of them.

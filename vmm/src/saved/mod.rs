@@ -62,15 +62,15 @@ pub fn is_core(bytes: &[u8]) -> bool {
 /// # Errors
 /// It is something else, or cannot be read.
 pub fn check_place(path: &Path) -> io::Result<()> {
-    let mut file = match File::open(path) {
+    // Before it is opened, which can wait for ever, or do things.
+    match std::fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
-    };
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is no regular file"));
+        Ok(there) if there.is_file() => {}
+        Ok(_) => return Err(io::Error::other("it is no regular file")),
+        Err(error) => return Err(error),
     }
     let mut beginning = Vec::new();
-    file.by_ref().take(18).read_to_end(&mut beginning)?;
+    File::open(path)?.take(18).read_to_end(&mut beginning)?;
     match beginning.is_empty() || is_core(&beginning) {
         true => Ok(()),
         false => Err(io::Error::other("there is a file of that name which is no core; remove it first")),

@@ -10,7 +10,7 @@ use guest_profiles::annotations;
 use guest_profiles::hooks::Tracked;
 use introspect::arch::CpuState;
 use introspect::hooks::{Plan, plan};
-use introspect::image::KernelImage;
+use introspect::image::{KernelImage, MAX_IMAGE_BYTES};
 use introspect::kernel::Kernel;
 use introspect::linux::Linux;
 use introspect::memory::{PAGE_SIZE, PhysicalMemory, RamRange};
@@ -22,6 +22,8 @@ use std::sync::{Arc, PoisonError};
 
 /// Bytes that are copied at once.
 const CHUNK: u64 = 1 << 20;
+/// Largest state of the tracker, bytes: tens of millions of objects.
+const MAX_STATE: u64 = 2 << 30;
 /// Longest VMCOREINFO.
 const MAX_VMCOREINFO: usize = PAGE_SIZE as usize;
 
@@ -73,6 +75,8 @@ fn snapshot(
 ) -> Result<Opened> {
     let end = attached.offset.checked_add(attached.len).and_then(|end| end.checked_add(attached.kernel_len));
     ensure!(end.is_some_and(|end| end <= file_len), "It is cut off: the tracker's state is not in it");
+    let sizes = attached.len <= MAX_STATE && attached.kernel_len <= MAX_IMAGE_BYTES;
+    ensure!(sizes, "It is damaged: the tracker's state or the kernel image is too large");
     let mut state = vec![0; attached.len as usize];
     file.seek(SeekFrom::Start(attached.offset))?;
     file.read_exact(&mut state)?;
@@ -82,6 +86,7 @@ fn snapshot(
     );
     let (facts, registry, modules, freed_by, mut history): Read5 =
         postcard::from_bytes(&state).context("The tracker's state cannot be read")?;
+    ensure!(matches!(facts.placement.levels, 4 | 5), "It is damaged: page tables have 4 or 5 levels");
     let image = match &opening.kernel {
         Some(path) => KernelImage::open(path)?,
         None => {
@@ -158,7 +163,9 @@ fn parts(ram: GuestRam, image: KernelImage, facts: &Facts) -> Result<Parts> {
     check_kernel(&linux, &ram)?;
     let root = linux.space.root;
     let own_tables = |cpu: &CpuState| if cpu.root.0 == 0 { CpuState { root, ..*cpu } } else { *cpu };
-    let cpus = facts.cpus.iter().map(own_tables).collect();
+    let cpus: Vec<CpuState> = facts.cpus.iter().map(own_tables).collect();
+    let cpus =
+        if facts.scans == 0 && facts.host.tracer == "off" { numbered(&linux, &ram, cpus) } else { cpus };
     let guest = Arc::new(Guest::saved(ram.clone(), cpus, facts.placement));
     let recorder = Arc::new(Recorder::new(Arc::clone(&linux), ram.clone())?);
     // Nothing will be trapped; the plan tells which functions are the allocator's.
@@ -182,6 +189,26 @@ fn parts(ram: GuestRam, image: KernelImage, facts: &Facts) -> Result<Parts> {
 fn detector(parts: Parts, facts: &Facts) -> Arc<Detector> {
     let options = ScanOptions { min_age_ms: facts.min_age_ms, stack: facts.stack };
     Arc::new(Detector::new(parts, options, 0))
+}
+
+/// CPUs by the numbers that the kernel gives them: notes are of those that were online, in order. One that stands on the
+/// stack of a CPU's task is that CPU.
+fn numbered(linux: &Linux, memory: &GuestRam, mut cpus: Vec<CpuState>) -> Vec<CpuState> {
+    let tasks = linux.tasks(memory).unwrap_or_default();
+    let count = linux.cpu_count(memory).unwrap_or(0);
+    let stacks: Vec<_> = (0..count)
+        .filter_map(|cpu| {
+            let current = linux.current(memory, cpu).ok()?;
+            let task = tasks.iter().find(|task| task.va == current)?;
+            Some((cpu, task.stack..task.stack + task.stack_size))
+        })
+        .collect();
+    for cpu in cpus.iter_mut().filter(|cpu| !cpu.user_mode) {
+        if let Some((index, _)) = stacks.iter().find(|(_, stack)| stack.contains(&cpu.registers.sp())) {
+            cpu.index = *index;
+        }
+    }
+    cpus
 }
 
 /// Whether it is this kernel that the memory holds.

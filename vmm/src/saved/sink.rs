@@ -24,7 +24,7 @@ impl Sink {
             return Export::create(path, size).map(Self::Lab);
         }
         check_place(path)?;
-        WholeFile::create(path).map(Self::File)
+        WholeFile::private(path).map(Self::File)
     }
 
     /// Gives the file its name.

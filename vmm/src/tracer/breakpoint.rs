@@ -105,12 +105,30 @@ impl Breakpoints {
         self.rearmed.load(Ordering::Relaxed)
     }
 
-    /// What belongs where traps are, ascending.
-    pub fn originals(&self) -> Vec<(Pa, &[u8])> {
-        let mut originals: Vec<_> =
-            self.traps.values().map(|trap| (trap.at, &trap.original[..self.instruction.len()])).collect();
+    /// What belongs where traps are now, ascending.
+    ///
+    /// # Errors
+    /// Guest memory cannot be read.
+    pub fn originals(&self) -> Result<Vec<(Pa, &[u8])>> {
+        let mut originals = Vec::new();
+        for trap in self
+            .traps
+            .values()
+            .filter_map(|trap| self.is_planted(trap).map(|is| is.then_some(trap)).transpose())
+        {
+            let trap = trap?;
+            originals.push((trap.at, &trap.original[..self.instruction.len()]));
+        }
         originals.sort_unstable();
-        originals
+        Ok(originals)
+    }
+
+    fn is_planted(&self, trap: &Trap) -> Result<bool> {
+        let want = self.instruction.bytes();
+        let mut there = [0; 2];
+        let there = &mut there[..want.len()];
+        self.ram.read(trap.at, there)?;
+        Ok(there == want)
     }
 
     /// Checks every site and plants lost traps again. Returns the addresses that had lost theirs.
@@ -121,10 +139,7 @@ impl Breakpoints {
         let want = self.instruction.bytes();
         let mut lost = Vec::new();
         for (&va, trap) in &self.traps {
-            let mut there = [0; 2];
-            let there = &mut there[..want.len()];
-            self.ram.read(trap.at, there)?;
-            if there != want {
+            if !self.is_planted(trap)? {
                 lost.push(Va(va));
                 paused.write(trap.at, want)?;
             }

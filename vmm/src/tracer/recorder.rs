@@ -11,7 +11,7 @@ use introspect::accounting::growth::FreedBy;
 use introspect::arch::Registers;
 use introspect::linux::{Linux, ModuleMap, PagePlaces, pages, percpu};
 use introspect::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
-use introspect::registry::{AllocEvent, Kind, MAX_FRAMES, Paint, Registry};
+use introspect::registry::{AllocEvent, Kind, MAX_DEVICE, MAX_FRAMES, Paint, Registry};
 use introspect::unwind::{Start, Text, Unwinder};
 use rustc_hash::FxHashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,9 +23,6 @@ const MAX_BULK: u64 = 16 * 1024;
 /// Most allocator calls under way at once: one per task, and a few per vCPU in interrupts. A guest that enters them and
 /// never returns ends there.
 const MAX_PENDING: usize = 1 << 20;
-
-/// More than the device memory of any machine.
-const MAX_DEVICE: u64 = 1 << 46;
 
 /// ZERO_SIZE_PTR and NULL (include/linux/slab.h), and error pointers (include/linux/err.h).
 fn is_object(address: u64) -> bool {

@@ -1,5 +1,6 @@
 //! A file as a block device (Virtual I/O Device 1.2, 5.2).
 
+use super::QUEUE_SIZE;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
@@ -15,6 +16,8 @@ use vm_memory::GuestMemoryMmap;
 const SECTOR: u64 = 512;
 /// Bytes that are copied at once.
 const CHUNK: usize = 64 << 10;
+/// Bytes of a request, at most: a vCPU is busy with it and cannot be paused. Linux asks for less.
+const LARGEST: usize = 4 << 20;
 /// Bytes of a device's name.
 const ID: usize = 20;
 
@@ -42,10 +45,12 @@ impl Disk {
         self.read_only
     }
 
-    /// The device's registers: the capacity in sectors.
+    /// The device's registers (`struct virtio_blk_config`): capacity in sectors, `size_max`, which is not offered, `seg_max`:
+    /// buffers of a request, which has two descriptors more.
     pub(super) fn config(&self, offset: u64, data: &mut [u8]) {
-        let capacity = self.sectors.to_le_bytes();
-        for (place, byte) in data.iter_mut().zip(capacity.iter().skip(offset.min(8) as usize)) {
+        let segments = u32::from(QUEUE_SIZE) - 2;
+        let config = [&self.sectors.to_le_bytes()[..], &[0; 4], &segments.to_le_bytes()].concat();
+        for (place, byte) in data.iter_mut().zip(config.iter().skip(offset.min(16) as usize)) {
             *place = *byte;
         }
     }
@@ -119,11 +124,11 @@ impl Disk {
 
     /// Where `len` bytes from a sector on are in the file.
     ///
-    /// Fails when they are not all on the disk.
+    /// Fails when they are not all on the disk, or too many.
     fn place(&self, sector: u64, len: usize) -> io::Result<(u64, usize)> {
         let sectors = (len as u64).div_ceil(SECTOR);
         match sector.checked_add(sectors) {
-            Some(end) if end <= self.sectors => Ok((sector * SECTOR, len)),
+            Some(end) if end <= self.sectors && len <= LARGEST => Ok((sector * SECTOR, len)),
             _ => Err(io::Error::other("beyond the end of the disk")),
         }
     }

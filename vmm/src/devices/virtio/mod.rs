@@ -9,8 +9,7 @@ pub use disk::Disk;
 
 use crate::machine::GuestRam;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
-use virtio_bindings::virtio_blk::VIRTIO_BLK_F_RO;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_mmio::*;
@@ -43,7 +42,6 @@ struct State {
     queue: Queue,
     queue_selected: u32,
     device_features_selected: u32,
-    driver_features_selected: u32,
     status: u32,
     interrupts: u32,
 }
@@ -54,7 +52,6 @@ impl State {
             queue: Queue::new(QUEUE_SIZE).expect("a power of two"),
             queue_selected: 0,
             device_features_selected: 0,
-            driver_features_selected: 0,
             status: 0,
             interrupts: 0,
         }
@@ -73,7 +70,7 @@ impl VirtioDisk {
 
     fn features(&self) -> u64 {
         let read_only = if self.disk.read_only() { 1 << VIRTIO_BLK_F_RO } else { 0 };
-        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_BLK_F_FLUSH | read_only
+        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_SEG_MAX | read_only
     }
 
     /// The guest reads a register; what is none reads as zero.
@@ -116,7 +113,6 @@ impl VirtioDisk {
         let first = state.queue_selected == 0;
         match offset as u32 {
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => state.device_features_selected = value,
-            VIRTIO_MMIO_DRIVER_FEATURES_SEL => state.driver_features_selected = value,
             VIRTIO_MMIO_QUEUE_SEL => state.queue_selected = value,
             VIRTIO_MMIO_INTERRUPT_ACK => state.interrupts &= !value,
             // A write of zero resets the device.
@@ -150,7 +146,9 @@ impl VirtioDisk {
             for _ in 0..QUEUE_SIZE {
                 let Some(chain) = state.queue.pop_descriptor_chain(memory) else { break };
                 let head = chain.head_index();
-                let written = self.disk.serve(memory, chain);
+                // Indirect tables, which are not offered, could be longer.
+                let fits = chain.clone().take(usize::from(QUEUE_SIZE) + 1).count() <= usize::from(QUEUE_SIZE);
+                let written = if fits { self.disk.serve(memory, chain) } else { 0 };
                 // A used ring that is not in memory takes nothing.
                 done |= state.queue.add_used(memory, head, written).is_ok();
             }

@@ -155,6 +155,9 @@ fn what_is_not_on_the_disk_or_not_to_be_written_is_an_error() {
     assert_eq!(driver.request(IN, SECTORS, 512), error);
     assert_eq!(driver.request(IN, SECTORS - 1, 1024), error);
     assert_eq!(driver.request(IN, u64::MAX, 512), error);
+    let mut segments = [0; 4];
+    driver.device.read(CONFIG + 12, &mut segments);
+    assert_eq!(u32::from_le_bytes(segments), u32::from(QUEUE_SIZE) - 2);
     assert_eq!(driver.request(IN, SECTORS - 1, 512), 0);
 }
 
@@ -172,13 +175,24 @@ proptest! {
     #[test]
     fn hostile_drivers_are_survived(
         writes in prop::collection::vec((0..0x110_u32, any::<u32>()), 0..12),
-        ring in prop::collection::vec((0..0x3000_u64, any::<u8>()), 0..60),
+        ring in prop::collection::vec((0..0x30_u64, any::<u8>()), 0..6),
+        header in prop::collection::vec((0..16_u64, any::<u8>()), 0..3),
+        rings in prop::collection::vec((0..0x2000_u64, any::<u8>()), 0..4),
         small in prop::collection::vec((0..0xb0_u32, 0..0x9000_u32), 0..8),
     ) {
         let mut driver = Driver::new("hostile", false);
         driver.start();
+        // A request that is good but for a few bytes.
+        prop_assert_eq!(driver.request(IN, 1, 512), 0);
         for (at, value) in ring {
             driver.put(DESC + at, &[value]);
+        }
+        for (at, value) in header {
+            driver.put(0x7000 + at, &[value]);
+        }
+        driver.submit();
+        for (at, value) in rings {
+            driver.put(AVAIL + at, &[value]);
         }
         driver.submit();
         for (register, value) in writes.into_iter().chain(small) {

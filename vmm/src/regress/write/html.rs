@@ -90,8 +90,9 @@ fn flame(results: &Results) -> String {
         .map(|group| {
             // A semicolon parts functions, and a space the bytes.
             let names = group.backtrace.iter().rev().map(|frame| frame.text().replace([';', ' '], "_"));
-            let stack: Vec<String> = std::iter::once("all".to_owned()).chain(names).collect();
-            format!("{} {}", stack.join(";"), group.retained_bytes)
+            let stack = names.collect::<Vec<_>>().join(";");
+            let stack = if stack.is_empty() { "no backtrace" } else { &stack };
+            format!("{} {}", stack.replace(' ', "_"), group.retained_bytes)
         })
         .collect();
     let mut options = flamegraph::Options::default();
