@@ -67,6 +67,28 @@ pub const ALL: &[HostPackage] = &[
         ..package("python3-drgn", &[], "opening a saved machine", Purpose::LongTests)
     },
     package("chromium", &["chromium"], "looking at the page of results", Purpose::LongTests),
+    package("bochs", &["bochs-bin"], "the lab vmx", Purpose::LongTests),
+    HostPackage {
+        files: &["/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so"],
+        ..package("bochs-term", &[], "the lab vmx", Purpose::LongTests)
+    },
+    HostPackage {
+        files: &["/usr/share/bochs/BIOS-bochs-latest"],
+        ..package("bochsbios", &[], "the lab vmx", Purpose::LongTests)
+    },
+    HostPackage {
+        files: &["/usr/share/vgabios/vgabios.bin"],
+        ..package("vgabios", &[], "the lab vmx", Purpose::LongTests)
+    },
+    HostPackage {
+        files: &["/usr/lib/ISOLINUX/isolinux.bin"],
+        ..package("isolinux", &[], "starting the lab vmx", Purpose::LongTests)
+    },
+    HostPackage {
+        files: &["/usr/lib/syslinux/modules/bios/ldlinux.c32"],
+        ..package("syslinux-common", &[], "starting the lab vmx", Purpose::LongTests)
+    },
+    package("xorriso", &["xorriso"], "starting the lab vmx", Purpose::LongTests),
     package("bc", &["bc"], "building a kernel", Purpose::Oracle),
     package("bison", &["bison"], "building a kernel", Purpose::Oracle),
     package("flex", &["flex"], "building a kernel", Purpose::Oracle),

@@ -1,8 +1,10 @@
-//! What the lab `svm` boots: a helper Linux with KVM modules, from Debian's newest 6.12 cloud kernel.
+//! What the labs boot: a helper Linux with KVM modules, from Debian's newest 6.12 cloud kernel.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use introspect::image::KernelImage;
@@ -11,70 +13,116 @@ use crate::Cache;
 use crate::cpio::CpioWriter;
 use crate::module_file::{WantedModule, resolve};
 
-/// Name of the lab's cache entry.
-const ENTRY: &str = "svm";
 /// Changes whenever this recipe does, so that what an older one made is made anew.
 const RECIPE: u32 = 3;
-/// The kernel line: its cloud flavour has what the lab needs built in (virtio over PCI, its serial ports).
+/// The kernel line: its cloud flavour has what the labs need built in (virtio over PCI, serial ports).
 const KERNEL_PREFIX: &str = "linux-image-6.12.";
 const KERNEL_SUFFIX: &str = "-cloud-amd64";
-/// The module the lab is for, whose file name the kernel's build derives from its source folder; and the driver of disks.
-const MODULE_FILES: [&str; 2] = ["kvm-amd.ko", "virtio_blk.ko"];
 /// Where the modules are in the archive; they are to be loaded in the order of their names.
 const MODULE_FOLDER: &str = "lib/kleak";
 
+/// An emulated machine with KVM, by the virtualisation it has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lab {
+    /// AMD's, emulated by QEMU.
+    Svm,
+    /// Intel's, emulated by Bochs.
+    Vmx,
+}
+
+impl Lab {
+    /// Its name, on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Svm => "svm",
+            Self::Vmx => "vmx",
+        }
+    }
+
+    /// The module the lab is for, whose file name the kernel's build derives from its source folder; and the driver of disks.
+    const fn module_files(self) -> &'static [&'static str] {
+        match self {
+            Self::Svm => &["kvm-amd.ko", "virtio_blk.ko"],
+            Self::Vmx => &["kvm-intel.ko"],
+        }
+    }
+}
+
+impl fmt::Display for Lab {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Lab {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let known = [Self::Svm, Self::Vmx].into_iter().find(|lab| lab.name() == name);
+        known.with_context(|| format!("there is no lab {name:?}"))
+    }
+}
+
 /// The files of a prepared lab.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SvmLab {
-    /// The kernel, unpacked: QEMU starts it at its PVH entry, which saves the decompressor's second.
+pub struct LabFiles {
+    /// The kernel. For QEMU a vmlinux, which it starts at its PVH entry: that saves the decompressor's second. For Bochs the
+    /// bzImage, as boot loaders take it.
     pub kernel: PathBuf,
     /// An initramfs archive with the modules.
     pub modules: PathBuf,
 }
 
-impl SvmLab {
-    fn within(folder: &Path) -> Self {
-        Self { kernel: folder.join("vmlinux"), modules: folder.join("modules.cpio") }
+impl LabFiles {
+    fn within(lab: Lab, folder: &Path) -> Self {
+        let kernel = match lab {
+            Lab::Svm => "vmlinux",
+            Lab::Vmx => "vmlinuz",
+        };
+        Self { kernel: folder.join(kernel), modules: folder.join("modules.cpio") }
     }
 }
 
-/// The lab prepared in `folder`, if there is one.
-pub fn prepared_svm(folder: &Path) -> Option<SvmLab> {
-    Cache::new(folder).find(ENTRY, RECIPE).map(|place| SvmLab::within(&place))
+/// The files of `lab` prepared in `folder`, if they are there.
+pub fn prepared(lab: Lab, folder: &Path) -> Option<LabFiles> {
+    Cache::new(folder).find(lab.name(), RECIPE).map(|place| LabFiles::within(lab, &place))
 }
 
-/// Prepares the lab in `folder`, unless it is there already. Downloads about 60 MB, package lists included, from Debian's mirror.
+/// Prepares `lab` in `folder`, unless it is there already. Downloads about 60 MB, package lists included, from Debian's mirror.
 ///
 /// # Errors
 /// apt or the mirror cannot be reached, or the folder cannot be written to.
-pub fn prepare_svm(folder: &Path) -> Result<SvmLab> {
-    let place = Cache::new(folder).entry(ENTRY, RECIPE, make)?;
-    Ok(SvmLab::within(&place))
+pub fn prepare(lab: Lab, folder: &Path) -> Result<LabFiles> {
+    let place = Cache::new(folder).entry(lab.name(), RECIPE, |work| make(lab, work))?;
+    Ok(LabFiles::within(lab, &place))
 }
 
 /// Makes the lab in `work`.
-fn make(work: &Path) -> Result<()> {
+fn make(lab: Lab, work: &Path) -> Result<()> {
     let download = Cache::new(work.join("download"));
     let packages = download.packages();
     let package = packages.newest(KERNEL_PREFIX, KERNEL_SUFFIX)?;
     let tree = packages.fetch(&package)?;
-    let lab = SvmLab::within(work);
-    let kernel = find(&tree.join("boot"), |name| name.starts_with("vmlinuz-"), 1)?;
-    let kernel = KernelImage::open(&kernel)?;
-    fs::write(&lab.kernel, &kernel.elf).with_context(|| format!("Cannot write {}", lab.kernel.display()))?;
-    write_modules(&tree.join("lib/modules"), &lab.modules)
+    let files = LabFiles::within(lab, work);
+    let packed = find(&tree.join("boot"), |name| name.starts_with("vmlinuz-"), 1)?;
+    let kernel = match lab {
+        Lab::Svm => KernelImage::open(&packed)?.elf,
+        Lab::Vmx => fs::read(&packed).with_context(|| format!("Cannot read {}", packed.display()))?,
+    };
+    fs::write(&files.kernel, &kernel).with_context(|| format!("Cannot write {}", files.kernel.display()))?;
+    write_modules(lab, &tree.join("lib/modules"), &files.modules)
         .with_context(|| format!("Cannot unpack the modules of {package}"))?;
     fs::remove_dir_all(download.folder())
         .with_context(|| format!("Cannot remove {}", download.folder().display()))
 }
 
-/// Writes the archive of [`MODULE_FILES`] and all they need.
-fn write_modules(tree: &Path, archive: &Path) -> Result<()> {
-    let wanted = MODULE_FILES.map(|file| {
+/// Writes the archive of the lab's modules and all they need.
+fn write_modules(lab: Lab, tree: &Path, archive: &Path) -> Result<()> {
+    let wanted = lab.module_files().iter().map(|file| {
         let path = find(tree, |name| name.starts_with(file), 10)?;
         Ok(WantedModule { path, parameters: String::new() })
     });
-    let modules = resolve(&wanted.into_iter().collect::<Result<Vec<_>>>()?, Some(tree))?;
+    let modules = resolve(&wanted.collect::<Result<Vec<_>>>()?, Some(tree))?;
     let file = File::create(archive).with_context(|| format!("Cannot create {}", archive.display()))?;
     let mut cpio = CpioWriter::new(BufWriter::new(file));
     for (index, (module, _)) in modules.iter().enumerate() {

@@ -43,6 +43,7 @@ pub struct Session {
     stdin: Option<ChildStdin>,
     stdout: Arc<Output>,
     stderr: Arc<Output>,
+    patience: Duration,
 }
 
 impl Session {
@@ -76,7 +77,13 @@ impl Session {
         let stdin = child.stdin.take();
         let stdout = Output::follow(child.stdout.take().context("No stdout")?);
         let stderr = Output::follow(child.stderr.take().context("No stderr")?);
-        Ok(Self { child, stdin, stdout, stderr })
+        Ok(Self { child, stdin, stdout, stderr, patience: RUN_TIMEOUT })
+    }
+
+    /// The same, given this long to end.
+    pub(crate) fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// Its process id.
@@ -162,7 +169,7 @@ impl Session {
     /// # Errors
     /// It does not end in time; it is killed then.
     pub fn finish(mut self) -> Result<Finished> {
-        let deadline = Instant::now() + RUN_TIMEOUT;
+        let deadline = Instant::now() + self.patience;
         let status = loop {
             if let Some(status) = self.child.try_wait().context("Cannot wait")? {
                 break status;

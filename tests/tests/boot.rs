@@ -7,7 +7,8 @@ use serde_json::Value;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 use tests::{
-    Guest, RUN_TIMEOUT, Scratch, Session, kernel, long_test, no_kernel_complaint, test, with_packages,
+    Guest, RUN_TIMEOUT, Scratch, Session, VMX_PACKAGES, kernel, long_test, no_kernel_complaint, test,
+    with_packages,
 };
 
 fn main() -> ExitCode {
@@ -28,20 +29,38 @@ fn main() -> ExitCode {
     // What the others show on other kernels.
     trials.push(long_test("clean_6.1_2cpu", || clean("6.1", 2)));
     trials.push(long_test("clean_6.12-rt_2cpu", || clean("6.12-rt", 2)));
+    trials.push(with_packages(
+        long_test("clean_6.1-cloud_in_vmx", || clean_by_int3("6.1-cloud")),
+        &VMX_PACKAGES,
+    ));
     trials.push(long_test("many_cpus", || size("1G", 8)));
     tests::main(trials)
 }
 
 /// Boots, idles and powers off; with KASLR, as a stock command line has it.
 fn clean(line: &str, cpus: u32) -> Result<()> {
-    let mut guest = Guest::new(&kernel(line)?, cpus)?;
+    clean_guest(Guest::new(&kernel(line)?, cpus)?).map(drop)
+}
+
+/// The same by breakpoint exits, which only the lab `vmx` has.
+fn clean_by_int3(line: &str) -> Result<()> {
+    let mut guest = Guest::new(&kernel(line)?, 1)?;
+    guest.in_vmx();
+    let report = clean_guest(guest)?;
+    ensure!(report["host"]["trap"] == "int3" && report["host"]["lab"] == "vmx", "{}", report["host"]);
+    Ok(())
+}
+
+fn clean_guest(mut guest: Guest) -> Result<Value> {
     guest
         .flag("--fail-on-leak")
         .script("sleep 3; echo audit > /dev/ttyS1; cat /dev/ttyS1; dmesg > /dev/null")?;
     let finished = guest.boot(0)?;
     no_kernel_complaint(&finished.stdout)?;
     ensure!(finished.stdout.contains("missing 0, stale 0"), "audit: {}", tests::tail(&finished.stdout, 10));
-    check_report(&guest.report()?)
+    let report = guest.report()?;
+    check_report(&report)?;
+    Ok(report)
 }
 
 /// Two disks, the second only read: a file system that is written to and checked afterwards, sectors that are as they were.

@@ -5,11 +5,18 @@ use serde_json::Value;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use tests::{Guest, RUN_TIMEOUT, Session, ctl, kernel, report, run, test};
+use tests::{
+    Guest, RUN_TIMEOUT, Session, VMX_PACKAGES, VMX_TIMEOUT, ctl, kernel, long_test, report, run, test,
+    with_packages,
+};
 
 fn main() -> ExitCode {
     tests::main(vec![
-        test("streams_files_and_socket_are_carried", everything_is_carried),
+        test("streams_files_and_socket_are_carried", || everything_is_carried(&waiting_guest()?, "svm")),
+        with_packages(
+            long_test("streams_files_and_socket_are_carried_in_vmx", carried_in_vmx),
+            &VMX_PACKAGES,
+        ),
         test("the_doctor_measures_it", doctor),
         test("a_signal_ends_the_guest_and_the_run", signal),
         test("a_lab_that_dies_is_an_error_of_the_host", dead_lab),
@@ -21,7 +28,12 @@ fn main() -> ExitCode {
 /// A guest in the lab that says `up` and then waits to be told to go on.
 fn waiting_guest() -> Result<Guest> {
     let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
-    guest.option("--lab", "svm").option("--tracer", "off").cmdline("quiet");
+    guest.option("--lab", "svm");
+    wait_in(guest)
+}
+
+fn wait_in(mut guest: Guest) -> Result<Guest> {
+    guest.option("--tracer", "off").cmdline("quiet");
     guest.script("echo guest is up; read word; echo guest read $word\n")?;
     Ok(guest)
 }
@@ -32,20 +44,28 @@ fn started(guest: &Guest) -> Result<Session> {
     Ok(session)
 }
 
-fn everything_is_carried() -> Result<()> {
-    let guest = waiting_guest()?;
-    let mut session = started(&guest)?;
+fn carried_in_vmx() -> Result<()> {
+    let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
+    guest.in_vmx();
+    everything_is_carried(&wait_in(guest)?, "vmx")
+}
+
+fn everything_is_carried(guest: &Guest, lab: &str) -> Result<()> {
+    let mut session = guest.start()?;
+    session.wait_for("guest is up", VMX_TIMEOUT)?;
     let status = ctl(&guest.socket(), "status")?;
     ensure!(status.contains("state: running"), "{status}");
     let status: Value = serde_json::from_str(&ctl(&guest.socket(), "json status")?)?;
     ensure!(status["state"] == "running", "{status}");
-    session.type_line("typed")?;
+    // The line discipline of the guest's terminal takes 4095 bytes in a line at most.
+    let typed = "typed ".repeat(600);
+    session.type_line(&typed)?;
     let finished = session.finish()?;
     finished.expect_code(0)?;
-    ensure!(finished.stdout.contains("guest read typed"), "{}", finished.stdout);
+    ensure!(finished.stdout.contains(&format!("guest read {}", typed.trim())), "{}", finished.stdout);
     ensure!(!guest.socket().exists(), "the socket is still there");
     let report = report(&guest.report_path())?;
-    ensure!(report["host"]["lab"] == "svm", "{}", report["host"]);
+    ensure!(report["host"]["lab"] == lab, "{}", report["host"]);
     Ok(())
 }
 

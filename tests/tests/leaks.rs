@@ -4,12 +4,23 @@ use anyhow::{Context, Result, ensure};
 use images::leaky;
 use serde_json::Value;
 use std::process::ExitCode;
-use tests::{Guest, RUN_TIMEOUT, kernel, long_test, module, no_kernel_complaint, sizes, test};
+use tests::{
+    Guest, RUN_TIMEOUT, VMX_PACKAGES, kernel, long_test, module, no_kernel_complaint, sizes, test,
+    with_packages,
+};
 
 fn main() -> ExitCode {
     let mut trials = vec![test("all_cases_and_pages_6.1-cloud", || all_cases_and_pages("6.1-cloud"))];
     trials.push(test("all_cases_6.12-cloud", || all_cases("6.12-cloud")));
     trials.push(long_test("all_cases_6.1-cloud", || all_cases("6.1-cloud")));
+    for words in ["nosmp", "nokaslr mitigations=off"] {
+        let name = format!("all_cases_6.1-cloud_{}", words.replace(' ', "_"));
+        trials.push(long_test(name, move || all_cases_with(words, "6.1-cloud")));
+    }
+    trials.push(with_packages(
+        long_test("all_cases_6.1-cloud_in_vmx", || all_cases_by_int3("6.1-cloud")),
+        &VMX_PACKAGES,
+    ));
     trials.push(long_test("all_cases_and_pages_6.12-cloud", || all_cases_and_pages("6.12-cloud")));
     trials.push(long_test("what_a_system_call_holds_6.1-cloud", || blocked("6.1-cloud")));
     trials.push(test("what_a_system_call_holds_6.12-cloud", || blocked("6.12-cloud")));
@@ -25,35 +36,45 @@ fn main() -> ExitCode {
 /// Every case of `leaky` at once, against its table, by function: each case's objects are allocated in a function
 /// named after it.
 fn all_cases(line: &str) -> Result<()> {
-    let kernel = kernel(line)?;
-    let mut guest = Guest::new(&kernel, 2)?;
-    guest.file(&module(&kernel, "leaky")?, "/leaky.ko").script(
-        "insmod /leaky.ko case=all; sleep 3
-         echo scan > /dev/ttyS1; cat /dev/ttyS1 > /dev/null
-         rmmod leaky; sleep 2",
-    )?;
-    let finished = guest.boot(0)?;
-    no_kernel_complaint(&finished.stdout)?;
-    cases_are_named(&guest.report()?, leaky::Case::reported_by_default)
+    all_cases_in(&mut Guest::new(&kernel(line)?, 2)?, line, "", leaky::Case::reported_by_default)
+}
+
+/// The same by breakpoint exits.
+fn all_cases_by_int3(line: &str) -> Result<()> {
+    all_cases_in(Guest::new(&kernel(line)?, 1)?.in_vmx(), line, "", leaky::Case::reported_by_default)
+}
+
+/// The same with other words on the kernel's command line.
+fn all_cases_with(cmdline: &str, line: &str) -> Result<()> {
+    all_cases_in(Guest::new(&kernel(line)?, 2)?.cmdline(cmdline), line, "", leaky::Case::reported_by_default)
 }
 
 /// The same where blocks of pages and device memory are tracked, too; and whose pages are whose is known exactly.
 fn all_cases_and_pages(line: &str) -> Result<()> {
-    let kernel = kernel(line)?;
-    let mut guest = Guest::new(&kernel, 2)?;
+    let mut guest = Guest::new(&kernel(line)?, 2)?;
     guest.option("--track", "slab,vmalloc,percpu,pages,ioremap");
-    guest.file(&module(&kernel, "leaky")?, "/leaky.ko").script(
+    let work = "ls -lR /sys/kernel > /tmp/all; cp /tmp/all /tmp/more; rm /tmp/all /tmp/more";
+    all_cases_in(&mut guest, line, work, |case| case.reported)
+}
+
+/// `work` is what the guest does before it is audited.
+fn all_cases_in(
+    guest: &mut Guest,
+    line: &str,
+    work: &str,
+    wanted: impl Fn(&leaky::Case) -> &'static [leaky::Lost],
+) -> Result<()> {
+    guest.file(&module(&kernel(line)?, "leaky")?, "/leaky.ko").script(&format!(
         "insmod /leaky.ko case=all; sleep 3
          echo scan > /dev/ttyS1; cat /dev/ttyS1 > /dev/null
-         rmmod leaky; sleep 2
-         ls -lR /sys/kernel > /tmp/all; cp /tmp/all /tmp/more; rm /tmp/all /tmp/more
+         rmmod leaky; sleep 2; {work}
          echo audit > /dev/ttyS1; cat /dev/ttyS1",
-    )?;
+    ))?;
     let finished = guest.boot(0)?;
     no_kernel_complaint(&finished.stdout)?;
     let audit = finished.stdout.lines().find(|line| line.starts_with("audit: ")).context("no audit")?;
     ensure!(audit.ends_with(", missing 0, stale 0"), "{}", tests::tail(&finished.stdout, 40));
-    cases_are_named(&guest.report()?, |case| case.reported)
+    cases_are_named(&guest.report()?, wanted)
 }
 
 /// Each case's objects are in the report, and nothing else.

@@ -17,5 +17,6 @@ pub mod probe;
 pub mod regress;
 pub mod run;
 pub mod saved;
+mod scratch;
 pub mod top;
 pub mod tracer;

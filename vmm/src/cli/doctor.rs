@@ -11,8 +11,8 @@ use crate::lab;
 /// # Errors
 /// The lab is to be prepared and cannot be. An unfit host is the answer, not an error.
 pub fn doctor(options: &DoctorOptions) -> anyhow::Result<ExitCode> {
-    if options.prepare_lab {
-        lab::prepare()?;
+    if let Some(lab) = options.prepare_lab {
+        lab::prepare(lab)?;
     }
     let report = Report::make();
     if options.json {

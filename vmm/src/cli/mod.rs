@@ -18,6 +18,8 @@ pub use analyze::AnalyzeOptions;
 pub use failure::{ExitCode, Failure};
 pub use options::RunOptions;
 
+use crate::lab::Lab;
+
 use crate::regress::{RegressOptions, regress};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
@@ -92,9 +94,9 @@ pub struct DoctorOptions {
     /// One line of JSON instead of text
     #[arg(long)]
     pub json: bool,
-    /// Prepare the lab first, which needs Debian's mirror once: later runs need no network
-    #[arg(long)]
-    pub prepare_lab: bool,
+    /// Prepare the lab first (svm, or =vmx), which needs Debian's mirror once: later runs need no network
+    #[arg(long, value_name = "LAB", num_args = 0..=1, require_equals = true, default_missing_value = "svm")]
+    pub prepare_lab: Option<Lab>,
 }
 
 /// The whole program: parses `args` (with the program's name first), runs the subcommand, prints an error once.

@@ -36,6 +36,8 @@ pub enum LabChoice {
     Never,
     /// Always, with AMD's virtualisation emulated by QEMU.
     Svm,
+    /// Always, with Intel's virtualisation emulated by Bochs: slower, but with breakpoint exits.
+    Vmx,
 }
 
 /// What else sets off a scan and a report.

@@ -35,6 +35,8 @@ use std::time::{Duration, Instant};
 /// How often a quiet moment of the allocator is looked for, and how long the guest runs in between.
 const QUIET_TRIES: u32 = 400;
 const QUIET_STEP: Duration = Duration::from_millis(3);
+/// Of moments that are not quiet, audits try every so many.
+const BUSY_STEP: u32 = 8;
 
 /// `vm_struct.flags`: pages belong to the area (include/linux/vmalloc.h).
 const VM_ALLOC: u64 = 2;
@@ -266,23 +268,34 @@ impl Detector {
         Ok(())
     }
 
-    /// Compares registry and guest.
+    /// Compares registry and guest when nobody is inside the allocator. Where somebody always is, such as a task that sleeps
+    /// there for want of memory, a moment at which both agree all the same proves as much.
     fn audit_now(&self) -> Result<Audit> {
         let mut work = self.work();
+        let audit = self.at_a_moment(|paused, quiet, number| {
+            if quiet {
+                return self.audit_paused(&paused).map(Some);
+            }
+            // Structures may be half changed at such a moment: an error, too, is no agreement.
+            let audit = (number % BUSY_STEP == 0).then(|| self.audit_paused(&paused).ok()).flatten();
+            Ok(audit.filter(|audit| audit.missing == 0 && audit.stale == 0))
+        })?;
+        work.audit = Some(audit.clone());
+        Ok(audit)
+    }
+
+    fn audit_paused(&self, paused: &Paused<'_>) -> Result<Audit> {
         let Parts { linux, recorder, .. } = &self.parts;
-        let paused = self.pause_when_quiet()?;
         let memory = &paused.memory();
         let found = self.metadata(memory)?;
         let boot = linux.boot_objects(memory)?;
         let direct = linux.direct_map_base(memory)?;
-        let audit = recorder.state().registry.audit(&Truth {
+        Ok(recorder.state().registry.audit(&Truth {
             slabs: found.slabs.as_ref(),
             boot_objects: &boot,
             percpu: &found.percpu,
             pages: found.pages.as_ref().map(|pages| (pages, direct)),
-        });
-        work.audit = Some(audit.clone());
-        Ok(audit)
+        }))
     }
 
     /// Pauses the machine at a moment when nobody is inside the allocator: at any other, registry and guest rightly
@@ -290,11 +303,23 @@ impl Detector {
     ///
     /// Fails when there is no such moment.
     fn pause_when_quiet(&self) -> Result<Paused<'_>> {
+        self.at_a_moment(|paused, quiet, _| Ok(quiet.then_some(paused)))
+    }
+
+    /// Pauses the machine at one moment after another until `take`, which is told whether the allocator is quiet and the
+    /// moment's number, makes something of one.
+    ///
+    /// Fails with `take`, and when it takes none.
+    fn at_a_moment<'a, T>(
+        &'a self,
+        mut take: impl FnMut(Paused<'a>, bool, u32) -> Result<Option<T>>,
+    ) -> Result<T> {
         let Parts { guest, linux, recorder, .. } = &self.parts;
-        for _ in 0..QUIET_TRIES {
+        for number in 0..QUIET_TRIES {
             let paused = guest.pause()?;
-            if self.allocator.is_quiet(linux, &paused.memory(), recorder, paused.cpus())? {
-                return Ok(paused);
+            let quiet = self.allocator.is_quiet(linux, &paused.memory(), recorder, paused.cpus())?;
+            if let Some(taken) = take(paused, quiet, number)? {
+                return Ok(taken);
             }
             if guest.outcome().is_some() {
                 bail!(
@@ -304,7 +329,6 @@ impl Detector {
             if guest.held() {
                 bail!("The machine is held while the allocator is at work; resume it, and pause it again");
             }
-            drop(paused);
             std::thread::sleep(QUIET_STEP);
         }
         bail!(

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 pub use memory::available_memory_bytes;
 
-use crate::lab;
+use crate::lab::{self, Lab};
 use crate::probe::{Depth, Probe, ProbeError, probe};
 
 /// Where KVM is.
@@ -27,8 +27,10 @@ pub struct Report {
     pub verdict: Verdict,
     /// The host's KVM.
     pub kvm: KvmReport,
-    /// The lab, as seen from here; absent in the lab itself.
+    /// The lab `svm`, as seen from here; absent in a lab itself.
     pub lab: Option<LabReport>,
+    /// The lab `vmx`, as seen from here; absent in a lab itself.
+    pub vmx: Option<VmxReport>,
     /// The lab that this report was made in.
     pub inside: Option<String>,
     /// Processors of the host.
@@ -89,7 +91,16 @@ pub enum KvmState {
     Broken,
 }
 
-/// The lab.
+/// The lab `vmx`, which is never tried here: it takes a minute to be up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmxReport {
+    /// Whether Bochs and what it needs are installed.
+    pub installed: bool,
+    /// Whether the helper's kernel is there; the first use fetches it.
+    pub prepared: bool,
+}
+
+/// The lab `svm`, where runs go by themselves.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LabReport {
     /// QEMU's version, if it is there.
@@ -174,10 +185,11 @@ impl Verdict {
                 }
             }
             (_, lab) => {
+                let qemu = lab::program(Lab::Svm);
                 let (why, lab_hint) = match lab {
                     Some(LabReport { qemu: None, .. }) => (
-                        format!("there is no {} for the lab", lab::PROGRAM),
-                        Some("apt-get install qemu-system-x86"),
+                        format!("there is no {} for the lab", qemu.file),
+                        Some(format!("apt-get install {}", qemu.packages)),
                     ),
                     Some(LabReport { problem: Some(problem), .. }) => {
                         (format!("the lab failed: {problem}"), None)
@@ -185,7 +197,7 @@ impl Verdict {
                     Some(_) => ("the lab's KVM does not work either".to_owned(), None),
                     None => ("this is the lab already".to_owned(), None),
                 };
-                let hints: Vec<_> = lab_hint.into_iter().chain(kvm.hint()).collect();
+                let hints: Vec<_> = lab_hint.into_iter().chain(kvm.hint().map(str::to_owned)).collect();
                 Self {
                     runs: Runs::Nowhere,
                     summary: format!("guests do not run here: {reason}, and {why}"),
@@ -204,12 +216,17 @@ impl Report {
         let depth = if inside.is_some() { Depth::Needed } else { Depth::All };
         let kvm = KvmReport::from(probe(Path::new(DEVICE), depth));
         let lab = inside.is_none().then(|| look_at_lab(kvm.state != KvmState::Good));
+        let vmx = inside.is_none().then(|| VmxReport {
+            installed: lab::bochs_is_installed(),
+            prepared: lab::is_prepared(Lab::Vmx),
+        });
         Self {
             schema: "kleak-doctor/1".to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             verdict: Verdict::of(&kvm, lab.as_ref()),
             kvm,
             lab,
+            vmx,
             inside,
             cpus: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             memory_available_bytes: available_memory_bytes(),
@@ -220,7 +237,7 @@ impl Report {
 fn look_at_lab(try_it: bool) -> LabReport {
     let mut report = LabReport {
         qemu: lab::qemu_version(),
-        prepared: lab::is_prepared(),
+        prepared: lab::is_prepared(Lab::Svm),
         start_ms: None,
         probe: None,
         problem: None,
@@ -236,7 +253,7 @@ fn look_at_lab(try_it: bool) -> LabReport {
 
 /// Runs the doctor in the lab: how long that took to be up, and what it found.
 fn probe_lab() -> anyhow::Result<(u64, Option<Probe>)> {
-    let captured = lab::capture(&lab::Job::new(["kleak-vmm", "doctor", "--json"])?)?;
+    let captured = lab::capture(&lab::Job::new(Lab::Svm, ["kleak-vmm", "doctor", "--json"])?)?;
     let report: Report =
         serde_json::from_slice(&captured.stdout).context("the lab's doctor did not answer")?;
     Ok((captured.start.as_millis() as u64, report.kvm.probe))

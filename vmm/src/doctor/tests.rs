@@ -75,14 +75,22 @@ fn prints_and_travels() {
         verdict: Verdict::of(&kvm, Some(&lab)),
         kvm,
         lab: Some(lab),
+        vmx: Some(VmxReport { installed: true, prepared: false }),
         inside: None,
         cpus: 2,
         memory_available_bytes: Some(4 << 30),
     };
     let text = report.to_string();
-    for expected in
-        ["no: KVM emulates", "suberror 1", "up in 2.3 s", "1.5 µs", "4096 MiB", "verdict: usable", "hint: "]
-    {
+    for expected in [
+        "no: KVM emulates",
+        "suberror 1",
+        "up in 2.3 s",
+        "1.5 µs",
+        "4096 MiB",
+        "not prepared yet (Bochs",
+        "verdict: usable",
+        "hint: ",
+    ] {
         assert!(text.contains(expected), "{expected} in\n{text}");
     }
     let json = serde_json::to_string(&report).unwrap();

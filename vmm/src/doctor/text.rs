@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use super::{KvmState, LabReport, Report, Runs};
+use super::{KvmState, LabReport, Report, Runs, VmxReport};
 use crate::probe::{Outcome, Probe};
 
 /// Width of the first column.
@@ -23,6 +23,9 @@ impl Display for Report {
             if let Some(probe) = &lab.probe {
                 probe_lines(f, "  ", probe)?;
             }
+        }
+        if let Some(vmx) = &self.vmx {
+            line(f, "lab vmx", vmx_words(vmx))?;
         }
         line(f, "processors", &self.cpus.to_string())?;
         if let Some(bytes) = self.memory_available_bytes {
@@ -52,6 +55,14 @@ fn lab_words(lab: &LabReport) -> String {
         (Some(ms), None) => format!("good, up in {:.1} s ({qemu})", ms as f64 / 1000.0),
         (None, None) if lab.prepared => format!("prepared, not tried ({qemu})"),
         (None, None) => format!("not prepared yet ({qemu})"),
+    }
+}
+
+fn vmx_words(vmx: &VmxReport) -> &'static str {
+    match vmx {
+        VmxReport { installed: false, .. } => "no: Bochs is not installed (only --lab vmx needs it)",
+        VmxReport { prepared: true, .. } => "prepared, not tried (Bochs; run --lab vmx)",
+        VmxReport { prepared: false, .. } => "not prepared yet (Bochs; run --lab vmx)",
     }
 }
 

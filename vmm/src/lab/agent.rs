@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -12,11 +12,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use images::lab::Lab;
 
 use super::affinity::{off_first_cpu, start_other_cpus};
 use super::exports::Exports;
 use super::idle_vm::IdleVm;
 use super::job_process::{JobProcess, spawn};
+use super::line::{self, LineReader};
 use super::link::Link;
 use super::outputs::Outputs;
 use super::payload::BINARY;
@@ -28,9 +30,11 @@ pub const ARGUMENT: &str = "lab-agent";
 const MODULES: &str = "/lib/kleak";
 /// Parameters: no nested guests and no interrupt virtualisation, which serve nobody here, and no polling for work, which
 /// takes the emulator's time from other CPUs.
-const MODULE_PARAMETERS: &[(&str, &str)] = &[("kvm.ko", "halt_poll_ns=0"), ("kvm_amd.ko", "nested=0 avic=0")];
-/// The port's device node appears a moment after the kernel is up.
-const PORT_PATIENCE: Duration = Duration::from_secs(10);
+const MODULE_PARAMETERS: &[(&str, &str)] = &[
+    ("kvm.ko", "halt_poll_ns=0"),
+    ("kvm_amd.ko", "nested=0 avic=0"),
+    ("kvm_intel.ko", "nested=0 enable_apicv=0"),
+];
 /// Between signs of life.
 const ALIVE_PERIOD: Duration = Duration::from_secs(5);
 /// How often outputs are looked at.
@@ -62,17 +66,18 @@ pub fn main() -> ! {
 }
 
 fn live() -> Result<()> {
+    let lab: Lab = std::env::args().nth(2).unwrap_or_default().parse()?;
     mount_all()?;
     load_modules()?;
-    let port = open_port()?;
+    let port = line::open(lab)?;
     let link = Link::new(port.try_clone().context("cloning the port")?);
     link.send(&Frame::Hello(VERSION))?;
-    let mut input = PortReader(port);
+    let mut input = LineReader(port);
     let job = match Frame::read(&mut input)? {
         Some(Frame::Job(job)) => job,
         other => bail!("expected a job, got {other:?}"),
     };
-    let outcome = run(&link, input, &job);
+    let outcome = run(lab, &link, input, &job);
     match outcome {
         Ok(code) => link.send(&Frame::Exit(code))?,
         Err(error) => link.send(&Frame::Trouble(format!("{error:#}")))?,
@@ -82,14 +87,20 @@ fn live() -> Result<()> {
 }
 
 /// Runs the job; its exit code, or 128 + the signal that ended it.
-fn run(link: &Arc<Link>, input: PortReader, spec: &JobSpec) -> Result<i32> {
+fn run(lab: Lab, link: &Arc<Link>, input: LineReader, spec: &JobSpec) -> Result<i32> {
     let mut outputs = Outputs::new(spec.outputs.iter().map(PathBuf::from));
     let exports = Exports::serve(link).context("listening for what the job saves")?;
     // A job that will say what is wrong with KVM is better than none.
-    let _idle_vm = IdleVm::new().ok();
-    start_other_cpus().context("starting the other CPUs")?;
-    let JobProcess { child, streams, terminal } =
-        off_first_cpu(|| spawn(spec, Path::new(BINARY))).context("choosing the job's CPUs")??;
+    let _idle_vm = (lab == Lab::Svm).then(|| IdleVm::new().ok());
+    let start = || spawn(spec, Path::new(BINARY));
+    let JobProcess { child, streams, terminal } = match lab {
+        Lab::Svm => {
+            start_other_cpus().context("starting the other CPUs")?;
+            off_first_cpu(start).context("choosing the job's CPUs")??
+        }
+        // It has one.
+        Lab::Vmx => start()?,
+    };
     if let Some(stdin) = streams.stdin {
         link.receive(Stream::STDIN, stdin, |_, _| {})?;
     }
@@ -166,7 +177,7 @@ struct Commands {
 }
 
 impl Commands {
-    fn serve(self, mut input: PortReader) {
+    fn serve(self, mut input: LineReader) {
         loop {
             let outcome = match Frame::read(&mut input) {
                 Ok(Some(frame)) => self.link.received(frame),
@@ -286,37 +297,4 @@ fn load_modules() -> Result<()> {
         ensure!(result == 0, "loading {}: {}", path.display(), io::Error::last_os_error());
     }
     Ok(())
-}
-
-/// The serial port to the host.
-fn open_port() -> Result<File> {
-    let start = Instant::now();
-    loop {
-        let ports = fs::read_dir("/sys/class/virtio-ports").into_iter().flatten().flatten();
-        for port in ports {
-            // The name comes in a message of its own after the port.
-            let named = fs::read_to_string(port.path().join("name")).is_ok_and(|name| name.trim() == "kleak");
-            let device = Path::new("/dev").join(port.file_name());
-            if named && let Ok(file) = File::options().read(true).write(true).open(&device) {
-                return Ok(file);
-            }
-        }
-        ensure!(start.elapsed() < PORT_PATIENCE, "there is no serial port to the host");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-/// Reads the port; before the driver has learnt that the host is connected it reads as ended, which it is not.
-struct PortReader(File);
-
-impl Read for PortReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let start = Instant::now();
-        loop {
-            match self.0.read(buffer)? {
-                0 if start.elapsed() < PORT_PATIENCE => std::thread::sleep(Duration::from_millis(2)),
-                count => return Ok(count),
-            }
-        }
-    }
 }

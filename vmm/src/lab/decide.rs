@@ -1,5 +1,7 @@
 //! Here or in the lab.
 
+use images::lab::Lab;
+
 use crate::cli::Failure;
 use crate::cli::options::LabChoice;
 use crate::probe::{Probe, ProbeError};
@@ -9,8 +11,8 @@ use crate::probe::{Probe, ProbeError};
 pub enum Decision {
     /// On this host's KVM, which the probe found good.
     Here(Box<Probe>),
-    /// In the lab; why not here, for the one line that says so. None where the user asked for the lab.
-    Lab(Option<String>),
+    /// In a lab; why not here, for the one line that says so. None where the user asked for the lab.
+    Lab(Lab, Option<String>),
 }
 
 /// Decides by the user's wish, and by the probe where that leaves it open.
@@ -20,8 +22,13 @@ pub fn decide(
     wish: LabChoice,
     probe: impl FnOnce() -> Result<Probe, ProbeError>,
 ) -> Result<Decision, Failure> {
-    if wish == LabChoice::Svm {
-        return Ok(Decision::Lab(None));
+    let wished = match wish {
+        LabChoice::Svm => Some(Lab::Svm),
+        LabChoice::Vmx => Some(Lab::Vmx),
+        LabChoice::Auto | LabChoice::Never => None,
+    };
+    if let Some(lab) = wished {
+        return Ok(Decision::Lab(lab, None));
     }
     let (reason, hint) = match probe() {
         Ok(probe) => match probe.verdict() {
@@ -32,7 +39,7 @@ pub fn decide(
     };
     match wish {
         LabChoice::Never => Err(Failure::host(format!("No usable KVM: {reason}")).hint(hint)),
-        LabChoice::Auto | LabChoice::Svm => Ok(Decision::Lab(Some(reason))),
+        _ => Ok(Decision::Lab(Lab::Svm, Some(reason))),
     }
 }
 
@@ -57,10 +64,11 @@ mod tests {
     #[test]
     fn decisions() {
         let here = |decision| matches!(decision, Ok(Decision::Here(_)));
-        let lab = |decision| matches!(decision, Ok(Decision::Lab(_)));
+        let lab = |decision| matches!(decision, Ok(Decision::Lab(Lab::Svm, _)));
         assert!(here(decide(LabChoice::Auto, || Ok(probe(5000.0)))));
         assert!(here(decide(LabChoice::Never, || Ok(probe(5000.0)))));
         assert!(lab(decide(LabChoice::Svm, || Ok(probe(5000.0)))));
+        assert!(matches!(decide(LabChoice::Vmx, || Ok(probe(5000.0))), Ok(Decision::Lab(Lab::Vmx, None))));
         assert!(lab(decide(LabChoice::Auto, || Ok(probe(1.6)))));
         assert!(lab(decide(LabChoice::Auto, || Err(ProbeError::Missing))));
         let refused = decide(LabChoice::Never, || Ok(probe(1.6))).unwrap_err();

@@ -1,6 +1,7 @@
 //! The host's side of a lab run: starts the machine, joins the job's streams, files, signals and control socket with
 //! the user's, and says what went wrong when the lab fails.
 
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -12,21 +13,20 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use images::lab::{Lab, LabFiles};
 
 use super::Job;
+use super::emulator::{Emulator, Machine};
 use super::incoming::Files;
 use super::link::Link;
 use super::payload::{self, Content};
-use super::qemu::{Machine, Qemu};
 use super::wire::{Frame, JobSpec, Stream, VERSION};
 use crate::cli::Failure;
 use crate::console::signals;
 use crate::console::socket::ControlServer;
 use crate::console::terminal::RawTerminal;
 
-/// A lab that has said nothing for this long hangs.
-const SILENCE: Duration = Duration::from_secs(90);
-/// How often the terminal's size and QEMU's health are looked at.
+/// How often the terminal's size and the emulator's health are looked at.
 const TICK: Duration = Duration::from_millis(250);
 /// How often a machine is started, when it fails before the job has begun.
 const STARTS: u32 = 3;
@@ -45,8 +45,17 @@ pub enum Streams {
 pub struct Ended {
     /// The job's exit code, or 128 + a signal.
     pub code: i32,
-    /// From the start of QEMU until the lab was up.
+    /// From the start of the emulator until the lab was up.
     pub start: Duration,
+}
+
+/// A lab that has said nothing for this long hangs.
+const fn silence(lab: Lab) -> Duration {
+    match lab {
+        Lab::Svm => Duration::from_secs(90),
+        // Boots for a minute, two on a loaded host.
+        Lab::Vmx => Duration::from_secs(400),
+    }
 }
 
 /// What the run's loop hears of.
@@ -61,7 +70,7 @@ enum Event {
 /// has run yet, and emulators have bugs of their own that a kernel with several CPUs meets now and then.
 ///
 /// Errors are of exit code 4: the lab did not come up, died or hung.
-pub fn run(job: &Job, lab: &images::lab::SvmLab, program: &Path, streams: &Streams) -> Result<Ended> {
+pub fn run(job: &Job, lab: &LabFiles, program: &Path, streams: &Streams) -> Result<Ended> {
     let mut control = job.control.as_deref().map(ControlServer::bind).transpose()?;
     let route = Route::default();
     watch_signals(streams, &route)?;
@@ -90,7 +99,7 @@ pub fn run(job: &Job, lab: &images::lab::SvmLab, program: &Path, streams: &Strea
 /// Where signals go: to the machine of the moment.
 type Route = Arc<Mutex<Option<Sender<Event>>>>;
 
-/// Signals that ask to end go to the job; a second one ends this process, and with it QEMU.
+/// Signals that ask to end go to the job; a second one ends this process, and with it the emulator.
 fn watch_signals(streams: &Streams, route: &Route) -> Result<()> {
     if matches!(streams, Streams::Captured(_)) {
         return Ok(());
@@ -106,7 +115,7 @@ fn watch_signals(streams: &Streams, route: &Route) -> Result<()> {
 
 struct Session<'a> {
     job: &'a Job,
-    qemu: Qemu,
+    emulator: Emulator,
     link: Arc<Link>,
     files: Arc<Files>,
     streams: &'a Streams,
@@ -124,7 +133,7 @@ impl<'a> Session<'a> {
     /// Starts the machine.
     fn open(
         job: &'a Job,
-        lab: &images::lab::SvmLab,
+        lab: &LabFiles,
         program: &Path,
         streams: &'a Streams,
         control: Option<ControlServer>,
@@ -137,21 +146,21 @@ impl<'a> Session<'a> {
         let initrd = payload::build(&lab.modules, &content)
             .context(Failure::host("Cannot pack the files of the lab"))?;
         let mem_bytes = job.lab_memory(initrd.size);
-        // Two for the job at least, so that the guest need not wait for its monitor, and the one it keeps off.
-        let cpus = job.cpus.max(2) + 1;
         let machine =
-            Machine { kernel: &lab.kernel, initrd: &initrd.file, cpus, mem_bytes, disks: &job.disks };
+            Machine { files: lab, initrd: &initrd.file, cpus: job.cpus, mem_bytes, disks: &job.disks };
         let (events, inbox) = mpsc::channel();
         *route.lock().unwrap_or_else(PoisonError::into_inner) = Some(events.clone());
         let began = Instant::now();
-        let (qemu, line) = Qemu::start(program, &machine).context(Failure::host("Cannot start the lab"))?;
+        let (emulator, line) = Emulator::start(job.lab, program, &machine).map_err(|error| {
+            if error.is::<Failure>() { error } else { error.context(Failure::host("Cannot start the lab")) }
+        })?;
         let link = Link::new(line.try_clone().context("cloning the lab's line")?);
         let files = Arc::new(Files::new(job));
         let reader = Reader { link: Arc::clone(&link), files: Arc::clone(&files), events };
         std::thread::Builder::new().name("lab-line".to_owned()).spawn(move || reader.serve(line))?;
         let session = Self {
             job,
-            qemu,
+            emulator,
             link,
             files,
             streams,
@@ -191,19 +200,20 @@ impl<'a> Session<'a> {
                     return Err(Failure::host(what).into());
                 }
                 Ok(Event::Ended(error)) => {
-                    // QEMU closes the line a moment before it ends.
+                    // An emulator closes the line a moment before it ends.
                     std::thread::sleep(TICK);
                     let error = error.map_or_else(String::new, |error| format!(" ({error})"));
-                    match self.qemu.ended() {
-                        Some(status) => anyhow::bail!("QEMU ended, {status}{error}"),
+                    match self.emulator.ended() {
+                        Some(status) => anyhow::bail!("{} ended, {status}{error}", self.emulator.name()),
                         None => anyhow::bail!("its line closed{error}"),
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => self.follow_window()?,
                 Err(RecvTimeoutError::Disconnected) => anyhow::bail!("its reader ended"),
             }
-            if heard.elapsed() > SILENCE {
-                anyhow::bail!("it has said nothing for {} s", SILENCE.as_secs());
+            let silence = silence(self.job.lab);
+            if heard.elapsed() > silence {
+                anyhow::bail!("it has said nothing for {} s", silence.as_secs());
             }
         }
     }
@@ -276,7 +286,7 @@ impl<'a> Session<'a> {
             if error.is::<Failure>() {
                 return error;
             }
-            for line in self.qemu.tail(TAIL_LINES) {
+            for line in self.emulator.tail(TAIL_LINES) {
                 eprintln!("lab: {line}");
             }
             error.context(
@@ -316,7 +326,7 @@ struct Reader {
 }
 
 impl Reader {
-    fn serve(self, mut line: UnixStream) {
+    fn serve(self, mut line: File) {
         let error = loop {
             let outcome = match Frame::read(&mut line) {
                 Ok(Some(frame)) => self.link.received(frame),

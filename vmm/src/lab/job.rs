@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use images::lab::Lab;
 use images::module_file::{self, WantedModule};
 
 use super::ENVIRONMENT;
@@ -23,6 +24,8 @@ const VARIABLES: [&str; 8] = ["PATH", "TERM", "LANG", "LC_", "COLUMNS", "LINES",
 /// A command of this program to run in the lab, and the files it needs. Every path means the same inside and outside.
 #[derive(Debug, Clone)]
 pub struct Job {
+    /// Where.
+    pub lab: Lab,
     /// Arguments, the program's name first.
     pub argv: Vec<String>,
     /// Environment, all of it.
@@ -50,14 +53,15 @@ impl Job {
     ///
     /// # Errors
     /// There is no working directory.
-    pub fn new(argv: impl IntoIterator<Item = impl Into<String>>) -> Result<Self> {
+    pub fn new(lab: Lab, argv: impl IntoIterator<Item = impl Into<String>>) -> Result<Self> {
         let kept = |name: &str| VARIABLES.iter().any(|beginning| name.starts_with(beginning));
         let mut env: Vec<_> = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .filter(|(name, _)| kept(name) && name != ENVIRONMENT)
             .collect();
-        env.push((ENVIRONMENT.to_owned(), "svm".to_owned()));
+        env.push((ENVIRONMENT.to_owned(), lab.to_string()));
         Ok(Self {
+            lab,
             argv: argv.into_iter().map(Into::into).collect(),
             env,
             cwd: std::env::current_dir().context(Failure::host("Cannot tell the working directory"))?,
@@ -71,11 +75,11 @@ impl Job {
         })
     }
 
-    /// `kleak-vmm run` with these options, and the drivers of its disks.
+    /// `kleak-vmm run` with these options, and the drivers of its disks, in `lab`.
     ///
     /// # Errors
     /// A path that is not UTF-8, or no folder for the control socket.
-    pub fn of_run(options: &RunOptions, drivers: &[WantedModule]) -> Result<Self> {
+    pub fn of_run(options: &RunOptions, drivers: &[WantedModule], lab: Lab) -> Result<Self> {
         let mut options = options.clone();
         options.lab = LabChoice::Never;
         options.kernel = Some(options.kernel_path());
@@ -83,7 +87,7 @@ impl Job {
             Some(path) => path,
             None => socket::default_path()?,
         });
-        let mut job = Self::new(["kleak-vmm", "run"])?;
+        let mut job = Self::new(lab, ["kleak-vmm", "run"])?;
         job.control = options.control.as_ref().map(|path| job.cwd.join(path));
         job.guest_mem_bytes = options.mem_bytes;
         job.cpus = options.cpus;
@@ -127,7 +131,7 @@ impl Job {
         self.guest_mem_bytes + HEADROOM + 2 * initrd_bytes
     }
 
-    /// Whether the host has the memory. QEMU takes it as it is used, so that less than all may do.
+    /// Whether the host has the memory. The emulator takes it as it is used, so that less than all may do.
     ///
     /// # Errors
     /// There is less than the guest alone needs.
@@ -168,9 +172,9 @@ mod tests {
     #[test]
     fn takes_files_along_and_brings_reports_back() {
         let line = "run --kernel k --initrd /i --file h:/g --report r.json --report /dev/stderr --report - \
-                    --report-dir rd --module-dir md --control c.sock --mem 256M --cpus 2 --disk d,ro --disk e --lab svm";
+                    --report-dir rd --module-dir md --control c.sock --mem 256M --cpus 2 --disk d,ro --disk e --lab vmx";
         let options = Line::try_parse_from(line.split_whitespace()).unwrap().run;
-        let job = Job::of_run(&options, &[]).unwrap();
+        let job = Job::of_run(&options, &[], Lab::Vmx).unwrap();
         let here = std::env::current_dir().unwrap();
         for input in [here.join("k"), "/i".into(), here.join("h")] {
             assert!(job.inputs.contains(&input), "{input:?}");
@@ -184,7 +188,7 @@ mod tests {
         );
         assert_eq!((job.guest_mem_bytes, job.cpus), (256 << 20, 2));
         assert!(job.argv.contains(&"--kernel=k".to_owned()) && job.argv.contains(&"--lab=never".to_owned()));
-        assert!(job.env.contains(&("KLEAK_LAB".to_owned(), "svm".to_owned())));
+        assert!(job.env.contains(&("KLEAK_LAB".to_owned(), "vmx".to_owned())));
         assert_eq!(job.lab_memory(0), (256 << 20) + (1 << 30));
     }
 }

@@ -87,14 +87,16 @@ fn streams(child: &mut Child, spec: &JobSpec, terminal: Option<&Terminal>) -> Re
 }
 
 /// A pseudo terminal.
-struct Terminal {
-    controller: File,
-    user: OwnedFd,
+pub struct Terminal {
+    /// The side that plays the device.
+    pub controller: File,
+    /// The side that takes it for one.
+    pub user: OwnedFd,
 }
 
 impl Terminal {
     /// One that leaves output as it is: the host's terminal does what is to be done with it.
-    fn open() -> io::Result<Self> {
+    pub fn open() -> io::Result<Self> {
         let (mut controller, mut user) = (-1, -1);
         // SAFETY: openpty writes two descriptors; the other arguments may be null.
         let result = unsafe {

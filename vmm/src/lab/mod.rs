@@ -1,9 +1,16 @@
-//! The lab: real KVM on a machine that has none. QEMU emulates a machine with virtualisation, a helper Linux boots on
+//! The lab: real KVM on a machine that has none. An emulator plays a machine with virtualisation, a helper Linux boots on
 //! it, and in that runs this very binary, with the arguments it was given outside. Console, control socket, reports
 //! and exit code are those of the inner run.
 //!
+//! | lab | emulator | virtualisation | line | payload |
+//! | --- | --- | --- | --- | --- |
+//! | `svm` | QEMU's TCG (`qemu.rs`) | AMD's SVM | virtio-serial | `-initrd` |
+//! | `vmx` | Bochs (`bochs.rs`) | Intel's VMX | a UART | a CD |
+//!
+//! QEMU is several times faster, and has no breakpoint exits; Bochs has them.
+//!
 //! ```text
-//! kleak-vmm run ...      host.rs  ==[ wire.rs over virtio-serial ]==  agent.rs      kleak-vmm run ... --lab never
+//! kleak-vmm run ...      host.rs  ==[ wire.rs over a serial port ]==  agent.rs      kleak-vmm run ... --lab never
 //!   terminal, pipes  <->  link.rs                                     link.rs  <->  pseudo terminal, pipes
 //!   --control socket <->                                                       <->  control socket
 //!   --report files   <--  incoming.rs                                          <--  outputs.rs
@@ -14,13 +21,16 @@
 
 mod affinity;
 pub mod agent;
+mod bochs;
 mod decide;
+mod emulator;
 mod exports;
 mod host;
 mod idle_vm;
 mod incoming;
 mod job;
 mod job_process;
+mod line;
 mod link;
 mod outputs;
 mod payload;
@@ -32,13 +42,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use images::lab::{SvmLab, prepare_svm, prepared_svm};
+use images::lab::LabFiles;
 use images::module_file::WantedModule;
 
+pub use bochs::is_installed as bochs_is_installed;
 pub use decide::{Decision, decide};
+pub use emulator::{Program, program};
 pub use exports::Export;
+pub use images::lab::Lab;
 pub use job::Job;
-pub use qemu::{PROGRAM, version as qemu_version};
+pub use qemu::version as qemu_version;
 
 use crate::cli::options::RunOptions;
 use crate::cli::{ExitCode, Failure};
@@ -63,19 +76,37 @@ pub fn folder() -> Result<PathBuf> {
     })
 }
 
-/// Whether the lab's files are there already.
-pub fn is_prepared() -> bool {
-    folder().is_ok_and(|folder| prepared_svm(&folder).is_some())
+/// Whether the files of `lab` are there already.
+pub fn is_prepared(lab: Lab) -> bool {
+    folder().is_ok_and(|folder| images::lab::prepared(lab, &folder).is_some())
 }
 
-/// `kleak-vmm run` in the lab, with the drivers of its disks; `reason` is why it does not run here, where the user did not ask for the lab.
+/// The helper's command line: quick to boot, quiet, and dead when it panics, which ends the emulator. What is left out
+/// serves tracing, BPF and module signatures, and takes 0.8 s of 1.8 under QEMU. It boots on one CPU, the agent starts the
+/// others when the kernel has patched itself: see [`idle_vm`].
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr tsc=reliable \
+    no_timer_check maxcpus=1 rootfstype=ramfs preempt=none audit=0 lsm=capability initcall_blacklist=jent_mod_init,\
+    load_system_certificate_list,trace_eval_init,init_kprobe_trace,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init,\
+    crypto_algapi_init,crypto_kdf108_init rdinit=/kleak-vmm";
+
+/// The helper's command line in `lab`, on a machine whose time-stamp counter has `counter_khz`.
+fn kernel_arguments(lab: Lab, counter_khz: u64) -> String {
+    format!("tsc_early_khz={counter_khz} {KERNEL_ARGUMENTS} -- {} {lab}", agent::ARGUMENT)
+}
+
+/// `kleak-vmm run` in `lab`, with the drivers of its disks; `reason` is why it does not run here, where the user did not ask for the lab.
 ///
 /// Errors as [`run`].
-pub fn run_command(options: &RunOptions, drivers: &[WantedModule], reason: Option<&str>) -> Result<ExitCode> {
+pub fn run_command(
+    options: &RunOptions,
+    drivers: &[WantedModule],
+    lab: Lab,
+    reason: Option<&str>,
+) -> Result<ExitCode> {
     if let Some(reason) = reason.filter(|_| !options.quiet) {
         eprintln!("kleak-vmm: running in the lab, under emulation and about 20 times slower: {reason}");
     }
-    run(&Job::of_run(options, drivers)?)
+    run(&Job::of_run(options, drivers, lab)?)
 }
 
 /// Runs `job` in the lab, joined with this process's streams.
@@ -92,7 +123,7 @@ pub struct Captured {
     pub code: i32,
     /// What it wrote to its standard output.
     pub stdout: Vec<u8>,
-    /// From the start of QEMU until the lab was up.
+    /// From the start of the emulator until the lab was up.
     pub start: Duration,
 }
 
@@ -107,24 +138,25 @@ pub fn capture(job: &Job) -> Result<Captured> {
 }
 
 fn start(job: &Job, streams: &host::Streams) -> Result<host::Ended> {
-    let program = qemu::find().with_context(|| {
-        Failure::host(format!("The lab needs QEMU, and there is no {PROGRAM}"))
-            .hint("apt-get install qemu-system-x86")
+    let Program { name, file, packages } = program(job.lab);
+    let found = emulator::find(file).with_context(|| {
+        Failure::host(format!("The lab {} needs {name}, and there is no {file}", job.lab))
+            .hint(format!("apt-get install {packages}"))
     })?;
     job.check_memory()?;
-    host::run(job, &prepare()?, &program, streams)
+    host::run(job, &prepare(job.lab)?, &found, streams)
 }
 
-/// Makes the lab's files, unless they are there.
+/// Makes the files of `lab`, unless they are there.
 ///
 /// # Errors
 /// Debian's mirror or a tool is missing, with a hint.
-pub fn prepare() -> Result<SvmLab> {
+pub fn prepare(lab: Lab) -> Result<LabFiles> {
     let folder = folder()?;
-    if prepared_svm(&folder).is_none() {
-        eprintln!("kleak-vmm: preparing the lab (once): its kernel comes from Debian's mirror");
+    if images::lab::prepared(lab, &folder).is_none() {
+        eprintln!("kleak-vmm: preparing the lab {lab} (once): its kernel comes from Debian's mirror");
     }
-    prepare_svm(&folder).with_context(|| {
+    images::lab::prepare(lab, &folder).with_context(|| {
         Failure::host("Cannot prepare the lab")
             .hint("it needs apt-get, dpkg and Debian's mirror once; KLEAK_LAB_DIR may name a folder prepared elsewhere")
     })

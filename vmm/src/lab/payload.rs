@@ -2,6 +2,7 @@
 //! so that arguments, messages and reports read the same inside and outside.
 
 use std::collections::BTreeSet;
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Seek, Write};
 use std::os::fd::FromRawFd;
@@ -30,7 +31,7 @@ pub struct Content {
 
 /// An initramfs in memory.
 pub struct Initrd {
-    /// Anonymous; QEMU opens it through `/proc/self/fd`.
+    /// Anonymous.
     pub file: File,
     /// Bytes.
     pub size: u64,
@@ -66,7 +67,7 @@ fn walk(path: &Path) -> Result<(String, Vec<String>)> {
 
 /// Builds the initramfs: `modules` (an archive), then everything else.
 pub fn build(modules: &Path, content: &Content) -> Result<Initrd> {
-    let mut file = anonymous_file()?;
+    let mut file = anonymous_file(c"kleak-lab-initrd")?;
     let mut source = File::open(modules).with_context(|| format!("opening {}", modules.display()))?;
     let copied =
         io::copy(&mut source, &mut file).with_context(|| format!("reading {}", modules.display()))?;
@@ -89,9 +90,10 @@ pub fn build(modules: &Path, content: &Content) -> Result<Initrd> {
     Ok(Initrd { file, size })
 }
 
-fn anonymous_file() -> io::Result<File> {
+/// A file in memory, for the emulator to open through `/proc/self/fd`; `name` is for those who look.
+pub fn anonymous_file(name: &CStr) -> io::Result<File> {
     // SAFETY: the name is a C string; the descriptor is ours alone.
-    let fd = unsafe { libc::memfd_create(c"kleak-lab-initrd".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

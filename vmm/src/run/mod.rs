@@ -36,7 +36,9 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
     let initrd = guest::initrd(options, image.release(), &drivers)?;
     let probe = match lab::decide(options.lab, || probe::probe(Path::new("/dev/kvm"), Depth::Needed))? {
         Decision::Here(probe) => probe,
-        Decision::Lab(reason) => return lab::run_command(options, &drivers, reason.as_deref()),
+        Decision::Lab(lab, reason) => {
+            return lab::run_command(options, &drivers, lab, reason.as_deref());
+        }
     };
     let kernel = Arc::new(guest::recover(image)?);
     let control = bind_control(options)?;

@@ -8,7 +8,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Begins the folder's name; the process and a number follow.
-const PREFIX: &str = "kleak-regress-";
+const PREFIX: &str = "kleak-vmm-";
 
 /// A folder that goes with the value, for this user alone.
 pub struct Scratch(PathBuf);
