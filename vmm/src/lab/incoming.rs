@@ -128,11 +128,12 @@ impl Write for Incoming {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use images::lab::Lab;
 
     /// What the host makes of files whose content is `bytes`.
     fn take(path: &Path, saved: bool, outputs: Vec<PathBuf>, bytes: &[u8]) -> io::Result<()> {
         let link = Link::new(io::sink());
-        let job = Job { outputs, cwd: "/nowhere".into(), ..Job::new(["x"]).unwrap() };
+        let job = Job { outputs, cwd: "/nowhere".into(), ..Job::new(Lab::Svm, ["x"]).unwrap() };
         let files = Files::new(&job);
         let head = FileHead { path: path.to_string_lossy().into_owned(), saved, size: bytes.len() as u64 };
         files.begin(&link, Stream(9), &head)?;
