@@ -128,6 +128,27 @@ pub fn initramfs() -> Result<()> {
     Ok(())
 }
 
+/// What a test writes to a disk is there for none of the others, and not on the host.
+pub fn disks() -> Result<()> {
+    let folder = Scratch::new()?;
+    let disk = folder.file("disk.img", vec![0; 1 << 20])?;
+    let guest = format!("name = \"g\"\ndisks = [\"{}\"]", disk.display());
+    let kernel = kernel("6.1-cloud")?;
+    let mut suite = String::from("boot = \"per-test\"\n") + &head(&kernel.vmlinuz, 1);
+    suite = suite.replace("name = \"g\"", &guest);
+    for name in ["first", "second"] {
+        suite += &format!(
+            "[[test]]\nname = \"{name}\"\nrun = \"[ $(dd if=/dev/vda bs=1 count=5 2> /dev/null) != found ] && \
+             echo found > /dev/vda && sync && [ $(head -n 1 /dev/vda) = found ]\"\n"
+        );
+    }
+    let (finished, results) = Case::new(&suite)?.regress(0, &["--only=k/g/first", "--only=k/g/second"])?;
+    let wanted = [("first", "passed", 0), ("second", "passed", 0)];
+    ensure!(outcomes(&results)? == wanted, "{}\n{}", finished.stdout, finished.stderr);
+    ensure!(std::fs::read(&disk)? == vec![0; 1 << 20], "the host's disk was written to");
+    Ok(())
+}
+
 /// A guest that panics or goes off, a test that does not end, a module that is not there.
 pub fn faults() -> Result<()> {
     let kernel = kernel("6.1-cloud")?;

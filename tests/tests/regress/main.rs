@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     trials.push(with_packages(long_test("a_browser_shows_the_page", forms::page), &["chromium"]));
     trials.push(long_test("a_guest_that_dies_takes_one_test_with_it", boots::faults));
     trials.push(long_test("an_initramfs_of_the_guests_own", boots::initramfs));
+    trials.push(long_test("each_boot_has_disks_of_its_own", boots::disks));
     trials.push(long_test("groups_are_the_same_over_boots_and_cpus", boots::stable_groups));
     trials.push(long_test("the_canary_is_found_and_its_reference_put_back", canary::found));
     trials.push(long_test("an_untraced_canary_is_not_found", canary::untraced));
