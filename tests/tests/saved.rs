@@ -163,12 +163,31 @@ fn leaks(report: &Value) -> Result<Vec<Value>> {
     Ok(leaks)
 }
 
-/// Without the tracker's knowledge there are no backtraces, and what no metadata list is not found. The rest is.
+/// Without the tracker's knowledge there are no backtraces, and what no metadata list is not found. The rest is; also in a
+/// file as others write it.
 fn core_has_what_is_lost(saved: &Saved) -> Result<()> {
+    let wanted = listed(&saved.live)?;
+    let found = of_core(saved, &saved.file("core"))?;
+    let missed: Vec<_> = wanted.difference(&found).collect();
+    ensure!(missed.is_empty(), "not found in the core: {missed:?}");
+    let more = found.difference(&wanted).count();
+    println!("core: {} leaks found, {more} objects beside them", wanted.len());
+    ensure!(more <= EXCESS, "{more} objects beside the leaks");
+    let others = saved.file("others");
+    std::fs::write(&others, as_others_write_it(std::fs::read(saved.file("core"))?)?)?;
+    ensure!(
+        of_core(saved, &others)? == found,
+        "a core without VMCOREINFO, its memory on no page of the file"
+    );
+    Ok(())
+}
+
+/// What `analyze` reports of a core.
+fn of_core(saved: &Saved, core: &Path) -> Result<BTreeSet<String>> {
     let json = saved.file("core.json");
     let finished = run([
         Path::new("analyze"),
-        &saved.file("core"),
+        core,
         Path::new("--kernel"),
         &saved.kernel.vmlinuz,
         Path::new("--report"),
@@ -176,19 +195,35 @@ fn core_has_what_is_lost(saved: &Saved) -> Result<()> {
     ])?;
     finished.expect_code(0)?;
     ensure!(finished.stderr.contains("nobody tracked this machine"), "{}", finished.stderr);
-    let listed = ["slab", "vmalloc", "percpu"];
-    let of = |report: &Value| -> Result<BTreeSet<String>> {
-        let leaks = report["leaks"].as_array().context("leaks")?;
-        let leaks = leaks.iter().filter(|leak| listed.iter().any(|kind| leak["kind"] == *kind));
-        Ok(leaks.filter_map(|leak| Some(leak["address"].as_str()?.to_owned())).collect())
-    };
-    let (wanted, found) = (of(&saved.live)?, of(&report(&json)?)?);
-    let missed: Vec<_> = wanted.difference(&found).collect();
-    ensure!(missed.is_empty(), "not found in the core: {missed:?}");
-    let more = found.difference(&wanted).count();
-    println!("core: {} leaks found, {more} objects beside them", wanted.len());
-    ensure!(more <= EXCESS, "{more} objects beside the leaks");
-    Ok(())
+    listed(&report(&json)?)
+}
+
+/// Addresses of the leaks that metadata list.
+fn listed(report: &Value) -> Result<BTreeSet<String>> {
+    let leaks = report["leaks"].as_array().context("leaks")?;
+    let listed = |leak: &&Value| ["slab", "vmalloc", "percpu"].iter().any(|kind| leak["kind"] == *kind);
+    Ok(leaks.iter().filter(listed).filter_map(|leak| Some(leak["address"].as_str()?.to_owned())).collect())
+}
+
+/// As QEMU's `dump-guest-memory` has it without a device for VMCOREINFO: no such note, and memory right behind the notes.
+fn as_others_write_it(mut core: Vec<u8>) -> Result<Vec<u8>> {
+    const EHDR: usize = 64;
+    const PHDR: usize = 56;
+    const SHIFT: usize = 0x3a0;
+    let word = |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+    let headers = usize::from(u16::from_le_bytes([core[56], core[57]]));
+    let mut memory = usize::MAX;
+    for header in (0..headers).map(|n| EHDR + n * PHDR).filter(|&at| core[at] == 1) {
+        let offset = word(&core, header + 8) as usize;
+        memory = memory.min(offset);
+        core[header + 8..header + 16].copy_from_slice(&((offset + SHIFT) as u64).to_le_bytes());
+    }
+    let note = core[..memory].windows(10).position(|w| w == b"VMCOREINFO").context("no note")?;
+    core[note] = b'X';
+    let rest = core.split_off(memory);
+    core.resize(memory + SHIFT, 0);
+    core.extend(rest);
+    Ok(core)
 }
 
 /// Every file that is not what it must be is refused in one line with a hint.
