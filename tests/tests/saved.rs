@@ -213,7 +213,11 @@ fn as_others_write_it(mut core: Vec<u8>) -> Result<Vec<u8>> {
     let word = |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
     let headers = usize::from(u16::from_le_bytes([core[56], core[57]]));
     let mut memory = usize::MAX;
-    for header in (0..headers).map(|n| EHDR + n * PHDR).filter(|&at| core[at] == 1) {
+    for header in (0..headers).map(|n| EHDR + n * PHDR) {
+        // The others are notes.
+        if core[header] != 1 {
+            continue;
+        }
         let offset = word(&core, header + 8) as usize;
         memory = memory.min(offset);
         core[header + 8..header + 16].copy_from_slice(&((offset + SHIFT) as u64).to_le_bytes());
