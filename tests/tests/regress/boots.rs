@@ -138,8 +138,8 @@ pub fn disks() -> Result<()> {
     suite = suite.replace("name = \"g\"", &guest);
     for name in ["first", "second"] {
         suite += &format!(
-            "[[test]]\nname = \"{name}\"\nrun = \"[ $(dd if=/dev/vda bs=1 count=5 2> /dev/null) != found ] && \
-             echo found > /dev/vda && sync && [ $(head -n 1 /dev/vda) = found ]\"\n"
+            "[[test]]\nname = \"{name}\"\nrun = '[ \"$(dd if=/dev/vda bs=1 count=5 2> /dev/null)\" != found ] && \
+             echo found > /dev/vda && sync && [ \"$(head -n 1 /dev/vda)\" = found ]'\n"
         );
     }
     let (finished, results) = Case::new(&suite)?.regress(0, &["--only=k/g/first", "--only=k/g/second"])?;
