@@ -9,6 +9,8 @@ use tests::{Guest, Scratch, binary};
 const PATIENCE: Duration = Duration::from_secs(60);
 const COLUMNS: usize = 80;
 const LINES: usize = 24;
+/// Shown last, when all else that is looked at is on the screen.
+const ENDED: &str = "that was all";
 
 /// A program in a tmux of its own.
 pub struct Pane {
@@ -16,7 +18,7 @@ pub struct Pane {
 }
 
 impl Pane {
-    /// The view of a guest; behind it, its exit code and the terminal's modes.
+    /// The view of a guest; behind it, its exit code, the terminal's modes and [`ENDED`].
     ///
     /// # Errors
     /// No tmux.
@@ -24,7 +26,7 @@ impl Pane {
         let pane = Self { scratch: Scratch::new()? };
         let (binary, socket) = (binary()?, guest.socket());
         let line = format!(
-            "'{}' top --every 1 --control '{}'; echo \"exit $?\"; stty -a; sleep 1000",
+            "'{}' top --every 1 --control '{}'; echo \"exit $?\"; stty -a; echo {ENDED}; sleep 1000",
             binary.display(),
             socket.display()
         );
@@ -132,14 +134,15 @@ pub fn drive(guest: &Guest) -> Result<()> {
     pane.press("c")?;
     pane.wait_for("objects painted gray")?;
     pane.press("q")?;
-    let screen = pane.wait_for("exit 0")?;
-    ensure!(!screen.contains("sort: ") && screen.contains(" icanon") && screen.contains(" echo"), "{screen}");
+    let screen = pane.wait_for(ENDED)?;
+    ensure!(screen.contains("exit 0") && !screen.contains("sort: "), "{screen}");
+    ensure!(screen.contains(" icanon") && screen.contains(" echo"), "{screen}");
     Ok(())
 }
 
 /// The view of a machine that has ended says so in a line.
 pub fn says_that_it_is_gone(pane: &Pane) -> Result<()> {
-    let screen = pane.wait_for("exit ")?;
+    let screen = pane.wait_for(ENDED)?;
     ensure!(screen.contains("exit 4") && screen.contains(" icanon"), "{screen}");
     let said: Vec<&str> = screen.lines().take_while(|line| !line.starts_with("exit ")).collect();
     ensure!(said.len() == 1 && said[0].starts_with("kleak-vmm: error: The virtual machine on "), "{screen}");
