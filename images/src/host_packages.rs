@@ -50,6 +50,7 @@ pub const ALL: &[HostPackage] = &[
     },
     package("e2fsprogs", &["mkfs.ext4", "e2fsck", "debugfs"], "a file system on a disk", Purpose::Tests),
     package("tmux", &["tmux"], "a terminal to test the live view in", Purpose::Tests),
+    package("gdb", &["gdb"], "debugging a guest", Purpose::Tests),
     package("libxml2-utils", &["xmllint"], "checking JUnit results by their schema", Purpose::Tests),
     HostPackage {
         files: &["/usr/lib/python3/dist-packages/jsonschema/__init__.py"],

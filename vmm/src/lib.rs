@@ -10,6 +10,7 @@ pub mod detector;
 pub mod devices;
 pub mod doctor;
 mod files;
+pub mod gdb;
 pub mod lab;
 pub mod machine;
 mod meminfo;

@@ -16,8 +16,11 @@ const BROKEN_S: u32 = 4;
 const PATIENCE: Duration = Duration::from_secs(1);
 const PATIENCE_IN_LAB: Duration = Duration::from_secs(5);
 
-/// Commands that two clients send together. (Ten thousand in a row are tested without a guest: each is a way through the lab.)
-const COMMANDS: usize = 1000;
+/// Commands that two clients send together: in the long tests, and where each is a way through the lab and time is short.
+const COMMANDS: usize = 10_000;
+const FEWER_COMMANDS: usize = 1000;
+/// What `help COMMAND` says where the guest stands still.
+const PAUSED: &str = "The machine is paused";
 
 /// Commands that take no value and change nothing that a later one needs.
 const PLAIN: [&str; 21] = [
@@ -135,7 +138,8 @@ fn damaged(line: &str, which: &[&str]) -> Result<()> {
     eprintln!("slowest reply: {:?} of {}", slowest.0, slowest.1);
     let whole = client.ask("slabinfo")?;
     ensure!(!whole.contains("damaged") && !whole.starts_with("error"), "{whole}");
-    many(&guest)?;
+    pauses_are_said(&mut client, &with_arguments())?;
+    many(&guest, if which == [""] { COMMANDS } else { FEWER_COMMANDS })?;
     end(&guest, session)
 }
 
@@ -148,16 +152,46 @@ fn end(guest: &Guest, session: Session) -> Result<()> {
     Ok(())
 }
 
+/// [`PLAIN`], and those that take something.
+fn with_arguments() -> Vec<String> {
+    let object = "0xffffffff81000000";
+    let with_values = ["dump", "path", "refs"].map(|name| format!("{name}={object}"));
+    let with_names = ["alloc_calls=dentry", "refs=dentry", "kmem -s dentry", "bt 1"].map(str::to_owned);
+    PLAIN.map(str::to_owned).into_iter().chain(with_values).chain(with_names).collect()
+}
+
+/// A command stops the guest if, and only if, its help says so.
+fn pauses_are_said(client: &mut Client, commands: &[String]) -> Result<()> {
+    let changes = ["scan=off", "stack=on", "clear", "help", "not_leak=0xffffffff81000000"].map(str::to_owned);
+    for command in commands.iter().chain(&changes) {
+        let name = command.split([' ', '=']).next().unwrap_or_default();
+        let name = if command.contains('=') { format!("{name}=") } else { name.to_owned() };
+        let help = client.ask(&format!("help {name}"))?;
+        let said = help.contains(PAUSED) || command == "top caches" && help.contains("the machine is paused");
+        let before = pauses(client)?;
+        let reply = client.ask(command)?;
+        let paused = pauses(client)? > before;
+        // What is refused may be so beforehand.
+        let fits = paused == said || !paused && reply.starts_with("error: ");
+        ensure!(fits, "{command}: paused {paused}, said {said}: {help}{reply}");
+    }
+    Ok(())
+}
+
+/// How often the guest has been stopped so far.
+fn pauses(client: &mut Client) -> Result<u64> {
+    let status = client.ask("status")?;
+    let count = status.lines().find_map(|line| line.strip_prefix("pauses: ")?.parse().ok());
+    count.with_context(|| format!("no pauses in {status}"))
+}
+
 /// Every command, while it is broken: the machine is held, so that it stays so.
 fn broken(client: &mut Client, one: &Breakage, slowest: &mut (Duration, String)) -> Result<()> {
     let held = client.ask("pause")?;
     ensure!(held.starts_with("paused"), "{held}");
     let status = client.ask("status")?;
     let patience = if status.contains("\nlab: none\n") { PATIENCE } else { PATIENCE_IN_LAB };
-    let object = "0xffffffff81000000";
-    let with_values = ["dump", "path", "refs"].map(|name| format!("{name}={object}"));
-    let with_names = ["alloc_calls=dentry", "refs=dentry", "kmem -s dentry", "bt 1"].map(str::to_owned);
-    for command in PLAIN.map(str::to_owned).into_iter().chain(with_values).chain(with_names) {
+    for command in with_arguments() {
         let asked = Instant::now();
         let reply = client.ask(&command)?;
         let took = asked.elapsed();
@@ -178,7 +212,7 @@ fn broken(client: &mut Client, one: &Breakage, slowest: &mut (Duration, String))
 }
 
 /// Clients at the same time, one of which vanishes in the middle of a reply, and many commands in a row.
-fn many(guest: &Guest) -> Result<()> {
+fn many(guest: &Guest, commands: usize) -> Result<()> {
     let connect = || UnixStream::connect(guest.socket()).context("Cannot connect");
     let mut vanishing = connect()?;
     vanishing.write_all(b"slabinfo\nscan\nslabinfo\n")?;
@@ -187,7 +221,7 @@ fn many(guest: &Guest) -> Result<()> {
         let client = || -> Result<()> {
             let mut stream = connect()?;
             let mut reader = BufReader::new(stream.try_clone()?);
-            for number in 0..COMMANDS / 2 {
+            for number in 0..commands / 2 {
                 // Most cost nothing, so that it is the way that is tested, and some pause the guest.
                 let command = if number % 100 == 0 { "json ps\n" } else { "json help quit\n" };
                 stream.write_all(command.as_bytes())?;

@@ -16,6 +16,8 @@ const SAID_NEXT: &str = "At once, as if the power were cut";
 const KIND: usize = 2;
 /// Scans that `growth` compares.
 const SCANS: usize = 5;
+/// Saving the machine on each surface takes minutes in the lab.
+const TIMEOUT_S: u64 = 1500;
 /// Minimum age of what the guest leaks, seconds, and some.
 const AGE_S: u32 = 2;
 
@@ -80,7 +82,7 @@ fn saved() -> PathBuf {
 fn every_command(line: &str) -> Result<()> {
     let kernel = kernel(line)?;
     let mut guest = Guest::new(&kernel, 1)?;
-    guest.file(&module(&kernel, "leaky")?, "/leaky.ko").script(&format!(
+    guest.timeout(TIMEOUT_S).file(&module(&kernel, "leaky")?, "/leaky.ko").script(&format!(
         "mkdir /canary; mount -t ramfs kleak-canary-of-this-guest /canary
          insmod /leaky.ko case=hidden,tree; rmmod leaky; sleep {AGE_S}; echo READY
          while read -r line; do

@@ -1,6 +1,6 @@
 //! Options of `kleak-vmm run`.
 
-use super::values::{self, DiskSpec, FileSpec, ModuleSpec};
+use super::values::{self, DiskSpec, FileSpec, GdbSpec, ModuleSpec};
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, ValueEnum};
 use guest_profiles::hooks::Tracked;
 use std::path::{Path, PathBuf};
@@ -212,6 +212,10 @@ pub struct RunOptions {
     /// Control socket [default: $XDG_RUNTIME_DIR/kleak-vmm/PID.sock, or below /run/user/UID or /tmp/kleak-vmm-UID]
     #[arg(long, value_name = "SOCK", help_heading = "Host")]
     pub control: Option<PathBuf>,
+
+    /// Wait for gdb at HOST:PORT, :PORT of this host, or the path of a socket; with ,wait the guest starts when gdb says so
+    #[arg(long, value_name = "ADDR[,wait]", value_parser = values::gdb, help_heading = "Host")]
+    pub gdb: Option<GdbSpec>,
 
     /// Run inside a helper Linux under emulation
     #[arg(long, value_enum, default_value_t = LabChoice::Auto, help_heading = "Host")]

@@ -2,6 +2,7 @@
 
 use super::options::{ReportFormat, RunOptions};
 use super::values::format_size;
+use crate::gdb::Address;
 use clap::ValueEnum;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -36,6 +37,14 @@ impl RunOptions {
             if let Some(path) = path {
                 line.option(name, map(path, usage));
             }
+        }
+        if let Some(gdb) = &self.gdb {
+            let mut value = match &gdb.address {
+                Address::Unix(path) => map(path, Output).into_os_string(),
+                tcp => tcp.to_string().into(),
+            };
+            value.push(if gdb.wait { ",wait" } else { "" });
+            line.option("--gdb", value);
         }
         for module in &self.modules {
             let mut value = map(&module.path, Input).into_os_string();

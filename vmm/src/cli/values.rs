@@ -1,5 +1,6 @@
 //! Values of options: sizes, switches, modules, files.
 
+use crate::gdb::Address;
 use guest_profiles::hooks::Tracked;
 use std::path::PathBuf;
 
@@ -129,6 +130,24 @@ pub fn disk(text: &str) -> Result<DiskSpec, String> {
     Ok(DiskSpec { path: path.into(), read_only })
 }
 
+/// Where a debugger may come in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GdbSpec {
+    /// The address.
+    pub address: Address,
+    /// The guest does not start before the debugger says so.
+    pub wait: bool,
+}
+
+/// Parses `ADDR[,wait]`.
+///
+/// # Errors
+/// No address.
+pub fn gdb(text: &str) -> Result<GdbSpec, String> {
+    let (address, wait) = text.strip_suffix(",wait").map_or((text, false), |address| (address, true));
+    Address::parse(address).map(|address| GdbSpec { address, wait })
+}
+
 /// Parses `HOST:GUEST`; GUEST is absolute.
 ///
 /// # Errors
@@ -180,6 +199,15 @@ mod tests {
         let spec = |path: &str, read_only| Ok(DiskSpec { path: path.into(), read_only });
         assert_eq!((disk("a.img"), disk("b,c,ro")), (spec("a.img", false), spec("b,c", true)));
         assert!(disk("").is_err() && disk(",ro").is_err());
+    }
+
+    #[test]
+    fn debuggers() {
+        let spec = |text| gdb(text).map(|gdb| (gdb.address.to_string(), gdb.wait));
+        assert_eq!(spec(":1234,wait"), Ok(("127.0.0.1:1234".to_owned(), true)));
+        assert_eq!(spec("/tmp/gdb,wait"), Ok(("/tmp/gdb".to_owned(), true)));
+        assert_eq!(spec("[::1]:9"), Ok(("[::1]:9".to_owned(), false)));
+        assert!(spec(",wait").is_err() && spec(":1,halt").is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::Detector;
 use crate::console::{Account, Annotation, Answer, Audit, SaveAs, Target, TopBy, When};
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use guest_profiles::hooks::Tracked;
 use introspect::memory::Va;
 use introspect::registry::Paint;
@@ -105,6 +105,7 @@ impl Target for Detector {
         say("guest", json!(parts.linux.kernel.image.release()));
         say("state", json!(parts.guest.outcome().map_or("running".to_owned(), |o| o.to_string())));
         say("paused", json!(parts.guest.held()));
+        say("pauses", json!(parts.guest.pauses()));
         say("uptime_s", json!(self.started.elapsed().as_secs()));
         say("tracking", json!(parts.recorder.enabled()));
         say("tracer", json!(parts.host.tracer));
@@ -228,7 +229,10 @@ impl Target for Detector {
     }
 
     fn resume(&self) -> Result<bool> {
-        Ok(self.parts.guest.release())
+        let guest = &self.parts.guest;
+        let released = guest.release();
+        ensure!(!guest.debugger_has_stopped(), "A debugger keeps the machine stopped: continue there");
+        Ok(released)
     }
 
     fn quit(&self) {

@@ -26,6 +26,8 @@ use super::wire::{Frame, JobSpec, Stream, VERSION};
 
 /// The argument that makes this binary the agent, where it is process 1.
 pub const ARGUMENT: &str = "lab-agent";
+/// Where the job waits for debuggers.
+pub const DEBUGGER_SOCKET: &str = "/run/kleak-gdb.sock";
 /// Folder of the kernel modules, to be loaded in the order of their names.
 const MODULES: &str = "/lib/kleak";
 /// Parameters: no nested guests and no interrupt virtualisation, which serve nobody here, and no polling for work, which
@@ -192,7 +194,8 @@ impl Commands {
                     unsafe { libc::kill(self.pid as libc::pid_t, number) };
                 }
                 Ok(Some(Frame::Resize(rows, columns))) => self.resize(rows, columns),
-                Ok(Some(Frame::Control(stream))) => self.connect(stream),
+                Ok(Some(Frame::Control(stream))) => self.connect(stream, self.control.clone()),
+                Ok(Some(Frame::Debugger(stream))) => self.connect(stream, Some(DEBUGGER_SOCKET.into())),
                 Ok(Some(Frame::Placed(stream, what))) => self.exports.placed(stream, what),
                 Ok(Some(other)) => eprintln!("lab agent: {other:?} out of place"),
                 Err(error) => {
@@ -211,10 +214,10 @@ impl Commands {
         }
     }
 
-    /// Joins a stream with the job's control socket; what comes before the socket exists waits in a pair of sockets.
-    fn connect(&self, stream: Stream) {
+    /// Joins a stream with a socket of the job's; what comes before the socket exists waits in a pair of sockets.
+    fn connect(&self, stream: Stream, path: Option<PathBuf>) {
         let joined = (|| {
-            let path = self.control.clone().context("the job has no control socket")?;
+            let path = path.context("the job has no such socket")?;
             let (near, far) = UnixStream::pair()?;
             let mut source = near.try_clone()?;
             let hang_up = |near: UnixStream, _| {

@@ -2,7 +2,7 @@
 //! the user's, and says what went wrong when the lab fails.
 
 use std::fs::File;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -25,6 +25,7 @@ use crate::cli::Failure;
 use crate::console::signals;
 use crate::console::socket::ControlServer;
 use crate::console::terminal::RawTerminal;
+use crate::gdb::{Client, Listener, SocketFile};
 
 /// How often the terminal's size and the emulator's health are looked at.
 const TICK: Duration = Duration::from_millis(250);
@@ -72,12 +73,14 @@ enum Event {
 /// Errors are of exit code 4: the lab did not come up, died or hung.
 pub fn run(job: &Job, lab: &LabFiles, program: &Path, streams: &Streams) -> Result<Ended> {
     let mut control = job.control.as_deref().map(ControlServer::bind).transpose()?;
+    let mut debuggers = job.debugger.as_ref().map(Listener::bind).transpose()?;
     let route = Route::default();
     watch_signals(streams, &route)?;
     let mut starts = 0;
     loop {
         starts += 1;
         let (mut session, inbox) = Session::open(job, lab, program, streams, control.take(), &route)?;
+        session.debuggers = debuggers.take();
         let outcome = session.serve(&inbox);
         if outcome.is_err() {
             // What has begun will not end any more.
@@ -90,6 +93,7 @@ pub fn run(job: &Job, lab: &LabFiles, program: &Path, streams: &Streams) -> Resu
                     "kleak-vmm: the lab's machine failed while it booted ({error:#}); starting it again"
                 );
                 control = session.control.take();
+                debuggers = session.debuggers.take();
             }
             outcome => return session.end(outcome),
         }
@@ -120,6 +124,8 @@ struct Session<'a> {
     files: Arc<Files>,
     streams: &'a Streams,
     control: Option<ControlServer>,
+    debuggers: Option<(Listener, SocketFile)>,
+    debugger_socket: Option<SocketFile>,
     began: Instant,
     /// The agent is up and has the job.
     started: bool,
@@ -165,6 +171,8 @@ impl<'a> Session<'a> {
             files,
             streams,
             control,
+            debuggers: None,
+            debugger_socket: None,
             began,
             started: false,
             start: Duration::ZERO,
@@ -251,8 +259,16 @@ impl<'a> Session<'a> {
             control.serve_streams(move |client| {
                 let stream = Stream(next.fetch_add(1, Ordering::Relaxed));
                 // A client whose connection cannot be joined sees it close.
-                let _ = join_client(&link, stream, client);
+                let hang_up = |client: UnixStream| drop(client.shutdown(std::net::Shutdown::Write));
+                let _ =
+                    join_client(&link, Frame::Control(stream), stream, client.try_clone(), client, hang_up);
             })?;
+        }
+        if let Some((debuggers, file)) = self.debuggers.take() {
+            self.debugger_socket = Some(file);
+            let link = Arc::clone(&self.link);
+            let serve = move || join_debuggers(&link, &debuggers);
+            std::thread::Builder::new().name("lab-gdb".to_owned()).spawn(serve)?;
         }
         Ok(())
     }
@@ -297,11 +313,31 @@ impl<'a> Session<'a> {
     }
 }
 
-fn join_client(link: &Arc<Link>, stream: Stream, client: UnixStream) -> io::Result<()> {
-    let mut source = client.try_clone()?;
-    link.receive(stream, client, |client, _| drop(client.shutdown(std::net::Shutdown::Write)))?;
-    link.send(&Frame::Control(stream))?;
+/// Joins a client's two directions with a stream, which `announce` tells the lab of.
+fn join_client<C: Read + Write + Send + 'static>(
+    link: &Arc<Link>,
+    announce: Frame,
+    stream: Stream,
+    source: io::Result<C>,
+    client: C,
+    hang_up: impl FnOnce(C) + Send + 'static,
+) -> io::Result<()> {
+    let mut source = source?;
+    link.receive(stream, client, |client, _| hang_up(client))?;
+    link.send(&announce)?;
     link.send_all(stream, &mut source)
+}
+
+/// One debugger after the other, until the process ends.
+fn join_debuggers(link: &Arc<Link>, debuggers: &Listener) {
+    let mut next = Stream::FIRST_DEBUGGER.0;
+    while let Ok(client) = debuggers.accept() {
+        let stream = Stream(next);
+        next += 1;
+        let hang_up = |client: Client| client.hang_up();
+        // One whose connection cannot be joined sees it close.
+        let _ = join_client(link, Frame::Debugger(stream), stream, client.try_clone(), client, hang_up);
+    }
 }
 
 /// Standard output kept in memory.

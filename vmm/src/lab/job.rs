@@ -1,12 +1,13 @@
 //! What is to run in the lab.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use images::lab::Lab;
 use images::module_file::{self, WantedModule};
 
 use super::ENVIRONMENT;
+use super::agent::DEBUGGER_SOCKET;
 use super::payload::is_hidden;
 use super::qemu::disk_node;
 use crate::cli::Failure;
@@ -15,6 +16,7 @@ use crate::cli::relay::PathUse;
 use crate::cli::values::ModuleSpec;
 use crate::console::socket;
 use crate::files::resolved;
+use crate::gdb::Address;
 
 /// What the helper Linux needs beside the guest's memory.
 const HEADROOM: u64 = 1 << 30;
@@ -42,6 +44,8 @@ pub struct Job {
     pub disks: Vec<(PathBuf, bool)>,
     /// Its control socket, absolute.
     pub control: Option<PathBuf>,
+    /// Where debuggers of its guest come in, on the host.
+    pub debugger: Option<Address>,
     /// Memory of its guest, in bytes.
     pub guest_mem_bytes: u64,
     /// vCPUs of its guest.
@@ -70,6 +74,7 @@ impl Job {
             outputs: Vec::new(),
             disks: Vec::new(),
             control: None,
+            debugger: None,
             guest_mem_bytes: 0,
             cpus: 1,
         })
@@ -89,6 +94,9 @@ impl Job {
         });
         let mut job = Self::new(lab, ["kleak-vmm", "run"])?;
         job.control = options.control.as_ref().map(|path| job.cwd.join(path));
+        if let Some(gdb) = &mut options.gdb {
+            job.debugger = Some(std::mem::replace(&mut gdb.address, Address::Unix(DEBUGGER_SOCKET.into())));
+        }
         job.guest_mem_bytes = options.mem_bytes;
         job.cpus = options.cpus;
         let args = options.to_args(|path, usage| {
@@ -97,6 +105,7 @@ impl Job {
             match usage {
                 // The control socket is made on both sides.
                 _ if Some(&absolute) == job.control.as_ref() => {}
+                _ if path == Path::new(DEBUGGER_SOCKET) => {}
                 // Of that folder only what is needed goes along.
                 PathUse::Input if Some(path) == options.module_dir.as_deref() => job.folders.push(absolute),
                 PathUse::Input => job.inputs.push(absolute),
@@ -172,7 +181,7 @@ mod tests {
     #[test]
     fn takes_files_along_and_brings_reports_back() {
         let line = "run --kernel k --initrd /i --file h:/g --report r.json --report /dev/stderr --report - \
-                    --report-dir rd --module-dir md --control c.sock --mem 256M --cpus 2 --disk d,ro --disk e --lab vmx";
+                    --report-dir rd --module-dir md --control c.sock --mem 256M --cpus 2 --disk d,ro --disk e --gdb :1234,wait --lab vmx";
         let options = Line::try_parse_from(line.split_whitespace()).unwrap().run;
         let job = Job::of_run(&options, &[], Lab::Vmx).unwrap();
         let here = std::env::current_dir().unwrap();
@@ -187,6 +196,8 @@ mod tests {
             ["--disk=/dev/vda,ro", "--disk=/dev/vdb"].iter().all(|arg| job.argv.iter().any(|a| a == arg))
         );
         assert_eq!((job.guest_mem_bytes, job.cpus), (256 << 20, 2));
+        assert_eq!(job.debugger, Some(Address::Tcp("127.0.0.1".into(), 1234)));
+        assert!(job.argv.contains(&format!("--gdb={DEBUGGER_SOCKET},wait")));
         assert!(job.argv.contains(&"--kernel=k".to_owned()) && job.argv.contains(&"--lab=never".to_owned()));
         assert!(job.env.contains(&("KLEAK_LAB".to_owned(), "vmx".to_owned())));
         assert_eq!(job.lab_memory(0), (256 << 20) + (1 << 30));

@@ -106,7 +106,11 @@ pub fn run_command(
     if let Some(reason) = reason.filter(|_| !options.quiet) {
         eprintln!("kleak-vmm: running in the lab, under emulation and about 20 times slower: {reason}");
     }
-    run(&Job::of_run(options, drivers, lab)?)
+    let job = Job::of_run(options, drivers, lab)?;
+    if let Some(address) = job.debugger.as_ref().filter(|_| !options.quiet) {
+        eprintln!("kleak-vmm: for gdb: target remote {address}");
+    }
+    run(&job)
 }
 
 /// Runs `job` in the lab, joined with this process's streams.

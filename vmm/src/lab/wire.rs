@@ -17,7 +17,7 @@ use std::io::{self, Read, Write};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file; both sides are the same binary, unless someone mixes them.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Begins each frame.
 pub const MAGIC: [u8; 2] = *b"kL";
 /// Longest payload, bytes. A job with many arguments is the longest there is.
@@ -37,6 +37,8 @@ impl Stream {
     pub const STDERR: Self = Self(2);
     /// The first number of those the host gives to control connections.
     pub const FIRST_CONTROL: Self = Self(0x100);
+    /// The first number of those the host gives to debuggers.
+    pub const FIRST_DEBUGGER: Self = Self(0x2000_0000);
     /// The first number of those the lab gives to what the job saves.
     pub const FIRST_EXPORT: Self = Self(0x4000_0000);
     /// The first number of those the lab gives to files.
@@ -88,6 +90,8 @@ pub enum Frame {
     Credit(Stream, u32),
     /// From the host: someone connected to the control socket.
     Control(Stream),
+    /// From the host: someone connected to debug the guest.
+    Debugger(Stream),
     /// From the lab: a file follows.
     File(Stream, FileHead),
     /// From the host: a signal for the job.
@@ -119,6 +123,7 @@ mod kind {
     pub const ALIVE: u8 = 12;
     pub const PLACED: u8 = 13;
     pub const ZEROS: u8 = 14;
+    pub const DEBUGGER: u8 = 15;
 }
 
 fn invalid(what: impl Into<String>) -> io::Error {
@@ -143,6 +148,7 @@ impl Frame {
             Self::Close(stream) => (kind::CLOSE, *stream, Vec::new()),
             Self::Credit(stream, bytes) => (kind::CREDIT, *stream, bytes.to_le_bytes().to_vec()),
             Self::Control(stream) => (kind::CONTROL, *stream, Vec::new()),
+            Self::Debugger(stream) => (kind::DEBUGGER, *stream, Vec::new()),
             Self::File(stream, head) => (kind::FILE, *stream, json(serde_json::to_vec(head))?),
             Self::Signal(number) => (kind::SIGNAL, none, number.to_le_bytes().to_vec()),
             Self::Resize(rows, columns) => {
@@ -210,6 +216,7 @@ impl Frame {
             kind::CLOSE => Self::Close(stream),
             kind::CREDIT => Self::Credit(stream, u32::from_le_bytes(number(&payload)?)),
             kind::CONTROL => Self::Control(stream),
+            kind::DEBUGGER => Self::Debugger(stream),
             kind::FILE => Self::File(stream, serde_json::from_slice(&payload).map_err(json)?),
             kind::SIGNAL => Self::Signal(i32::from_le_bytes(number(&payload)?)),
             kind::RESIZE => {
@@ -253,6 +260,7 @@ mod tests {
             stream.clone().prop_map(Frame::Close),
             (stream.clone(), any::<u32>()).prop_map(|(s, n)| Frame::Credit(s, n)),
             stream.clone().prop_map(Frame::Control),
+            stream.clone().prop_map(Frame::Debugger),
             (stream.clone(), text, any::<bool>(), any::<u64>())
                 .prop_map(|(s, path, saved, size)| Frame::File(s, FileHead { path, saved, size })),
             (stream, text).prop_map(|(s, t)| Frame::Placed(s, t)),

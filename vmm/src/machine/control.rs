@@ -10,6 +10,8 @@
 //! a signal ends the present one. The thread clears the flag and *then* looks at the wish, so no kick is lost.
 //! KVM completes a pending I/O access before it honours `immediate_exit`, so a vCPU that parks has none.
 
+use super::debugger::Debugging;
+use crate::arch::DebugRegisters;
 use introspect::arch::CpuState;
 use std::fmt;
 use std::ptr::NonNull;
@@ -86,8 +88,16 @@ pub(super) enum Verdict {
 pub(super) struct Snapshot {
     /// Registers; the text says why they could not be read.
     pub state: Result<CpuState, String>,
+    /// All of them, where a debugger may come; None before the vCPU has parked.
+    pub debug: Option<Result<Box<DebugRegisters>, String>>,
     /// What the last exits were, newest last.
     pub exits: Vec<String>,
+}
+
+impl Snapshot {
+    fn of(state: CpuState) -> Self {
+        Self { state: Ok(state), debug: None, exits: Vec::new() }
+    }
 }
 
 /// Makes a vCPU leave the guest.
@@ -129,18 +139,43 @@ struct Slot {
     snapshot: Snapshot,
 }
 
-struct State {
+pub(super) struct State {
     wish: Wish,
     /// A pause lasts until it is released, whoever else resumes.
     held: bool,
-    outcome: Option<Outcome>,
+    pub outcome: Option<Outcome>,
+    pub debugging: Debugging,
     slots: Vec<Slot>,
+}
+
+impl State {
+    fn new(wish: Wish, outcome: Option<Outcome>, slots: Vec<Slot>) -> Self {
+        Self { wish, held: false, outcome, debugging: Debugging::new(slots.len()), slots }
+    }
+
+    /// How a vCPU stood when it last parked.
+    pub fn snapshot(&self, cpu: usize) -> Option<&Snapshot> {
+        self.slots.get(cpu).map(|slot| &slot.snapshot)
+    }
+
+    /// Has every vCPU park.
+    pub fn want_pause(&mut self) {
+        if self.wish == Wish::Run {
+            self.wish = Wish::Pause;
+            kick_running(self);
+        }
+    }
+
+    /// Whether this vCPU is to stand still.
+    fn parks(&self, cpu: usize) -> bool {
+        self.wish == Wish::Pause || self.wish == Wish::Run && self.debugging.parks(cpu)
+    }
 }
 
 /// See the module.
 pub(super) struct Control {
     state: Mutex<State>,
-    changed: Condvar,
+    pub changed: Condvar,
 }
 
 impl Control {
@@ -149,22 +184,17 @@ impl Control {
         let slot = |index| Slot {
             phase: Phase::Ready,
             kicker: None,
-            snapshot: Snapshot { state: Ok(CpuState { index, ..Default::default() }), exits: Vec::new() },
+            snapshot: Snapshot::of(CpuState { index, ..Default::default() }),
         };
-        let state =
-            State { wish: Wish::Run, held: false, outcome: None, slots: (0..cpus).map(slot).collect() };
+        let state = State::new(Wish::Run, None, (0..cpus).map(slot).collect());
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// For vCPUs that stand as they were saved and never run.
     pub fn saved(cpus: Vec<CpuState>) -> Self {
-        let slot = |state| Slot {
-            phase: Phase::Stopped,
-            kicker: None,
-            snapshot: Snapshot { state: Ok(state), exits: Vec::new() },
-        };
+        let slot = |state| Slot { phase: Phase::Stopped, kicker: None, snapshot: Snapshot::of(state) };
         let slots = cpus.into_iter().map(slot).collect();
-        let state = State { wish: Wish::Stop, held: false, outcome: Some(Outcome::Saved), slots };
+        let state = State::new(Wish::Stop, Some(Outcome::Saved), slots);
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -188,14 +218,14 @@ impl Control {
     /// the machine is paused.
     pub fn checkpoint(&self, cpu: usize, snapshot: impl FnOnce() -> Snapshot) -> Verdict {
         let mut state = self.lock();
-        if state.wish != Wish::Pause {
+        if !state.parks(cpu) {
             return if state.wish == Wish::Stop { Verdict::End } else { Verdict::Enter };
         }
         let slot = &mut state.slots[cpu];
         slot.snapshot = snapshot();
         slot.phase = Phase::Paused;
         self.changed.notify_all();
-        while state.wish == Wish::Pause {
+        while state.parks(cpu) {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.slots[cpu].phase = Phase::Running;
@@ -219,6 +249,7 @@ impl Control {
         state.wish = Wish::Stop;
         // Nothing is left to hold.
         state.held = false;
+        state.debugging.stopped = false;
         kick_running(&state);
         self.changed.notify_all();
     }
@@ -230,10 +261,7 @@ impl Control {
     pub fn pause(&self, timeout: Duration) -> Result<Vec<Snapshot>, String> {
         let deadline = Instant::now() + timeout;
         let mut state = self.lock();
-        if state.wish == Wish::Run {
-            state.wish = Wish::Pause;
-            kick_running(&state);
-        }
+        state.want_pause();
         while state.slots.iter().any(|slot| slot.phase == Phase::Running) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -253,7 +281,7 @@ impl Control {
     /// Ends a pause.
     pub fn resume(&self) {
         let mut state = self.lock();
-        if state.wish == Wish::Pause && !state.held {
+        if state.wish == Wish::Pause && !state.held && !state.debugging.stopped {
             state.wish = Wish::Run;
         }
         self.changed.notify_all();
@@ -294,7 +322,7 @@ impl Control {
     }
 
     /// Every change of the state is complete before anything that could panic.
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

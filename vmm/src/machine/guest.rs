@@ -8,6 +8,7 @@ use super::memory::{FrozenRam, GuestRam};
 use introspect::arch::CpuState;
 use introspect::linux::Placement;
 use introspect::memory::{MemoryError, Pa};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, RwLockWriteGuard};
 use std::time::Duration;
 
@@ -20,7 +21,8 @@ pub struct Guest {
     pub(super) console: Arc<ConsoleLog>,
     placement: Placement,
     /// Serialises pauses.
-    pausing: Mutex<()>,
+    pub(super) pausing: Mutex<()>,
+    pauses: AtomicU64,
 }
 
 impl Guest {
@@ -30,7 +32,7 @@ impl Guest {
         console: Arc<ConsoleLog>,
         placement: Placement,
     ) -> Self {
-        Self { ram, control, console, placement, pausing: Mutex::new(()) }
+        Self { ram, control, console, placement, pausing: Mutex::new(()), pauses: AtomicU64::new(0) }
     }
 
     /// One that was saved: it has ended, and stands as it stood.
@@ -66,6 +68,7 @@ impl Guest {
     /// A vCPU does not stop, or its registers cannot be read: names it.
     pub fn pause(&self) -> anyhow::Result<Paused<'_>> {
         let turn = lock(&self.pausing);
+        self.pauses.fetch_add(1, Relaxed);
         let snapshots = self.control.pause(PAUSE_TIMEOUT).map_err(anyhow::Error::msg)?;
         let resume = ResumeOnDrop(&self.control);
         let states = snapshots.into_iter().enumerate().map(|(cpu, snapshot)| {
@@ -73,6 +76,11 @@ impl Guest {
         });
         let cpus = states.collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Paused { ram: &self.ram, cpus, frozen: self.ram.freeze(), _resume: resume, _turn: turn })
+    }
+
+    /// How often it has been paused so far.
+    pub fn pauses(&self) -> u64 {
+        self.pauses.load(Relaxed)
     }
 
     /// Pauses the machine until [`Guest::release`]; pauses meanwhile neither wait nor end it. False when it was held
@@ -93,9 +101,9 @@ impl Guest {
         held
     }
 
-    /// True while the machine is held.
+    /// True while the machine is held, or a debugger keeps it stopped.
     pub fn held(&self) -> bool {
-        self.control.held()
+        self.control.held() || self.debugger_has_stopped()
     }
 
     /// Ends the machine from outside, at once.

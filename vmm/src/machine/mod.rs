@@ -9,6 +9,7 @@
 
 mod console_log;
 mod control;
+mod debugger;
 mod error;
 mod guest;
 mod memory;
@@ -20,6 +21,7 @@ mod tests;
 
 pub use console_log::ConsoleLog;
 pub use control::Outcome;
+pub use debugger::{Order, Stop, Why};
 pub use error::HostError;
 pub(crate) use error::kvm_error;
 pub use guest::{Guest, Paused};
@@ -220,6 +222,7 @@ impl Machine {
             platform: platform.clone(),
             control: control.clone(),
             traps: None,
+            debugger: vcpu::Debugger::default(),
         });
         let machine = Self {
             waiting: Mutex::new(vcpus.collect()),
@@ -266,11 +269,13 @@ impl Machine {
         let mut vcpus = std::mem::take(&mut *lock(&self.waiting));
         ensure!(!vcpus.is_empty(), "The machine was started before");
         install_kick_handler()?;
-        if let Some(traps) = &traps {
-            for vcpu in &mut vcpus {
-                arch::enable_traps(&mut vcpu.fd, traps.instruction)?;
-                vcpu.traps = Some(traps.handler.clone());
+        let debugged = self.guest.control.debugged_by();
+        for vcpu in &mut vcpus {
+            vcpu.debugger.traps = debugged;
+            if let Some(instruction) = traps.as_ref().map(|traps| traps.instruction).or(debugged) {
+                arch::enable_traps(&mut vcpu.fd, instruction)?;
             }
+            vcpu.traps = traps.as_ref().map(|traps| traps.handler.clone());
         }
         for vcpu in vcpus {
             let index = vcpu.index;

@@ -26,6 +26,7 @@ fn worker(control: &Arc<Control>, cpu: usize, deaf: bool) -> Worker {
         control.started(cpu, unsafe { Kicker::new(NonNull::from(&flag)) });
         let snapshot = || Snapshot {
             state: Ok(CpuState { gs_base: counter.load(SeqCst), ..Default::default() }),
+            debug: None,
             exits: Vec::new(),
         };
         while deaf && control.outcome().is_none() {

@@ -1,9 +1,10 @@
 //! One vCPU thread: run, look at the exit, decide, run again.
 
 use super::control::{Control, Kicker, Outcome, Snapshot, Verdict};
+use super::debugger::Why;
 use super::recent::Recent;
 use super::{TrapHandler, TrapInstruction, TrapOutcome};
-use crate::arch::{self, Next, Platform};
+use crate::arch::{self, DebugStatus, Next, Platform};
 use introspect::memory::Va;
 use kvm_ioctls::VcpuFd;
 use std::ptr::NonNull;
@@ -24,6 +25,20 @@ pub(super) struct Vcpu {
     pub platform: Arc<Platform>,
     pub control: Arc<Control>,
     pub traps: Option<Arc<dyn TrapHandler>>,
+    pub debugger: Debugger,
+}
+
+/// What a debugger wants of a vCPU, on its own thread.
+#[derive(Default)]
+pub(super) struct Debugger {
+    /// The instruction of traps, where a debugger may come at all.
+    pub traps: Option<TrapInstruction>,
+    /// The next instruction is the last one before a stop.
+    step: bool,
+    /// Points that the processor watches.
+    points: usize,
+    /// The breakpoint that the vCPU met: it goes back there, once its exit is completed.
+    met: Option<Va>,
 }
 
 /// What became of one run.
@@ -49,10 +64,20 @@ impl Vcpu {
                 Step::Checkpoint => {
                     // SAFETY: mapped as above.
                     unsafe { flag.as_ref() }.store(0, SeqCst);
+                    if let Err(error) = self.go_back() {
+                        step = Step::End(Outcome::Error(format!("{error:#}")));
+                        continue;
+                    }
                     match self.control.checkpoint(self.index, || self.snapshot(&exits)) {
                         Verdict::Enter => {}
-                        // Tells the guest's soft-lockup watchdog; EINVAL when the guest has no kvm clock.
-                        Verdict::Resume => drop(self.fd.kvmclock_ctrl()),
+                        Verdict::Resume => {
+                            // Tells the guest's soft-lockup watchdog; EINVAL when the guest has no kvm clock.
+                            let _ = self.fd.kvmclock_ctrl();
+                            if let Err(error) = self.obey() {
+                                step = Step::End(Outcome::Error(format!("{error:#}")));
+                                continue;
+                            }
+                        }
                         Verdict::End => break,
                     }
                 }
@@ -88,6 +113,7 @@ impl Vcpu {
             Next::Enter => Step::Enter,
             Next::Checkpoint => Step::Checkpoint,
             Next::Trap(instruction) => self.trap(instruction),
+            Next::Debug(status) => self.debug(status),
             Next::End(outcome) => Step::End(outcome),
             Next::Fail(why) => {
                 let why = format!("{why} (vCPU {})\n{}", self.index, arch::describe_failure(&mut self.fd));
@@ -99,10 +125,17 @@ impl Vcpu {
     /// Offers a trap to the handler. The hot path: registers come and go in the shared page, without a system call.
     fn trap(&mut self, instruction: TrapInstruction) -> Step {
         let mut registers = arch::shared_registers(&mut self.fd);
+        // KVM leaves RIP on the instruction where it handled the exit itself, and behind it where its instruction
+        // emulator did.
+        let candidates = [registers.rip, registers.rip.wrapping_sub(instruction.len() as u64)];
+        if self.debugger.traps.is_some()
+            && let Some(ip) = candidates.map(Va).into_iter().find(|&ip| self.control.breaks_at(ip))
+        {
+            self.debugger.met = Some(ip);
+            self.control.stop_for_debugger(self.index, Why::Breakpoint);
+            return Step::Enter;
+        }
         let site = self.traps.as_ref().and_then(|handler| {
-            // KVM leaves RIP on the instruction where it handled the exit itself, and behind it where its instruction
-            // emulator did.
-            let candidates = [registers.rip, registers.rip.wrapping_sub(instruction.len() as u64)];
             let site = candidates.into_iter().find(|&rip| handler.is_site(Va(rip)))?;
             Some((handler, site))
         });
@@ -112,6 +145,9 @@ impl Vcpu {
                 // On the next entry KVM takes these registers first; it then skips the `out` only if RIP still is where
                 // it was at the exit.
                 arch::set_shared_registers(&mut self.fd, &registers);
+                if self.debugger.step {
+                    self.control.stop_for_debugger(self.index, Why::Step);
+                }
                 return Step::Enter;
             }
         }
@@ -121,9 +157,49 @@ impl Vcpu {
         }
     }
 
+    /// A debug exception: a step or a point of the debugger's, or the guest's own.
+    fn debug(&mut self, status: DebugStatus) -> Step {
+        let why = match status.point().filter(|&point| point < self.debugger.points) {
+            Some(point) => Why::Point(point),
+            None if self.debugger.step => Why::Step,
+            None => {
+                return match arch::reflect_debug(&self.fd, status) {
+                    Ok(()) => Step::Enter,
+                    Err(error) => {
+                        Step::End(Outcome::Error(format!("Cannot hand a debug exception back: {error:#}")))
+                    }
+                };
+            }
+        };
+        self.control.stop_for_debugger(self.index, why);
+        Step::Enter
+    }
+
+    /// To the breakpoint that was met: KVM has completed the trap's exit by now, and left RIP behind it.
+    fn go_back(&mut self) -> anyhow::Result<()> {
+        self.debugger.met.take().map_or(Ok(()), |ip| arch::set_instruction_pointer(&self.fd, ip))
+    }
+
+    /// Does what the debugger wants before the vCPU goes on.
+    fn obey(&mut self) -> anyhow::Result<()> {
+        let Some(traps) = self.debugger.traps else { return Ok(()) };
+        let Some(orders) = self.control.take_orders(self.index) else { return Ok(()) };
+        if let Some(registers) = orders.registers {
+            arch::set_debug_registers(&self.fd, &registers)?;
+        }
+        self.debugger.step = orders.step;
+        self.debugger.points = orders.points.len();
+        // Behind the registers: KVM notes where the step begins.
+        arch::set_debugging(&self.fd, traps, orders.step, &orders.points)
+    }
+
     fn snapshot(&self, exits: &Recent<arch::ExitRecord>) -> Snapshot {
         Snapshot {
             state: arch::cpu_state(&self.fd, self.index).map_err(|error| format!("{error:#}")),
+            debug: self
+                .debugger
+                .traps
+                .map(|_| arch::debug_registers(&self.fd).map(Box::new).map_err(|error| format!("{error:#}"))),
             exits: exits.describe(),
         }
     }

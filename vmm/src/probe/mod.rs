@@ -221,6 +221,13 @@ pub fn probe(device: &Path, depth: Depth) -> Result<Probe, ProbeError> {
     })
 }
 
+/// Whether the debug registers make exits: see [`Depth::All`] for where not to ask.
+pub fn has_debug_registers(device: &Path) -> bool {
+    open(device).is_ok_and(|kvm| {
+        guest::measure(&kvm, guest::Trap::HardwareBreakpoint, guest::has_sync_regs(&kvm)).is_ok()
+    })
+}
+
 fn open(device: &Path) -> Result<Kvm, ProbeError> {
     let path = std::ffi::CString::new(device.as_os_str().as_encoded_bytes())
         .map_err(|error| ProbeError::Broken(error.to_string()))?;

@@ -13,6 +13,7 @@ use crate::console::guest_port::SETTLE;
 use crate::console::socket::{self, ControlServer};
 use crate::console::{ConsoleMux, Executor, GuestPort};
 use crate::detector::{Detector, HostFacts, Parts, ScanOptions};
+use crate::gdb::{self, Listener};
 use crate::lab::{self, Decision};
 use crate::machine::{Config, Machine, TrapInstruction, Traps};
 use crate::probe::{self, Depth, Probe};
@@ -42,6 +43,7 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
     };
     let kernel = Arc::new(guest::recover(image)?);
     let control = bind_control(options)?;
+    let debuggers = options.gdb.as_ref().map(|gdb| Listener::bind(&gdb.address)).transpose()?;
 
     let config = Config {
         initrd: Some(initrd),
@@ -56,8 +58,22 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
     let machine = Arc::new(Machine::new(config)?);
     let linux = Linux::new(Arc::clone(&kernel), machine.placement());
     let linux = Arc::new(linux.context("Cannot find the kernel's data structures")?);
-    let (detector, traps) = track(options, &machine, &linux, &probe)?;
-    let session = Session::new(options, machine, detector)?;
+    let instruction = instruction(options, &probe)?;
+    let Tracked { detector, planted, traps } = track(options, &machine, &linux, instruction)?;
+    let session = Session::new(options, Arc::clone(&machine), detector)?;
+    let (listener, _socket) = debuggers.unzip();
+    if let Some(listener) = listener {
+        let parts = gdb::Parts {
+            guest: Arc::clone(machine.guest()),
+            linux,
+            traps: planted,
+            instruction,
+            hardware: lab::inside().as_deref() != Some("svm")
+                && probe::has_debug_registers(Path::new("/dev/kvm")),
+            commands: session.commands.clone(),
+        };
+        session.wait_for_debugger(options, parts, listener)?;
+    }
     session.see_through(options, traps, control)
 }
 
@@ -66,20 +82,32 @@ fn bind_control(options: &RunOptions) -> Result<ControlServer> {
     ControlServer::bind(&path)
 }
 
+/// What traps are made of.
+fn instruction(options: &RunOptions, probe: &Probe) -> Result<TrapInstruction> {
+    match options.tracer {
+        // None will be planted: a host without a trap that works may still boot.
+        TracerChoice::Off if options.gdb.is_none() => Ok(TrapInstruction::Int3),
+        _ => choose_trap(options, probe),
+    }
+}
+
+/// The detector and its traps.
+struct Tracked {
+    detector: Arc<Detector>,
+    planted: Arc<Breakpoints>,
+    /// For the machine; None with `--tracer off`.
+    traps: Option<Traps>,
+}
+
 /// Plants the traps and puts the detector behind them.
 fn track(
     options: &RunOptions,
     machine: &Arc<Machine>,
     linux: &Arc<Linux>,
-    probe: &Probe,
-) -> Result<(Arc<Detector>, Option<Traps>)> {
+    instruction: TrapInstruction,
+) -> Result<Tracked> {
     let rules = guest::rules(options)?;
     let recorder = Arc::new(Recorder::new(Arc::clone(linux), machine.ram().clone())?);
-    let instruction = match options.tracer {
-        // None will be planted: a host without a trap that works may still boot.
-        TracerChoice::Off => TrapInstruction::Int3,
-        TracerChoice::Auto | TracerChoice::Breakpoint => choose_trap(options, probe)?,
-    };
     say_placement(options, machine, instruction);
     let plan = match options.tracer {
         TracerChoice::Off => Plan::default(),
@@ -118,7 +146,8 @@ fn track(
     if let Some(path) = &options.snapshot_on_leak {
         detector.save_at_first_leak(path.clone());
     }
-    Ok((detector, tracing.then(|| Traps { instruction, handler: traps })))
+    let planted = Arc::clone(&traps);
+    Ok(Tracked { detector, planted, traps: tracing.then(|| Traps { instruction, handler: traps }) })
 }
 
 /// With -v: where the kernel is and how it is trapped.
@@ -197,6 +226,19 @@ impl Session {
             None
         };
         Ok(Self { machine, detector, console, _guest_port: guest_port, commands })
+    }
+
+    /// Lets debuggers in, and with `,wait` nothing run before one says so.
+    fn wait_for_debugger(&self, options: &RunOptions, parts: gdb::Parts, listener: Listener) -> Result<()> {
+        let wait = options.gdb.as_ref().is_some_and(|gdb| gdb.wait);
+        self.machine.allow_debugger(parts.instruction);
+        if wait {
+            self.machine.debugger_stops()?;
+        }
+        if let Some(gdb) = options.gdb.as_ref().filter(|_| !options.quiet && lab::inside().is_none()) {
+            eprintln!("kleak-vmm: for gdb: target remote {}", gdb.address);
+        }
+        gdb::serve(parts, listener)
     }
 
     fn see_through(

@@ -6,6 +6,14 @@ pub mod prstatus;
 mod registers;
 mod vectors;
 
+use iced_x86::{Decoder, DecoderOptions};
+
 pub use paging::{AddressSpace, Leaf, MAX_ENTRIES};
 pub use registers::{CpuState, Registers};
 pub use vectors::widest;
+
+/// Length of the instruction that `code` begins with; None where it is none, or not all of it is there.
+pub fn instruction_len(code: &[u8]) -> Option<usize> {
+    let instruction = Decoder::new(64, code, DecoderOptions::NONE).decode();
+    (!instruction.is_invalid()).then(|| instruction.len())
+}

@@ -1,5 +1,6 @@
 //! Exits of a vCPU: what they ask for, and a short note of each.
 
+use super::DebugStatus;
 use crate::machine::{Outcome, TrapInstruction};
 use kvm_ioctls::VcpuExit;
 use std::fmt;
@@ -13,6 +14,8 @@ pub enum Next {
     Checkpoint,
     /// An instruction that may be a trap of ours.
     Trap(TrapInstruction),
+    /// A debug exception: a debugger's, or the guest's own.
+    Debug(DebugStatus),
     /// The machine has ended.
     End(Outcome),
     /// It cannot go on: why.
@@ -46,6 +49,8 @@ enum Kind {
 impl ExitRecord {
     /// Exception number of a breakpoint.
     pub const BREAKPOINT: u32 = 3;
+    /// Exception number of single steps and of the debug registers.
+    pub const DEBUG: u32 = 1;
 
     /// Notes an exit.
     pub fn new(exit: &VcpuExit<'_>) -> Self {

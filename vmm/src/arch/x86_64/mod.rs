@@ -2,6 +2,7 @@
 
 mod counter;
 mod cpuid;
+mod debug;
 mod exits;
 pub mod layout;
 mod platform;
@@ -9,6 +10,10 @@ mod registers;
 mod setup;
 
 pub use counter::counter_khz;
+pub use debug::{
+    DEBUG_POINTS, DebugArch, DebugRegisters, DebugStatus, Point, PointKind, debug_registers, reflect_debug,
+    set_debug_registers, set_debugging, set_instruction_pointer,
+};
 pub use exits::{ExitRecord, Next};
 pub use platform::Platform;
 pub use registers::{

@@ -4,7 +4,7 @@ use super::layout::{
     DISK_IRQS, DISKS, KVM_IDENTITY_MAP, KVM_TSS, RESET, RESET_VALUE, SERIAL_IRQS, SERIAL_PORTS,
     SLEEP_CONTROL, SLEEP_STATUS,
 };
-use super::{ExitRecord, Next};
+use super::{DebugStatus, ExitRecord, Next};
 use crate::devices::{Disk, SerialPort, VirtioDisk, virtio};
 use crate::machine::{ConsoleLog, GuestRam, Outcome, TRAP_PORT, TrapInstruction, kvm_error};
 use anyhow::Context;
@@ -72,6 +72,9 @@ impl Platform {
             }
             VcpuExit::Debug(debug) if debug.exception == ExitRecord::BREAKPOINT => {
                 Next::Trap(TrapInstruction::Int3)
+            }
+            VcpuExit::Debug(debug) if debug.exception == ExitRecord::DEBUG => {
+                Next::Debug(DebugStatus(debug.dr6))
             }
             VcpuExit::MmioRead(address, data) => {
                 match self.disk_register(address) {
