@@ -31,6 +31,12 @@ impl Kernel {
         Self::recover(image)
     }
 
+    /// Whether it was built for five levels of page tables, too (CONFIG_X86_5LEVEL; since 6.17 every kernel is):
+    /// arch/x86/kernel/head64.c keeps what it started with.
+    pub fn takes_five_levels(&self) -> bool {
+        self.symbols.lookup("__pgtable_l5_enabled").is_some()
+    }
+
     /// Recovers symbols, types and stack tables.
     ///
     /// # Errors

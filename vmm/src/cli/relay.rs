@@ -76,6 +76,7 @@ impl RunOptions {
         line.option("--cmdline", &self.cmdline);
         line.option("--mem", format_size(self.mem_bytes));
         line.option("--cpus", self.cpus.to_string());
+        line.option("--paging", name(self.paging));
         line.option("--tracer", name(self.tracer));
         line.option("--track", self.track.iter().map(|what| what.name()).collect::<Vec<_>>().join(","));
         line.option("--trap", name(self.trap));
