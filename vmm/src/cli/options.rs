@@ -147,6 +147,10 @@ pub struct RunOptions {
     #[arg(long, value_enum, value_name = "auto|4|5", default_value_t = PagingChoice::Auto, hide_possible_values = true, help_heading = "Guest")]
     pub paging: PagingChoice,
 
+    /// Structure layouts of a kernel without BTF: what `pahole --btf_encode_detached FILE vmlinux` writes, or a vmlinux with BTF
+    #[arg(long, value_name = "FILE", help_heading = "Guest")]
+    pub types: Option<PathBuf>,
+
     /// Guest profile to use instead of the built-in ones
     #[arg(long, value_name = "FILE", help_heading = "Detector")]
     pub profile: Option<PathBuf>,

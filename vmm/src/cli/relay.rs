@@ -27,6 +27,7 @@ impl RunOptions {
             ("--kernel", &self.kernel, Input),
             ("--initrd", &self.initrd, Input),
             ("--module-dir", &self.module_dir, Input),
+            ("--types", &self.types, Input),
             ("--profile", &self.profile, Input),
             ("--report-dir", &self.report_dir, Output),
             ("--snapshot-on-leak", &self.snapshot_on_leak, Output),

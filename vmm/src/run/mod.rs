@@ -4,8 +4,8 @@ mod guest;
 pub mod reports;
 mod watch;
 
-pub use guest::profile;
 pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS};
+pub use guest::{profile, recover, types_file};
 
 use crate::cli::options::{PagingChoice, RunOptions, TracerChoice};
 use crate::cli::{ExitCode, Failure, check};
@@ -33,6 +33,7 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
     check::check(options)?;
     // Before anything is decided or prepared: what the user gave is what goes wrong most often.
     let image = guest::image(options)?;
+    let types = types_file(options.types.as_deref())?;
     let drivers = guest::drivers(options, &image)?;
     let initrd = guest::initrd(options, image.release(), &drivers)?;
     let probe = match lab::decide(options.lab, || probe::probe(Path::new("/dev/kvm"), Depth::Needed))? {
@@ -41,7 +42,7 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
             return lab::run_command(options, &drivers, lab, reason.as_deref());
         }
     };
-    let kernel = Arc::new(guest::recover(image)?);
+    let kernel = Arc::new(guest::recover(image, types)?);
     let control = bind_control(options)?;
 
     let config = Config {
