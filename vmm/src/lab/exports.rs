@@ -11,7 +11,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::link::Link;
@@ -69,8 +69,28 @@ impl Exports {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(stream, placed);
         let size = head.size;
         self.link.send(&Frame::File(stream, head))?;
-        self.link.send_all(stream, &mut input.take(size))?;
-        becomes.recv().map_err(io::Error::other)
+        let mut wanted = Wanted { input: input.take(size), becomes: &becomes, refusal: None };
+        self.link.send_all(stream, &mut wanted)?;
+        wanted.refusal.map_or_else(|| becomes.recv().map_err(io::Error::other), Ok)
+    }
+}
+
+/// What is read until the host says that it takes no more.
+struct Wanted<'a, R> {
+    input: R,
+    becomes: &'a Receiver<String>,
+    refusal: Option<String>,
+}
+
+impl<R: Read> Read for Wanted<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.becomes.try_recv() {
+            Ok(refusal) => {
+                self.refusal = Some(refusal);
+                Ok(0)
+            }
+            Err(_) => self.input.read(buffer),
+        }
     }
 }
 
@@ -90,8 +110,9 @@ impl Export {
 
     /// Waits until it is in its place.
     pub fn place(self) -> io::Result<()> {
-        let stream = self.0.into_inner().map_err(io::IntoInnerError::into_error)?;
-        stream.shutdown(Shutdown::Write)?;
+        // A file that the host does not want is not taken to its end: what it says comes all the same.
+        let stream = self.0.into_inner().unwrap_or_else(|error| error.into_inner().into_parts().0);
+        let _ = stream.shutdown(Shutdown::Write);
         let mut what = String::new();
         BufReader::new(stream).read_line(&mut what)?;
         match what.strip_suffix('\n') {
@@ -109,5 +130,36 @@ impl Write for Export {
 
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_host_refuses_is_not_sent() {
+        let exports = Exports {
+            link: Link::new(io::sink()),
+            next: AtomicU32::new(Stream::FIRST_EXPORT.0),
+            waiting: Mutex::default(),
+        };
+        let (job, agent) = UnixStream::pair().unwrap();
+        std::thread::scope(|scope| {
+            let carrying = scope.spawn(|| exports.carry(agent));
+            // Much more than the window that nobody here opens.
+            let head = FileHead { path: "/x".to_owned(), saved: true, size: 1 << 30 };
+            let mut export = Export(BufWriter::new(job));
+            export.write_all(format!("{}\n", serde_json::to_string(&head).unwrap()).as_bytes()).unwrap();
+            export.flush().unwrap();
+            while exports.waiting.lock().unwrap().is_empty() {
+                std::thread::yield_now();
+            }
+            exports.placed(Stream::FIRST_EXPORT, "not there".to_owned());
+            let failed = (0..1 << 10).find_map(|_| export.write_all(&[1; 1 << 20]).err());
+            assert!(failed.is_some(), "all of it was taken");
+            assert_eq!(export.place().unwrap_err().to_string(), "not there");
+            carrying.join().unwrap();
+        });
     }
 }

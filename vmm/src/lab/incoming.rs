@@ -72,7 +72,11 @@ impl Files {
             Ok(incoming) => link.receive(stream, incoming, move |incoming, outcome| {
                 ended(outcome.and_then(|()| incoming.place(size)));
             })?,
-            Err(error) => link.receive(stream, io::sink(), move |_, _| ended(Err(error)))?,
+            // Said at once: what is not wanted need not come.
+            Err(error) => {
+                ended(Err(error));
+                link.receive(stream, io::sink(), |_, _| {})?
+            }
         };
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         Ok(())
