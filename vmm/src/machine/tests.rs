@@ -1,7 +1,10 @@
 //! The state machine of the vCPU threads, with threads that are no vCPUs.
 
 use super::control::*;
+use super::{Order, Stop, Why};
 use introspect::arch::CpuState;
+use introspect::linux::Placement;
+use introspect::memory::{PAGE_SIZE, Pa, RamRange, Va};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::SeqCst};
@@ -143,4 +146,53 @@ fn a_held_pause_outlasts_others_until_it_is_released() {
         std::thread::sleep(Duration::from_millis(1));
     }
     finish(&control, workers);
+}
+
+#[test]
+fn a_debugger_stops_all_and_lets_those_go_on_that_it_wants() {
+    let (control, workers) = setup(3);
+    let ram = super::GuestRam::new(vec![RamRange { start: Pa(0), len: PAGE_SIZE }]).unwrap();
+    let placement = Placement { slide: 0, phys_base: 0, levels: 4 };
+    let guest = super::Guest::new(ram, control.clone(), Arc::default(), placement);
+    let counts = || workers.iter().map(|w| w.count.load(SeqCst)).collect::<Vec<_>>();
+    let moved = |wanted: [bool; 3]| {
+        let before = counts();
+        std::thread::sleep(Duration::from_millis(30));
+        let now = counts();
+        (0..3).all(|cpu| (now[cpu] > before[cpu]) == wanted[cpu])
+    };
+    let until = |wanted: [bool; 3]| {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while !moved(wanted) {
+            assert!(std::time::Instant::now() < deadline, "{wanted:?} do not go on alone");
+        }
+    };
+    guest.debugger_stops().unwrap();
+    assert!(guest.held() && moved([false; 3]));
+    // Pauses and holds of others neither wait for the debugger nor end its stop.
+    drop(guest.pause().unwrap());
+    assert!(guest.hold().unwrap() && guest.release() && moved([false; 3]));
+    let (site, orders) = (Va(0x1000), vec![Order::Stay, Order::Run, Order::Step]);
+    guest.debugger_goes_on(orders.clone(), [site].into(), Vec::new());
+    until([false, true, true]);
+    drop(guest.pause().unwrap());
+    until([false, true, true]);
+    assert!(guest.debugger_waits(Duration::ZERO).is_none() && control.breaks_at(site));
+    let steps: Vec<bool> = (0..3).map(|cpu| control.take_orders(cpu).unwrap().step).collect();
+    assert_eq!(steps, [false, false, true]);
+    assert!(control.take_orders(2).is_none(), "orders are carried out once");
+    // The first reason counts; the other vCPU will meet its own again.
+    control.stop_for_debugger(1, Why::Breakpoint);
+    control.stop_for_debugger(2, Why::Step);
+    assert_eq!(guest.debugger_waits(PATIENCE), Some(Stop::Cpu(1, Why::Breakpoint)));
+    drop(guest.pause().unwrap());
+    assert!(moved([false; 3]));
+    // Held by somebody else, it stays so when the debugger leaves.
+    assert!(guest.hold().unwrap());
+    guest.debugger_goes_on(Vec::new(), Default::default(), Vec::new());
+    assert!(moved([false; 3]) && !control.breaks_at(site));
+    assert!(guest.release());
+    until([true; 3]);
+    finish(&control, workers);
+    assert_eq!(guest.debugger_waits(PATIENCE), Some(Stop::Ended));
 }
