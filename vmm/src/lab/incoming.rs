@@ -63,7 +63,8 @@ impl Files {
             Err(error) => eprintln!("kleak-vmm: warning: cannot write {name}: {error}"),
         };
         let incoming = match is_output || self.may_save(&path) {
-            true => Incoming::create(&path, saved),
+            true if saved => Incoming::core(&path),
+            true => Ok(Incoming { file: None, path, core: false }),
             false => Err(io::Error::other(
                 "out of the lab, machines are saved to the working folder of `run`, to the temporary one, or below",
             )),
@@ -91,26 +92,35 @@ impl Files {
 
 /// A file on its way.
 struct Incoming {
-    file: WholeFile,
+    /// None until bytes come: the name may be that of a pipe, which is opened when somebody reads it.
+    file: Option<WholeFile>,
+    path: PathBuf,
     /// Only a core is taken.
     core: bool,
 }
 
 impl Incoming {
-    fn create(path: &Path, core: bool) -> io::Result<Self> {
-        if core {
-            saved::check_place(path)?;
-        } else if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
+    fn core(path: &Path) -> io::Result<Self> {
+        saved::check_place(path)?;
+        Ok(Self { file: Some(WholeFile::private(path)?), path: path.to_owned(), core: true })
+    }
+
+    fn file(&mut self) -> io::Result<&mut WholeFile> {
+        match &mut self.file {
+            Some(file) => Ok(file),
+            none => {
+                if let Some(folder) = self.path.parent() {
+                    std::fs::create_dir_all(folder)?;
+                }
+                Ok(none.insert(WholeFile::create(&self.path)?))
+            }
         }
-        let file = if core { WholeFile::private(path)? } else { WholeFile::create(path)? };
-        Ok(Self { file, core })
     }
 
     /// Gives the file its name if it is `size` bytes long; a shorter one was cut off with the lab.
-    fn place(self, size: u64) -> io::Result<()> {
-        match self.file.len() {
-            len if len == size => self.file.place(),
+    fn place(mut self, size: u64) -> io::Result<()> {
+        match self.file()?.len() {
+            len if len == size => self.file.map_or(Ok(()), WholeFile::place),
             len => Err(io::Error::other(format!("{len} of {size} bytes came"))),
         }
     }
@@ -118,14 +128,16 @@ impl Incoming {
 
 impl Write for Incoming {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.core && self.file.len() == 0 && !saved::is_core(bytes) {
+        let core = self.core;
+        let file = self.file()?;
+        if core && file.len() == 0 && !saved::is_core(bytes) {
             return Err(io::Error::other("the lab sent something that is no core"));
         }
-        self.file.write(bytes)
+        file.write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        self.file.as_mut().map_or(Ok(()), WholeFile::flush)
     }
 }
 
@@ -145,6 +157,26 @@ mod tests {
         link.received(Frame::Close(Stream(9)))?;
         files.finish();
         Ok(())
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_yet_holds_up_nothing() {
+        let folder = std::env::temp_dir().join(format!("kleak-pipe-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let pipe = folder.join("pipe");
+        let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();
+        // SAFETY: a C string that lives for the call.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let link = Link::new(io::sink());
+        let job = Job { outputs: vec![pipe.clone()], cwd: "/".into(), ..Job::new(Lab::Svm, ["x"]).unwrap() };
+        let files = Files::new(&job);
+        let head = FileHead { path: pipe.to_string_lossy().into_owned(), saved: false, size: 6 };
+        files.begin(&link, Stream(9), &head).unwrap();
+        link.received(Frame::Data(Stream(9), b"report".to_vec())).unwrap();
+        link.received(Frame::Close(Stream(9))).unwrap();
+        assert_eq!(std::fs::read(&pipe).unwrap(), b"report");
+        files.finish();
+        std::fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]
