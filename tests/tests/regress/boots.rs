@@ -74,6 +74,12 @@ pub fn attribution() -> Result<()> {
 const UNRELATED: &str = "__attribute__((no_reorder)) int unrelated(int n);\nint unrelated(int n) { int i, s = 0; for (i = 0; i < n; i++) s ^= s * 31 + \
                          (i << (n & 7)); return s; }\n";
 
+/// A module that keeps the only CPU to itself, interrupts and all.
+const HANG: &str = "#include <linux/module.h>\n#include <linux/irqflags.h>\n\
+                    static int __init begin(void) { local_irq_disable(); for (;;) barrier(); return 0; }\n\
+                    static void __exit end(void) { }\n\
+                    module_init(begin);\nmodule_exit(end);\nMODULE_LICENSE(\"GPL\");\n";
+
 /// A module that loses an object, with `more` before the function that does.
 fn build_twice(kernel: &KernelPackage, folder: &Scratch, name: &str, more: &str) -> Result<PathBuf> {
     let text = format!(
@@ -82,6 +88,11 @@ fn build_twice(kernel: &KernelPackage, folder: &Scratch, name: &str, more: &str)
          static int __init begin(void) {{ return lose(200); }}\nstatic void __exit end(void) {{ }}\n\
          module_init(begin);\nmodule_exit(end);\nMODULE_LICENSE(\"GPL\");\n"
     );
+    build(kernel, folder, name, &text)
+}
+
+/// A module with this source.
+fn build(kernel: &KernelPackage, folder: &Scratch, name: &str, text: &str) -> Result<PathBuf> {
     let source = Scratch::new()?;
     source.file("driver.c", text)?;
     source.file("Kbuild", "obj-m := driver.o\n")?;
@@ -149,7 +160,7 @@ pub fn disks() -> Result<()> {
     Ok(())
 }
 
-/// A guest that panics or goes off, a test that does not end, a module that is not there.
+/// A guest that panics, goes off, hangs or does not boot, a test that does not end, a module that is not there.
 pub fn faults() -> Result<()> {
     let kernel = kernel("6.1-cloud")?;
     let mut suite = head(&kernel.vmlinuz, 1);
@@ -157,7 +168,11 @@ pub fn faults() -> Result<()> {
     suite += "[[test]]\nname = \"late\"\nrun = \"sleep 10000\"\ntimeout_s = 3\n";
     suite += "[[test]]\nname = \"module\"\nmodules = [\"absent.ko\"]\n";
     suite += "[[test]]\nname = \"off\"\nrun = \"poweroff -f\"\n";
+    let builds = Scratch::new()?;
+    let hang = build(&kernel, &builds, "hang", HANG)?;
+    suite += &format!("[[test]]\nname = \"hang\"\nmodules = [\"{}\"]\ntimeout_s = 600\n", hang.display());
     suite += "[[test]]\nname = \"last\"\nrun = \"true\"\n";
+    suite += "[[guest]]\nname = \"dead\"\ncmdline = \"loglevel=5 rdinit=/absent\"\n";
     let (finished, results) = Case::new(&suite)?.regress(3, &[])?;
     let wanted = [
         ("boot", "passed", 0),
@@ -165,9 +180,17 @@ pub fn faults() -> Result<()> {
         ("late", "timed-out", 0),
         ("module", "failed", 0),
         ("off", "crashed", 0),
+        ("hang", "hung", 0),
         ("last", "passed", 0),
     ];
-    ensure!(outcomes(&results)? == wanted, "{}\n{}", finished.stdout, finished.stderr);
+    let all = outcomes(&results)?;
+    let (here, dead) = all.split_at(wanted.len().min(all.len()));
+    ensure!(here == wanted, "{}\n{}", finished.stdout, finished.stderr);
+    ensure!(
+        dead.len() == wanted.len() && dead.iter().all(|(_, outcome, _)| *outcome == "not-booted"),
+        "{dead:?}\n{}",
+        finished.stdout
+    );
     let why = results["tests"][1]["message"].as_str().unwrap_or_default();
     ensure!(why.contains("Kernel panic - not syncing: sysrq"), "{why}");
     Ok(())
