@@ -16,6 +16,8 @@ mod module_map;
 pub mod modules;
 mod page_lists;
 mod page_structs;
+#[cfg(test)]
+mod page_structs_tests;
 mod page_tables;
 pub mod pages;
 pub mod percpu;

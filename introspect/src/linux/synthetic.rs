@@ -352,6 +352,7 @@ fn types(era: Era) -> Vec<u8> {
         "vm_struct",
         64,
         &[
+            ("addr", word, 8),
             ("size", word, 16),
             ("flags", word, 24),
             ("pages", word, 32),

@@ -67,7 +67,8 @@ pub struct RootInput<'a> {
     pub uses: &'a PageMap,
     /// Memory of tracked objects that have whole pages: they are read as objects.
     pub objects: &'a [Extent],
-    /// Frames of tracked blocks of pages, ascending and disjoint: their `struct page`s are read with them.
+    /// Frames of tracked blocks of pages and of every large kmalloc, ascending and disjoint: their `struct page`s are read
+    /// with them.
     pub pages: &'a [Range<u64>],
     /// Cookies of tracked per-CPU objects, ascending and disjoint: they, too, are read as objects.
     pub percpu: &'a [Range<Va>],
@@ -124,7 +125,8 @@ impl Roots {
     }
 
     /// `struct page`s of frames in use. Those of slab pages are left out: what they refer to (the free list, the
-    /// cache) is no object or is found elsewhere, and their vectors of cgroups are annotated.
+    /// cache) is no object or is found elsewhere, and their vectors of cgroups are annotated. So are the free lists that
+    /// former slabs left there: the memory on them is somebody else's by now.
     fn add_page_structs<M: FrozenMemory>(
         &mut self,
         input: &RootInput<'_>,
@@ -133,7 +135,8 @@ impl Roots {
         claims: &mut Claims,
     ) -> Result<(), MemoryError> {
         let structs = input.linux.page_structs(memory)?;
-        let (mut used, mut unused) = (Vec::new(), Vec::new());
+        let (mut used, mut left, mut unused) = (Vec::new(), Vec::new(), Vec::new());
+        let freelist = |frame| input.linux.left_freelist(&structs, Va(guest.direct().start), frame);
         let entries = |frames: Range<u64>| {
             structs.base + frames.start * structs.size..structs.base + frames.end * structs.size
         };
@@ -152,11 +155,17 @@ impl Roots {
                 next.checked_sub(1).is_some_and(|run| input.pages[run].contains(frame))
             };
             let roots = frames.clone().filter(|frame| in_use(frame) && !tracked(frame));
-            used.extend(runs(roots).flat_map(|run| guest.extents(entries(run))));
+            for run in runs(roots) {
+                let first = left.len();
+                left.extend(run.clone().filter_map(freelist));
+                let parts = without(entries(run), &left[first..]);
+                used.extend(parts.into_iter().flat_map(|part| guest.extents(part)));
+            }
             unused.extend(runs(frames.filter(|frame| !in_use(frame))).map(entries));
         }
         self.add("page structs".into(), used);
         self.leave("page structs of pages that are free or slabs", unused);
+        self.leave("free lists of former slabs in page structs", left);
         Ok(())
     }
 
@@ -302,14 +311,14 @@ fn live_part(task: &Task, cpus: &[Cpu]) -> Option<Range<Va>> {
 }
 
 /// Those of `ranges`, which are ascending and disjoint, that meet the `size` bytes from `start` on.
-fn near(ranges: &[Range<Va>], start: Va, size: u64) -> &[Range<Va>] {
+pub(super) fn near(ranges: &[Range<Va>], start: Va, size: u64) -> &[Range<Va>] {
     let first = ranges.partition_point(|r| r.end <= start);
     let end = ranges.partition_point(|r| r.start < start + size);
     ranges.get(first..end).unwrap_or_default()
 }
 
 /// The parts of `range` outside `holes`, which ascend.
-fn without(range: Range<Va>, holes: &[Range<Va>]) -> Vec<Range<Va>> {
+pub(super) fn without(range: Range<Va>, holes: &[Range<Va>]) -> Vec<Range<Va>> {
     let mut left = Vec::with_capacity(holes.len() + 1);
     let mut at = range.start;
     for hole in holes.iter().filter(|hole| hole.start < range.end) {
