@@ -18,14 +18,19 @@ const LINK: u64 = 16;
 const FREELIST: u64 = 32;
 const PRIVATE: u64 = 40;
 
-/// A guest in which the frames named are in use, and words of `struct page`s: frame, member, value.
+/// What is lost where words of `struct page`s are these: frame, member, value.
 fn leaks(era: Era, words: &[(u64, u64, u64)]) -> Vec<u64> {
     let mut guest = Guest::new(era);
-    for frame in (FRAME..FRAME + PAGES).chain([NEIGHBOUR, STRANGER]) {
-        guest.put32(Guest::page(frame) + 48, u32::MAX);
-    }
     for &(frame, member, value) in words {
         guest.put(Guest::page(frame) + member, value);
+    }
+    leaks_of(guest)
+}
+
+/// What is lost of the one object there is, in a guest in which the frames named are in use.
+fn leaks_of(mut guest: Guest) -> Vec<u64> {
+    for frame in (FRAME..FRAME + PAGES).chain([NEIGHBOUR, STRANGER]) {
+        guest.put32(Guest::page(frame) + 48, u32::MAX);
     }
     let mut registry = Registry::default();
     registry.alloc(&AllocEvent {
@@ -73,6 +78,36 @@ fn a_large_kmalloc_is_not_held_by_what_former_users_left() {
             ("its struct page", vec![(STRANGER, PRIVATE, structs + 2 * PAGE_STRUCT)], none),
         ] {
             assert_eq!(leaks(era, &words), wanted, "{era:?}: held by {name}");
+        }
+    }
+}
+
+/// In a page of the kernel's own, as any other, and in one that `kfree_rcu` collects pointers in, wherever it hangs.
+#[test]
+fn what_kfree_rcu_collected_holds_nothing() {
+    for era in [Era::Flags, Era::Types] {
+        let page = STRANGER * PAGE_SIZE;
+        // The link in the page, and heads: kept for next time, waiting, of the second batch that is being freed.
+        let (link, heads) = match era {
+            Era::Flags => (8, [168, 16, 40 + 64 + 32]),
+            Era::Types => (0, [168, 24, 40 + 64 + 32 + 16]),
+        };
+        let in_page = |head: Option<u64>| {
+            let mut guest = Guest::new(era);
+            guest.put(page + 0x100, DIRECT_MAP.0 + OBJECT);
+            if let Some(head) = head {
+                let link = if head == 168 { 0 } else { link };
+                let at = PERCPU + u64::from(KRC) + head;
+                guest.put(at, DIRECT_MAP.0 + page + link);
+                if era == Era::Types && head != 168 {
+                    guest.put(page + link, DIRECT_MAP.0 + at);
+                }
+            }
+            leaks_of(guest)
+        };
+        assert_eq!(in_page(None), [0; 0], "{era:?}");
+        for head in heads {
+            assert_eq!(in_page(Some(head)), [OBJECT], "{era:?}: {head}");
         }
     }
 }

@@ -285,6 +285,7 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
         self.pages.join(&mut marker);
         let treated = self.set_treatments(input, &mut marker);
         self.roots.stacks.iter().for_each(|stack| marker.set_black(stack.0));
+        self.roots.dead.iter().for_each(|page| marker.set_no_scan(page.0));
         Ok((marker, treated))
     }
 

@@ -45,6 +45,8 @@ pub struct Roots {
     pub regions: Vec<Region>,
     /// Starts of kernel stacks, of live tasks and kept for reuse: objects that are read as stacks or not at all.
     pub stacks: Vec<Va>,
+    /// Starts of pages whose contents are dead, where somebody tracks pages.
+    pub dead: Vec<Va>,
     /// Parts of stacks and of tables that are left out.
     pub unread: Vec<Unread>,
     /// RAM of each use of pages that is left out, in bytes; pages that are read as something else do not count.
@@ -91,6 +93,10 @@ impl Roots {
         claims.take(input.objects);
         roots.add_page_structs(input, guest, memory, &mut claims)?;
         roots.add_stacks(input, guest, memory, &mut claims)?;
+        roots.dead = linux.rcu_free_pages(memory)?;
+        let dead: Vec<Range<Va>> = roots.dead.iter().map(|&page| page..page + PAGE_SIZE).collect();
+        dead.iter().for_each(|page| claims.take(&guest.extents(page.clone())));
+        roots.leave("pages of pointers that kfree_rcu uses", dead);
         let mut records = Vec::new();
         for root in linux.static_roots(memory)? {
             let parts = root.parts().into_iter().flat_map(|part| guest.extents(aligned(part)));
