@@ -33,7 +33,7 @@ fn build_files(cache: &Cache, headers: &Headers, files: &[(String, Vec<u8>)], na
 }
 
 /// Our own modules.
-pub const OWN: [&str; 5] = ["breaking", "churn", "clean", "growing", "leaky"];
+pub const OWN: [&str; 6] = ["breaking", "churn", "clean", "growing", "leaky", "storm"];
 
 /// One of [`OWN`].
 ///

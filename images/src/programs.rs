@@ -9,7 +9,7 @@ use crate::cache::{Cache, workspace};
 use crate::command::run;
 
 /// All of them.
-pub const ALL: [&str; 2] = ["blocked", "io_uring_setup"];
+pub const ALL: [&str; 3] = ["blocked", "bustle", "io_uring_setup"];
 
 /// The program `name`, from `images/programs/NAME.c`.
 ///

@@ -16,10 +16,13 @@ mod module_map;
 pub mod modules;
 mod page_lists;
 mod page_structs;
+#[cfg(test)]
+mod page_structs_tests;
 mod page_tables;
 pub mod pages;
 pub mod percpu;
 pub mod processes;
+mod rcu_free;
 pub(crate) mod read;
 mod roots;
 pub mod slab;
@@ -83,6 +86,7 @@ pub struct Linux {
     vmalloc: vmalloc::Layout,
     modules: modules::Layout,
     processes: Option<processes::Layout>,
+    rcu_free: Option<rcu_free::Layout>,
 }
 
 /// Variables that everything else starts from; run-time addresses.
@@ -123,6 +127,7 @@ impl Linux {
             vmalloc: vmalloc::Layout::new(&lookup)?,
             modules: modules::Layout::new(&lookup)?,
             processes: processes::Layout::new(&lookup),
+            rcu_free: rcu_free::Layout::new(&lookup),
             placement,
             kernel,
         })

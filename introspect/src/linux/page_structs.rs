@@ -10,6 +10,9 @@ use std::ops::{ControlFlow, Range};
 /// Most orders a block of pages can have; real kernels stop at 10.
 pub const MAX_ORDER: u64 = 20;
 
+/// Slabs have 2^3 pages or fewer, but for those of objects larger than that (`slub_max_order`, mm/slub.c).
+const MAX_SLAB_ORDER: u64 = 3;
+
 /// Offsets inside `struct page` and the tests for the kinds of pages.
 pub(super) struct Layout {
     /// Size of a `struct page`, bytes; divides the page size.
@@ -161,10 +164,13 @@ impl PagePlaces {
         (inside && address.checked_add(size).is_some()).then_some(Va(address))
     }
 
-    /// The `struct page`s of a block of frames in the direct map.
-    pub fn structs_of(&self, block: &Range<Va>) -> Range<Va> {
+    /// The `struct page`s of a block of frames in the direct map; None when it is not in RAM as a whole.
+    pub fn structs_of(&self, block: &Range<Va>) -> Option<Range<Va>> {
+        let in_ram = self.direct <= block.start
+            && block.start <= block.end
+            && block.end.0.checked_sub(self.direct.0)? <= self.end.0;
         let place = |va: Va| self.structs + ((va - self.direct) >> PAGE_SHIFT) * self.size;
-        place(block.start)..place(block.end)
+        in_ram.then(|| place(block.start)..place(block.end))
     }
 }
 
@@ -208,6 +214,16 @@ impl Linux {
             result?;
         }
         Ok(structs)
+    }
+
+    /// Where in a frame's entry the free list of the slab that the frame was part of still is: the allocator does not
+    /// clear it, and of most later uses none writes there (`page->index`). A slab's free list leads into the slab itself,
+    /// which is how it is told from what else may be there. `direct` is where the direct map starts.
+    pub fn left_freelist(&self, structs: &PageStructs<'_>, direct: Va, frame: u64) -> Option<Range<Va>> {
+        let slab = Va(le64(structs.from(frame)?, self.slab.freelist)).0.checked_sub(direct.0)?;
+        let block = |frame: u64| frame >> MAX_SLAB_ORDER;
+        let at = structs.base + frame * structs.size + self.slab.freelist;
+        (block(slab >> PAGE_SHIFT) == block(frame)).then(|| at..at + 8)
     }
 
     /// Where frames and their `struct page`s are.

@@ -33,6 +33,8 @@ pub(super) const PERCPU: u64 = 0x8000;
 pub(super) const EVENTS: u32 = 0x40;
 /// Per-CPU offset of the spare `vmap_area`.
 pub(super) const SPARE: u32 = 0x18;
+/// Per-CPU offset of what `kfree_rcu` collects.
+pub(super) const KRC: u32 = 0x800;
 /// From here on RAM is free for a test's structures.
 pub(super) const HEAP: u64 = 0x20_0000;
 
@@ -358,6 +360,7 @@ fn types(era: Era) -> Vec<u8> {
         "vm_struct",
         64,
         &[
+            ("addr", word, 8),
             ("size", word, 16),
             ("flags", word, 24),
             ("pages", word, 32),
@@ -455,6 +458,15 @@ fn era_types(
     let mut values: Vec<(&str, u32)> = flags.into_iter().chain(common).collect();
     let module = [("list", list, 0), ("name", name, 16), ("kallsyms", word, 72)];
     let mut percpu = vec![("vm_event_states", EVENTS), ("current_task", 0), ("__preempt_count", 8)];
+    let (words, lists) = (b.array(word, 2), b.array(list, 2));
+    let (link, head, free, heads) = match era {
+        Era::Flags => (("next", word, 8), "bkvhead", "bkvhead_free", words),
+        Era::Types => (("list", list, 0), "bulk_head", "bulk_head_free", lists),
+    };
+    structure(b, "kvfree_rcu_bulk_data", 24, &[link]);
+    let work = structure(b, "kfree_rcu_cpu_work", 64, &[(free, heads, 32)]);
+    let works = b.array(work, 2);
+    structure(b, "kfree_rcu_cpu", 192, &[(head, heads, 8), ("krw_arr", works, 40), ("bkvcache", word, 168)]);
     match era {
         Era::Flags => {
             values.push(("PG_slab", 9));
@@ -478,7 +490,7 @@ fn era_types(
             percpu = vec![("vm_event_states", EVENTS), ("pcpu_hot", 0)];
         }
     }
-    percpu.push(("ne_fit_preload_node", SPARE));
+    percpu.extend([("ne_fit_preload_node", SPARE), ("krc", KRC)]);
     enumeration(b, &values);
     let mut section = Vec::new();
     for (name, at) in percpu {

@@ -11,6 +11,7 @@ mod audit;
 mod blocks;
 mod depot;
 mod intern;
+mod reconcile;
 mod record;
 mod saved;
 mod table;
@@ -19,6 +20,7 @@ mod tests;
 
 pub use audit::{Audit, Mismatch, Truth};
 pub use depot::{StackDepot, StackId};
+pub use reconcile::Gap;
 pub use saved::{MAX_DEVICE, SavedRegistry};
 
 use crate::memory::Va;

@@ -22,7 +22,7 @@
 //!   contents. (So does kmemleak from 6.12 on; before, it reads them and never reports them.) Cookies of the first
 //!   chunk are small numbers, so that an equal number anywhere may hide a lost one.
 //! - A block of pages that the kernel's own code asked for and has to itself is an object ([`pages`]). A word refers to
-//!   it when it points into its memory or into its `struct page`s; both are its contents.
+//!   it when it points into its memory or into its `struct page`s; both are its contents. So it is with a large kmalloc.
 //! - Device memory is an object without contents. Memblock objects are never reported: their memory is among the roots.
 
 mod coverage;
@@ -54,7 +54,7 @@ pub use treatment::{Function, Treatments};
 
 use crate::arch::CpuState;
 use crate::linux::{Linux, ModuleMap};
-use crate::memory::{FrozenMemory, PAGE_SIZE, PhysicalMemory, Va};
+use crate::memory::{FrozenMemory, PhysicalMemory, Va};
 use crate::registry::{Kind, Object, Paint, Registry};
 use anyhow::Context;
 use guest::{Extent, GuestMemory};
@@ -285,6 +285,7 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
         self.pages.join(&mut marker);
         let treated = self.set_treatments(input, &mut marker);
         self.roots.stacks.iter().for_each(|stack| marker.set_black(stack.0));
+        self.roots.dead.iter().for_each(|page| marker.set_no_scan(page.0));
         Ok((marker, treated))
     }
 
@@ -376,18 +377,10 @@ fn block(object: &Object) -> Block {
     Block { start: object.address.0, size: object.size }
 }
 
-/// Pages that belong to tracked objects as a whole, those of a large kmalloc up to the power of two that the page
-/// allocator gave.
+/// Pages that belong to tracked objects as a whole.
 fn page_objects<M: FrozenMemory>(registry: &Registry, guest: &GuestMemory<'_, M>) -> Vec<Extent> {
-    let mut extents = Vec::new();
-    for object in heap(registry).filter(|o| matches!(o.kind, Kind::Large | Kind::Vmalloc)) {
-        let size = match object.kind {
-            Kind::Vmalloc => object.size.next_multiple_of(PAGE_SIZE),
-            _ => object.size.max(PAGE_SIZE).checked_next_power_of_two().unwrap_or(object.size),
-        };
-        extents.extend(guest.extents(object.address..Va(object.address.0.saturating_add(size))));
-    }
-    extents
+    let whole = heap(registry).filter(|o| matches!(o.kind, Kind::Large | Kind::Vmalloc));
+    whole.flat_map(|object| guest.extents(pages::memory_of(&object))).collect()
 }
 
 /// Cookies of per-CPU objects, ascending and disjoint.

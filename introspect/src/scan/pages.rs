@@ -8,12 +8,14 @@
 //!
 //! The kernel refers to a block by its address in the direct map or by its `struct page`, in which it also links pages
 //! to lists. So for the marker a block is two objects, its memory and its `struct page`s, each of which stands for the
-//! other.
+//! other. A large kmalloc is such a block, too, whether pages are tracked or not: were its `struct page`s roots, then what
+//! their last users left in them could hold it.
 
 use super::ScanInput;
 use super::guest::{Extent, GuestMemory};
 use super::index::Block;
 use super::mark::{Contents, Marker, Special, Witness};
+use super::roots::{near, without};
 use crate::linux::PagePlaces;
 use crate::linux::pages::{PageMap, Use};
 use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, Va};
@@ -25,10 +27,13 @@ const MAX_MAPPED: u64 = 16;
 
 /// See the module.
 pub(super) struct Pages {
-    /// Ascending.
+    /// Blocks of the page allocator, ascending.
     objects: Vec<Object>,
-    /// None when there are no objects.
-    places: Option<PagePlaces>,
+    /// Every large kmalloc, ascending; where a free was missed they may overlap.
+    large: Vec<Object>,
+    /// Parts of `struct page`s of either that are left out, ascending ([`Linux::left_freelist`]).
+    left: Vec<Range<Va>>,
+    places: PagePlaces,
 }
 
 impl Pages {
@@ -42,28 +47,22 @@ impl Pages {
         uses: &PageMap,
         objects: &[Extent],
     ) -> Result<Self, MemoryError> {
-        let mut blocks = input.registry.blocks().peekable();
-        if blocks.peek().is_none() {
-            return Ok(Self { objects: Vec::new(), places: None });
-        }
-        let mut others = input.linux.page_table_frames(input.memory)?;
-        objects.iter().for_each(|&extent| fill(&mut others, extent));
-        let mut left = (others.len() as u64).saturating_mul(MAX_MAPPED * PAGE_SIZE);
-        let areas = input.linux.vmalloc_areas(input.memory)?.into_iter();
-        let areas = areas.map(|area| area.start..area.start + area.size);
-        let stacks = input.linux.tasks(input.memory)?.into_iter();
-        for range in areas.chain(stacks.map(|task| task.stack..task.stack + task.stack_size)) {
-            let va = range.start;
-            for extent in guest.extents(range) {
-                let what = "vmalloc areas and stacks are many times as large as RAM";
-                left = left.checked_sub(extent.len).ok_or(MemoryError::Corrupt { va, what })?;
-                fill(&mut others, extent);
-            }
-        }
         let places = input.linux.page_places(input.memory)?;
-        let own = |frame: u64| uses.get(frame) == Use::Kernel && others.get(frame as usize) == Some(&false);
-        let objects = blocks.filter(|block| frames_of(block, &places).all(own)).collect();
-        Ok(Self { objects, places: Some(places) })
+        let mut large: Vec<Object> = input.registry.objects().filter(|o| o.kind == Kind::Large).collect();
+        large.retain(|object| places.structs_of(&memory_of(object)).is_some());
+        large.sort_unstable_by_key(|object| object.address);
+        let mut pages = Self { objects: Vec::new(), large, left: Vec::new(), places };
+        if input.registry.blocks().next().is_some() {
+            let others = others(input, guest, objects)?;
+            let own =
+                |frame: u64| uses.get(frame) == Use::Kernel && others.get(frame as usize) == Some(&false);
+            let has_own = |block: &Object| pages.frames_of(block).is_some_and(|mut frames| frames.all(own));
+            pages.objects = input.registry.blocks().filter(has_own).collect();
+        }
+        let structs = input.linux.page_structs(input.memory)?;
+        let left = |frame| input.linux.left_freelist(&structs, places.direct, frame);
+        pages.left = pages.frames().into_iter().flatten().filter_map(left).collect();
+        Ok(pages)
     }
 
     /// The objects, ascending.
@@ -71,12 +70,12 @@ impl Pages {
         self.objects.iter().copied()
     }
 
-    /// Their `struct page`s.
+    /// The `struct page`s of the objects, and of every large kmalloc.
     pub fn structs(&self) -> impl Iterator<Item = Block> + '_ {
-        self.objects.iter().filter_map(|object| self.structs_of(object))
+        self.all().filter_map(|object| self.structs_of(object))
     }
 
-    /// Their memory.
+    /// The objects' memory.
     pub fn extents<M: FrozenMemory>(&self, guest: &GuestMemory<'_, M>) -> Vec<Extent> {
         self.objects
             .iter()
@@ -84,10 +83,16 @@ impl Pages {
             .collect()
     }
 
-    /// Their frames, ascending and disjoint.
+    /// Frames whose `struct page`s are among [`Pages::structs`], ascending and disjoint.
     pub fn frames(&self) -> Vec<Range<u64>> {
-        let places = self.places.as_ref();
-        self.objects.iter().filter_map(|object| Some(frames_of(object, places?))).collect()
+        let mut frames: Vec<Range<u64>> = self.all().filter_map(|object| self.frames_of(object)).collect();
+        frames.sort_unstable_by_key(|range| range.start);
+        frames.dedup_by(|next, last| {
+            let meet = next.start <= last.end;
+            last.end = if meet { last.end.max(next.end) } else { last.end };
+            meet
+        });
+        frames
     }
 
     /// Start addresses of the blocks that an object of any kind is for the marker.
@@ -98,29 +103,84 @@ impl Pages {
 
     /// Address of the object of which the marker has a block that starts at `start`.
     pub fn object_of(&self, start: Va) -> Va {
-        self.places.and_then(|places| places.address(start)).unwrap_or(start)
+        self.places.address(start).unwrap_or(start)
     }
 
     /// Makes memory and `struct page`s of each object one.
     pub fn join<C: Contents, W: Witness>(&self, marker: &mut Marker<'_, C, W>) {
-        for object in &self.objects {
+        for object in self.all() {
             let Some(structs) = self.structs_of(object) else { continue };
-            for (one, other) in [(object.address.0, structs.start), (structs.start, object.address.0)] {
-                marker.set_special(one, Special { stands_for: Some(other), ..Special::default() });
-            }
+            let memory = Special { stands_for: Some(structs.start), ..Special::default() };
+            marker.set_special(object.address.0, memory);
+            let areas = self.areas(&structs);
+            marker.set_special(
+                structs.start,
+                Special { areas, stands_for: Some(object.address.0), ..Special::default() },
+            );
         }
     }
 
+    /// The parts of some `struct page`s that are read, bytes from their start; None for all.
+    fn areas(&self, structs: &Block) -> Option<Vec<Range<u64>>> {
+        let (start, end) = (Va(structs.start), Va(structs.start) + structs.size);
+        let left = near(&self.left, start, structs.size);
+        let parts = || without(start..end, left).into_iter().map(|part| part.start - start..part.end - start);
+        (!left.is_empty()).then(|| parts().collect())
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Object> {
+        self.objects.iter().chain(&self.large)
+    }
+
     fn structs_of(&self, object: &Object) -> Option<Block> {
-        let places = self.places.filter(|_| object.kind == Kind::Page)?;
-        let structs = places.structs_of(&(object.address..object.address + object.size));
+        let structs = structs_of(&self.places, object)?;
         Some(Block { start: structs.start.0, size: structs.end - structs.start })
+    }
+
+    fn frames_of(&self, block: &Object) -> Option<Range<u64>> {
+        let memory = memory_of(block);
+        structs_of(&self.places, block)?;
+        let frame = |va: Va| (va - self.places.direct) >> PAGE_SHIFT;
+        Some(frame(memory.start)..frame(memory.end))
     }
 }
 
-fn frames_of(block: &Object, places: &PagePlaces) -> Range<u64> {
-    let first = (block.address - places.direct) >> PAGE_SHIFT;
-    first..first + (block.size >> PAGE_SHIFT)
+/// The `struct page`s by which an object can be referred to; None when it has none.
+pub(super) fn structs_of(places: &PagePlaces, object: &Object) -> Option<Range<Va>> {
+    matches!(object.kind, Kind::Page | Kind::Large).then(|| places.structs_of(&memory_of(object))).flatten()
+}
+
+/// The pages that an object has as a whole: of a large kmalloc up to the power of two that the page allocator gave.
+pub(super) fn memory_of(object: &Object) -> Range<Va> {
+    let size = match object.kind {
+        Kind::Vmalloc => object.size.checked_next_multiple_of(PAGE_SIZE),
+        Kind::Large => object.size.max(PAGE_SIZE).checked_next_power_of_two(),
+        _ => None,
+    };
+    object.address..Va(object.address.0.saturating_add(size.unwrap_or(object.size)))
+}
+
+/// True for each frame that belongs to page tables, to the `objects`, to areas of the vmalloc space or to stacks.
+fn others<M: FrozenMemory>(
+    input: &ScanInput<'_, M>,
+    guest: &GuestMemory<'_, M>,
+    objects: &[Extent],
+) -> Result<Vec<bool>, MemoryError> {
+    let mut others = input.linux.page_table_frames(input.memory)?;
+    objects.iter().for_each(|&extent| fill(&mut others, extent));
+    let mut left = (others.len() as u64).saturating_mul(MAX_MAPPED * PAGE_SIZE);
+    let areas = input.linux.vmalloc_areas(input.memory)?.into_iter();
+    let areas = areas.map(|area| area.start..area.start + area.size);
+    let stacks = input.linux.tasks(input.memory)?.into_iter();
+    for range in areas.chain(stacks.map(|task| task.stack..task.stack + task.stack_size)) {
+        let va = range.start;
+        for extent in guest.extents(range) {
+            let what = "vmalloc areas and stacks are many times as large as RAM";
+            left = left.checked_sub(extent.len).ok_or(MemoryError::Corrupt { va, what })?;
+            fill(&mut others, extent);
+        }
+    }
+    Ok(others)
 }
 
 /// Takes every frame that an extent meets.

@@ -4,9 +4,10 @@
 
 use super::guest::{Extent, GuestMemory, Mapping};
 use super::index::Block;
+use super::pages::structs_of;
 use super::{ScanInput, collect_roots, heap};
 use crate::memory::{FrozenMemory, PAGE_SIZE, Va};
-use crate::registry::{Kind, Object};
+use crate::registry::Object;
 use rustc_hash::FxHashSet;
 use std::ops::Range;
 
@@ -69,7 +70,7 @@ pub fn referrers<M: FrozenMemory>(
 /// What words refer to an object.
 pub(super) struct Targets {
     addresses: Range<u64>,
-    /// The `struct page`s of a block of pages; empty for other objects.
+    /// The `struct page`s of a block of pages or of a large kmalloc; empty for other objects.
     structs: Range<u64>,
 }
 
@@ -79,14 +80,8 @@ impl Targets {
     /// # Errors
     /// The guest's memory cannot be read.
     pub(super) fn of<M: FrozenMemory>(input: &ScanInput<'_, M>, object: &Object) -> anyhow::Result<Self> {
-        let structs = match object.kind {
-            Kind::Page => {
-                let places = input.linux.page_places(input.memory)?;
-                let structs = places.structs_of(&(object.address..object.address + object.size));
-                structs.start.0..structs.end.0
-            }
-            _ => 0..0,
-        };
+        let structs = structs_of(&input.linux.page_places(input.memory)?, object);
+        let structs = structs.map_or(0..0, |structs| structs.start.0..structs.end.0);
         Ok(Self { addresses: addresses(object), structs })
     }
 

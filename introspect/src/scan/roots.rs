@@ -45,6 +45,8 @@ pub struct Roots {
     pub regions: Vec<Region>,
     /// Starts of kernel stacks, of live tasks and kept for reuse: objects that are read as stacks or not at all.
     pub stacks: Vec<Va>,
+    /// Starts of pages whose contents are dead, where somebody tracks pages.
+    pub dead: Vec<Va>,
     /// Parts of stacks and of tables that are left out.
     pub unread: Vec<Unread>,
     /// RAM of each use of pages that is left out, in bytes; pages that are read as something else do not count.
@@ -67,7 +69,8 @@ pub struct RootInput<'a> {
     pub uses: &'a PageMap,
     /// Memory of tracked objects that have whole pages: they are read as objects.
     pub objects: &'a [Extent],
-    /// Frames of tracked blocks of pages, ascending and disjoint: their `struct page`s are read with them.
+    /// Frames of tracked blocks of pages and of every large kmalloc, ascending and disjoint: their `struct page`s are read
+    /// with them.
     pub pages: &'a [Range<u64>],
     /// Cookies of tracked per-CPU objects, ascending and disjoint: they, too, are read as objects.
     pub percpu: &'a [Range<Va>],
@@ -90,6 +93,10 @@ impl Roots {
         claims.take(input.objects);
         roots.add_page_structs(input, guest, memory, &mut claims)?;
         roots.add_stacks(input, guest, memory, &mut claims)?;
+        roots.dead = linux.rcu_free_pages(memory)?;
+        let dead: Vec<Range<Va>> = roots.dead.iter().map(|&page| page..page + PAGE_SIZE).collect();
+        dead.iter().for_each(|page| claims.take(&guest.extents(page.clone())));
+        roots.leave("pages of pointers that kfree_rcu uses", dead);
         let mut records = Vec::new();
         for root in linux.static_roots(memory)? {
             let parts = root.parts().into_iter().flat_map(|part| guest.extents(aligned(part)));
@@ -124,7 +131,8 @@ impl Roots {
     }
 
     /// `struct page`s of frames in use. Those of slab pages are left out: what they refer to (the free list, the
-    /// cache) is no object or is found elsewhere, and their vectors of cgroups are annotated.
+    /// cache) is no object or is found elsewhere, and their vectors of cgroups are annotated. So are the free lists that
+    /// former slabs left there: the memory on them is somebody else's by now.
     fn add_page_structs<M: FrozenMemory>(
         &mut self,
         input: &RootInput<'_>,
@@ -133,7 +141,8 @@ impl Roots {
         claims: &mut Claims,
     ) -> Result<(), MemoryError> {
         let structs = input.linux.page_structs(memory)?;
-        let (mut used, mut unused) = (Vec::new(), Vec::new());
+        let (mut used, mut left, mut unused) = (Vec::new(), Vec::new(), Vec::new());
+        let freelist = |frame| input.linux.left_freelist(&structs, Va(guest.direct().start), frame);
         let entries = |frames: Range<u64>| {
             structs.base + frames.start * structs.size..structs.base + frames.end * structs.size
         };
@@ -152,11 +161,17 @@ impl Roots {
                 next.checked_sub(1).is_some_and(|run| input.pages[run].contains(frame))
             };
             let roots = frames.clone().filter(|frame| in_use(frame) && !tracked(frame));
-            used.extend(runs(roots).flat_map(|run| guest.extents(entries(run))));
+            for run in runs(roots) {
+                let first = left.len();
+                left.extend(run.clone().filter_map(freelist));
+                let parts = without(entries(run), &left[first..]);
+                used.extend(parts.into_iter().flat_map(|part| guest.extents(part)));
+            }
             unused.extend(runs(frames.filter(|frame| !in_use(frame))).map(entries));
         }
         self.add("page structs".into(), used);
         self.leave("page structs of pages that are free or slabs", unused);
+        self.leave("free lists of former slabs in page structs", left);
         Ok(())
     }
 
@@ -302,14 +317,14 @@ fn live_part(task: &Task, cpus: &[Cpu]) -> Option<Range<Va>> {
 }
 
 /// Those of `ranges`, which are ascending and disjoint, that meet the `size` bytes from `start` on.
-fn near(ranges: &[Range<Va>], start: Va, size: u64) -> &[Range<Va>] {
+pub(super) fn near(ranges: &[Range<Va>], start: Va, size: u64) -> &[Range<Va>] {
     let first = ranges.partition_point(|r| r.end <= start);
     let end = ranges.partition_point(|r| r.start < start + size);
     ranges.get(first..end).unwrap_or_default()
 }
 
 /// The parts of `range` outside `holes`, which ascend.
-fn without(range: Range<Va>, holes: &[Range<Va>]) -> Vec<Range<Va>> {
+pub(super) fn without(range: Range<Va>, holes: &[Range<Va>]) -> Vec<Range<Va>> {
     let mut left = Vec::with_capacity(holes.len() + 1);
     let mut at = range.start;
     for hole in holes.iter().filter(|hole| hole.start < range.end) {

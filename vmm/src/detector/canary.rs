@@ -35,8 +35,7 @@ impl Detector {
     /// Hides the references to the canary, scans, puts them back. An error if it is not found.
     pub(super) fn canary_now(&self) -> Result<Answer> {
         let mut work = self.work();
-        let mut paused = self.parts.guest.pause()?;
-        self.check_traps(&mut paused)?;
+        let mut paused = self.pause_with_traps()?;
         self.refresh_treatments(&mut work);
         let object = self.find_canary(&paused)?;
         let words = self.references(&work, &paused, &object)?;

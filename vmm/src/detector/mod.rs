@@ -23,8 +23,9 @@ use introspect::linux::Linux;
 use introspect::linux::pages::{PageMap, Use};
 use introspect::linux::percpu::PercpuChunk;
 use introspect::linux::slab::SlabMap;
+use introspect::linux::vmalloc::Area;
 use introspect::memory::{PAGE_SIZE, Va};
-use introspect::registry::{AllocEvent, Audit, Kind, Paint, Truth};
+use introspect::registry::{AllocEvent, Audit, Gap, Kind, Paint, Truth};
 use introspect::scan::{ScanInput, ScanResult, Treatments, scan};
 use quiet::Allocator;
 use serde::{Deserialize, Serialize};
@@ -182,8 +183,7 @@ impl Detector {
     fn scan_now(&self) -> Result<usize> {
         let mut work = self.work();
         let begin = Instant::now();
-        let mut paused = self.parts.guest.pause()?;
-        self.check_traps(&mut paused)?;
+        let paused = self.pause_with_traps()?;
         let new = self.scan_paused(&mut work, &paused, begin);
         let pause = begin.elapsed();
         if matches!(new, Ok(1..)) {
@@ -255,17 +255,30 @@ impl Detector {
         })
     }
 
-    /// Plants lost traps again and says so: allocations may have been missed.
-    fn check_traps(&self, paused: &mut Paused<'_>) -> Result<()> {
-        let lost = self.parts.traps.verify(paused)?;
-        if !lost.is_empty() {
-            let places: Vec<String> = lost.iter().map(Va::to_string).collect();
-            eprintln!(
-                "kleak-vmm: warning: The guest overwrote the traps at {}; allocations may be missing",
-                places.join(", ")
-            );
+    /// Pauses the machine for a scan. Traps that were lost are planted again, and what was missed meanwhile is made good as
+    /// far as the guest's metadata tell, which is said.
+    fn pause_with_traps(&self) -> Result<Paused<'_>> {
+        let mut paused = self.parts.guest.pause()?;
+        let lost = self.parts.traps.verify(&mut paused)?;
+        if lost.is_empty() {
+            return Ok(paused);
         }
-        Ok(())
+        drop(paused);
+        let places: Vec<String> = lost.iter().map(Va::to_string).collect();
+        let overwrote = format!("The guest overwrote the traps at {}", places.join(", "));
+        match self.close_gap() {
+            Ok((paused, Gap { added, removed })) => {
+                eprintln!(
+                    "kleak-vmm: warning: {overwrote}; {added} allocations and {removed} frees or more were missed and are \
+                     made good from the guest's metadata: these objects are not reported"
+                );
+                Ok(paused)
+            }
+            Err(error) => {
+                eprintln!("kleak-vmm: warning: {overwrote}; allocations may be missing: {error:#}");
+                self.parts.guest.pause()
+            }
+        }
     }
 
     /// Compares registry and guest when nobody is inside the allocator. Where somebody always is, such as a task that sleeps
@@ -371,43 +384,81 @@ impl Detector {
     }
 
     fn seed(&self, memory: &FrozenRam<'_>, paint: Paint) -> Result<usize> {
-        let Parts { linux, recorder, .. } = &self.parts;
+        let mut state = self.parts.recorder.state();
+        let found = self.found(memory)?;
+        state.reset();
+        // What is found is no event.
+        let allocs = state.registry.counters.allocs;
+        for event in found {
+            state.registry.alloc(&event);
+            state.registry.paint(event.address, paint);
+        }
+        state.registry.counters.allocs = allocs;
+        Ok(state.registry.len())
+    }
+
+    /// All that the guest's metadata list as allocated. A block of pages comes before what lies in it: where both have one
+    /// address, the latter is what is found there.
+    fn found(&self, memory: &FrozenRam<'_>) -> Result<Vec<AllocEvent<'static>>> {
+        let linux = &self.parts.linux;
         let found = self.metadata(memory)?;
         let areas = match self.tracks(Tracked::Vmalloc) {
             true => linux.vmalloc_areas(memory).context("Cannot read the guest's vmalloc areas")?,
             false => Vec::new(),
         };
+        // Their areas look like vmalloc's.
+        let chunks = linux.percpu_chunks(memory).context("Cannot read the guest's per-CPU chunks")?;
+        let copies: Vec<Va> = chunks.iter().flat_map(|chunk| &chunk.copies).copied().collect();
+        let is_chunk =
+            |area: &Area| copies.iter().any(|copy| (area.start..area.start + area.size).contains(copy));
         let direct = linux.direct_map_base(memory)?;
         // When they were allocated nobody knows: their age counts from here.
         let jiffies = linux.jiffies(memory).context("Cannot read the guest's clock")?;
-        let mut state = recorder.state();
-        state.reset();
-        // What is found is no event.
-        let allocs = state.registry.counters.allocs;
-        let mut seed = |address, size, kind, cache| {
-            let event = AllocEvent { address, size, kind, cache, comm: [0; 16], pid: 0, jiffies, stack: &[] };
-            state.registry.alloc(&event);
-            state.registry.paint(address, paint);
+        let mut events = Vec::new();
+        let mut add = |address, size, kind, cache| {
+            events.push(AllocEvent {
+                address,
+                size,
+                kind,
+                cache,
+                comm: [0; 16],
+                pid: 0,
+                jiffies,
+                stack: &[],
+            });
         };
-        // Blocks first: where a slab begins, its first object is the one that is painted.
         let used = |usage: Use| matches!(usage, Use::Slab | Use::User | Use::PageTable | Use::Kernel);
         for (frame, _) in
             found.pages.iter().flat_map(|p| (0..).zip(&p.uses)).filter(|(_, usage)| used(**usage))
         {
-            seed(direct + frame * PAGE_SIZE, PAGE_SIZE, Kind::Page, Va(0));
+            add(direct + frame * PAGE_SIZE, PAGE_SIZE, Kind::Page, Va(0));
         }
         for (page, cache) in found.slabs.iter().flat_map(SlabMap::pages_with_caches) {
             for slot in page.allocated() {
-                seed(page.start + u64::from(slot) * cache.size, cache.object_size, Kind::Slab, cache.va);
+                add(page.start + u64::from(slot) * cache.size, cache.object_size, Kind::Slab, cache.va);
             }
         }
-        for area in areas.iter().filter(|a| a.flags & VM_ALLOC != 0) {
-            seed(area.start, area.size, Kind::Vmalloc, Va(0));
+        for area in areas.iter().filter(|a| a.flags & VM_ALLOC != 0 && !is_chunk(a)) {
+            add(area.start, area.size, Kind::Vmalloc, Va(0));
         }
         for (cookie, size) in found.percpu.iter().flat_map(PercpuChunk::objects) {
-            seed(cookie, size, Kind::Percpu, Va(0));
+            add(cookie, size, Kind::Percpu, Va(0));
         }
-        state.registry.counters.allocs = allocs;
-        Ok(state.registry.len())
+        Ok(events)
+    }
+
+    /// Brings the registry up to date after a trap was lost: what the metadata tell of it. A large kmalloc is in none.
+    fn close_gap(&self) -> Result<(Paused<'_>, Gap)> {
+        const KINDS: [(Tracked, Kind); 3] =
+            [(Tracked::Slab, Kind::Slab), (Tracked::Vmalloc, Kind::Vmalloc), (Tracked::Percpu, Kind::Percpu)];
+        let paused = self.pause_when_quiet()?;
+        let memory = &paused.memory();
+        let boot = self.parts.linux.boot_objects(memory)?;
+        let kinds: Vec<Kind> =
+            KINDS.iter().filter(|(what, _)| self.tracks(*what)).map(|(_, kind)| *kind).collect();
+        let found = self.found(memory)?.into_iter();
+        let found = found.filter(|event| event.kind != Kind::Page && !boot.contains(&event.address));
+        let gap = self.parts.recorder.state().registry.reconcile(&kinds, found);
+        Ok((paused, gap))
     }
 }

@@ -1,0 +1,189 @@
+//! Allocators in a storm: at every moment the registry is right, everything the module `storm` forgot is named, and nothing
+//! else is.
+
+use anyhow::{Context, Result, ensure};
+use introspect::memory::Va;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tests::{
+    Client, Guest, RUN_TIMEOUT, kernel, long_test, module, no_kernel_complaint, program, tail, test,
+};
+
+fn main() -> ExitCode {
+    tests::main(vec![
+        test("storm_6.1-cloud", || storm("6.1-cloud")),
+        test("storm_6.12-cloud", || storm("6.12-cloud")),
+        test("bustle_6.1-cloud", || bustle("6.1-cloud", 40)),
+        long_test("bustle_6.12-cloud", || bustle("6.12-cloud", 40)),
+        long_test("ten_minutes_of_bustle_6.1-cloud", || bustle("6.1-cloud", 600)),
+        long_test("ten_minutes_of_bustle_6.12-cloud", || bustle("6.12-cloud", 600)),
+    ])
+}
+
+/// Live objects that are asked for, one by one.
+const SAMPLES: usize = 12;
+
+/// Objects by address, with their sizes.
+type Objects = BTreeMap<Va, u64>;
+
+/// What `/proc/storm` says of objects in one state: `STATE ADDRESS SIZE KIND`.
+fn truth(console: &str, state: &str) -> Objects {
+    let object = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [said, address, size, _] = words[..] else { return None };
+        let address = u64::from_str_radix(address, 16).ok()?;
+        (said == state).then_some((Va(address), size.parse().ok()?))
+    };
+    console.lines().filter_map(object).collect()
+}
+
+/// What is reported now.
+fn reported(client: &mut Client) -> Result<Objects> {
+    let report: Value = serde_json::from_str(&client.ask("json report")?)?;
+    let leaks = report["leaks"].as_array().context("leaks")?;
+    let object = |leak: &Value| {
+        let address = leak["address"].as_str()?.strip_prefix("0x")?;
+        Some((Va(u64::from_str_radix(address, 16).ok()?), leak["size"].as_u64()?))
+    };
+    leaks.iter().map(|leak| object(leak).with_context(|| format!("no object: {leak}"))).collect()
+}
+
+/// Scans; what is reported must be what is lost.
+fn compare(client: &mut Client, lost: &Objects) -> Result<()> {
+    client.ask("scan")?;
+    let found = reported(client)?;
+    let mut wrong = String::new();
+    for (address, size) in lost.iter().filter(|(address, size)| found.get(address) != Some(size)) {
+        let why = client.ask(&format!("path={address}"))?;
+        wrong += &format!("{address} of {size} is lost, {:?} reported\n{why}\n", found.get(address));
+    }
+    for address in found.keys().filter(|address| !lost.contains_key(address)) {
+        wrong += &format!("{address} is reported\n{}\n", client.ask(&format!("dump={address}"))?);
+    }
+    ensure!(wrong.is_empty(), "{wrong}of {} that are lost", lost.len());
+    Ok(())
+}
+
+/// A quiet guest after a storm: every single object, lost and live.
+fn storm(line: &str) -> Result<()> {
+    let (kernel, seed) = (kernel(line)?, seed());
+    let mut guest = Guest::new(&kernel, 2)?;
+    guest.file(&module(&kernel, "storm")?, "/storm.ko").script(&format!(
+        "insmod /storm.ko seed={seed} && cat /proc/storm && sleep 2 && echo TRUTH; read -r go
+         rmmod storm; sleep 1; echo GONE; read -r go"
+    ))?;
+    let told = || format!("seed {seed}");
+    let mut session = guest.start()?;
+    session.wait_for("\nTRUTH", RUN_TIMEOUT)?;
+    let (live, lost) = (truth(&session.shown(), "live"), truth(&session.shown(), "lost"));
+    ensure!(live.len() > 40 && lost.len() > 30, "{} live, {} lost", live.len(), lost.len());
+    let mut client = Client::of(&guest)?;
+    audit(&mut client)?;
+    compare(&mut client, &lost).with_context(told)?;
+    // Each looks at all memory for what refers to the object.
+    for (address, size) in live.iter().step_by(live.len().div_ceil(SAMPLES)) {
+        let known =
+            serde_json::from_str::<Value>(&client.ask(&format!("json dump={address}"))?)?["dump"].take();
+        let is_known = known["address"] == address.to_string().as_str() && known["size"] == *size;
+        ensure!(
+            is_known && known["references"] != json!([]),
+            "{address} of {size} lives: {known}, seed {seed}"
+        );
+    }
+    session.type_line("go")?;
+    session.wait_for("\nGONE", RUN_TIMEOUT)?;
+    compare(&mut client, &lost).with_context(told)?;
+    audit(&mut client)?;
+    end(&mut client)?;
+    drop(client);
+    session.type_line("go")?;
+    let finished = session.finish()?;
+    finished.expect_code(0)?;
+    no_kernel_complaint(&finished.stdout)
+}
+
+/// Storms one after the other on four vCPUs while everything else in the kernel is busy, too; pauses, scans and audits at
+/// random moments.
+fn bustle(line: &str, seconds: u64) -> Result<()> {
+    let (kernel, mut random) = (kernel(line)?, seed());
+    let told = format!("seed {random}");
+    let mut guest = Guest::new(&kernel, 4)?;
+    guest.timeout(seconds * 2 + RUN_TIMEOUT.as_secs()).option("--mem", "256M");
+    guest
+        .file(&module(&kernel, "storm")?, "/storm.ko")
+        .file(&module(&kernel, "clean")?, "/clean.ko")
+        .file(&program("bustle")?, "/bustle")
+        .script(&format!(
+            "(/bustle {seconds} /clean.ko; echo BUSTLE $?; echo > /ended) & n={random}
+             echo BEGUN
+             while [ ! -e /ended ]; do
+                 insmod /storm.ko seed=$n lose=2 && cat /proc/storm && rmmod storm || {{ echo STORM FAILED; exit 1; }}
+                 n=$((n+1))
+             done
+             wait; sleep 3; echo QUIET; read -r go"
+        ))?;
+    let mut session = guest.start()?;
+    session.wait_for("\nBEGUN", RUN_TIMEOUT)?;
+    let mut client = Client::of(&guest)?;
+    let (mut ever, mut audits, mut scans) = (Objects::new(), 0, 0);
+    while !session.shown().contains("\nQUIET") {
+        ensure!(session.is_running()?, "it ended\n{}", tail(&session.shown(), 40));
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        std::thread::sleep(Duration::from_millis(100 + (random >> 33) % 2000));
+        match (random >> 60) % 4 {
+            0 => {
+                client.ask("pause")?;
+                std::thread::sleep(Duration::from_millis((random >> 40) % 300));
+                client.ask("resume")?;
+            }
+            1 => {
+                client.ask("scan")?;
+                ever.extend(reported(&mut client)?);
+                scans += 1;
+            }
+            _ => {
+                audit(&mut client).with_context(|| told.clone())?;
+                audits += 1;
+            }
+        }
+    }
+    let shown = session.shown();
+    let lost = truth(&shown, "lost");
+    println!("{line}: {audits} audits and {scans} scans under load, {} objects lost, {told}", lost.len());
+    ensure!(shown.contains("\nBUSTLE 0"), "{}", tail(&shown, 40));
+    ensure!(audits > 0 && scans > 0 && lost.len() > 10, "{} lost", lost.len());
+    let strangers: Vec<&Va> = ever.keys().filter(|address| !lost.contains_key(address)).collect();
+    ensure!(strangers.is_empty(), "reported under load, and not lost: {strangers:?}, {told}");
+    compare(&mut client, &lost).with_context(|| told.clone())?;
+    audit(&mut client)?;
+    end(&mut client)?;
+    drop(client);
+    session.type_line("go")?;
+    let finished = session.finish()?;
+    finished.expect_code(0)?;
+    no_kernel_complaint(&finished.stdout)
+}
+
+fn audit(client: &mut Client) -> Result<()> {
+    let reply = client.ask("audit")?;
+    ensure!(reply.contains("missing 0, stale 0"), "{reply}");
+    Ok(())
+}
+
+/// Nothing was missed on the way.
+fn end(client: &mut Client) -> Result<()> {
+    let status: Value = serde_json::from_str(&client.ask("json status")?)?;
+    for counter in ["events_dropped", "traps_rearmed"] {
+        ensure!(status[counter] == 0, "{counter}: {status:#}");
+    }
+    Ok(())
+}
+
+/// Another at each run, said where a test fails; `KLEAK_SEED` is for doing it again.
+fn seed() -> u64 {
+    let given = std::env::var("KLEAK_SEED").ok().and_then(|seed| seed.parse().ok());
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_millis() as u64);
+    given.unwrap_or_else(|| now() % 100_000_000)
+}
