@@ -20,6 +20,7 @@
 //! ```
 
 use crate::counts::Count;
+use crate::types::CacheType;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
@@ -88,6 +89,12 @@ pub struct Rules {
     /// Where objects keep their reference count.
     #[serde(default, rename = "count")]
     pub counts: Vec<Count>,
+    /// What the objects of slab caches are.
+    #[serde(default, rename = "type")]
+    pub types: Vec<CacheType>,
+    /// C names of types of 8 bytes or more that hold no pointers.
+    #[serde(default)]
+    pub not_pointers: Vec<String>,
 }
 
 impl Rules {
@@ -97,6 +104,8 @@ impl Rules {
         self.suppressions.extend(other.suppressions);
         // The first row of a cache counts: a project's own goes before the built-in one.
         self.counts.splice(..0, other.counts);
+        self.types.splice(..0, other.types);
+        self.not_pointers.extend(other.not_pointers);
     }
 }
 
@@ -109,6 +118,7 @@ const KINDS: [&str; 7] = ["slab", "large", "vmalloc", "percpu", "page", "membloc
 pub fn builtin() -> Rules {
     let mut rules = parse(include_str!("../data/annotations.toml")).expect("built-in annotations are valid");
     rules.extend(parse(include_str!("../data/counts.toml")).expect("built-in counts are valid"));
+    rules.extend(parse(include_str!("../data/types.toml")).expect("built-in types are valid"));
     rules
 }
 
@@ -141,6 +151,9 @@ pub fn parse(text: &str) -> Result<Rules> {
     }
     for rule in &rules.counts {
         rule.check().with_context(|| format!("Count of cache {:?}", rule.cache))?;
+    }
+    for rule in &rules.types {
+        rule.check().with_context(|| format!("Type of cache {:?}", rule.cache))?;
     }
     Ok(rules)
 }
@@ -215,8 +228,10 @@ mod tests {
         assert!(rules.suppressions.is_empty());
         assert!(rules.annotations.iter().all(|r| !r.source.is_empty() && !r.reason.is_empty()));
         assert!(rules.counts.iter().all(|r| !r.source.is_empty()));
+        assert!(!rules.types.is_empty() && rules.types.iter().all(|r| !r.source.is_empty()));
         let sources = rules.annotations.iter().flat_map(|r| &r.source);
-        for source in sources.chain(rules.counts.iter().flat_map(|r| &r.source)) {
+        let sources = sources.chain(rules.counts.iter().flat_map(|r| &r.source));
+        for source in sources.chain(rules.types.iter().flat_map(|r| &r.source)) {
             let (place, version) = source.split_once(" (").expect("source names its kernel");
             let (_, line) = place.split_once(".c:").expect("source is a C file and line");
             assert!(line.parse::<u32>().is_ok() && version.ends_with(')'), "{source}");

@@ -3,3 +3,4 @@
 pub mod annotations;
 pub mod counts;
 pub mod hooks;
+pub mod types;

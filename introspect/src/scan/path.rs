@@ -198,7 +198,7 @@ impl<M: FrozenMemory> Explain<'_, '_, M> {
         let cache = self.frozen.caches.get(&object.cache).cloned();
         let name = cache.as_deref().unwrap_or_default();
         let structure = structure_of(self.input, object.cache, name, object.size);
-        Hop { structure: structure.map(str::to_owned), object, cache, word, next }
+        Hop { structure, object, cache, word, next }
     }
 
     /// Number of lost objects in the cycle of one of them.

@@ -251,7 +251,7 @@ fn counter<M: PhysicalMemory>(
         Some(rule) => Counter::of_rule(rule, types, &|symbol| input.linux.symbol(symbol))?,
         None => {
             let structure = structure_of(input, cache.va, name, cache.object_size);
-            structure.and_then(|structure| Counter::of_type(name, structure, types)).with_context(|| {
+            structure.and_then(|structure| Counter::of_type(name, &structure, types)).with_context(|| {
                 format!("Where objects of slab cache {name:?} keep a reference count is not known; --profile can say")
             })?
         }
@@ -413,11 +413,12 @@ impl<'x, 'a, M: FrozenMemory> Listing<'x, 'a, M> {
                 let structure = cache
                     .and_then(|cache| structure_of(self.input, cache.va, &cache.name, cache.object_size));
                 let types = self.input.linux.kernel.types.as_ref();
-                let member = types.zip(structure).and_then(|(types, name)| member_at(types, name, *offset));
+                let member =
+                    types.zip(structure.as_deref()).and_then(|(types, name)| member_at(types, name, *offset));
                 HeldBy::Object {
                     object: *object,
                     cache: cache.map(|cache| cache.name.clone()),
-                    structure: structure.map(str::to_owned),
+                    structure,
                     member,
                     offset: *offset,
                 }

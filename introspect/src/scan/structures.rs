@@ -3,18 +3,20 @@
 use super::ScanInput;
 use crate::memory::{PhysicalMemory, Va};
 
-/// C type of the objects of a slab cache that is used under its own name only: the structure that has its name, with or
-/// without `_cache` or `_cachep`, and exactly its object size.
-pub(super) fn structure_of<'n, M: PhysicalMemory>(
+/// C type of the objects of a slab cache that is used under its own name only: the structure that a profile's row names, or
+/// that has the cache's name, with or without `_cache` or `_cachep`; and exactly its object size.
+pub(super) fn structure_of<M: PhysicalMemory>(
     input: &ScanInput<'_, M>,
     cache: Va,
-    name: &'n str,
+    name: &str,
     size: u64,
-) -> Option<&'n str> {
+) -> Option<String> {
     let types = input.linux.kernel.types.as_ref()?;
+    let row = input.types.row(name).map(|row| row.structure.as_str());
     let plain = name.strip_suffix("_cachep").or_else(|| name.strip_suffix("_cache"));
-    let named = [Some(name), plain].into_iter().flatten().find(|name| types.size_of(name) == Some(size))?;
-    (sharers(input, cache)? <= 1).then_some(named)
+    let candidates = [row, Some(name), plain].into_iter().flatten();
+    let named = candidates.into_iter().find(|name| types.size_of(name) == Some(size))?;
+    (sharers(input, cache)? <= 1).then(|| named.to_owned())
 }
 
 /// How many names a slab cache is used under: SLUB merges caches of like objects (`__kmem_cache_alias`, mm/slub.c). None

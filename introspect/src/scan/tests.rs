@@ -5,10 +5,12 @@ use super::index::{ASK, Block, Index, NO_SLOT};
 use super::mark::{Contents, Marker, Origin, Special, Witness};
 use super::path::{link, root_link};
 use super::trail::Trail;
+use super::typed::Shape;
 use super::words::{Windows, any_candidates, candidates};
 use super::{HEAD_BYTES, fingerprint};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// Where the synthetic direct map and vmalloc space lie.
 const DIRECT: u64 = 0xffff_8880_0000_0000;
@@ -189,8 +191,13 @@ proptest! {
         roots in proptest::collection::vec((any::<prop::sample::Index>(), 0..70u64), 0..4),
         no_scan in proptest::collection::vec(any::<prop::sample::Index>(), 0..3),
         area in (any::<prop::sample::Index>(), 0..8u64, 0..8u64),
+        shapes in proptest::collection::vec(proptest::collection::vec(any::<bool>(), 0..300), 0..3),
+        typed in proptest::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..20),
     ) {
         prop_assume!(!blocks.is_empty());
+        let typed: BTreeMap<u64, usize> = typed.iter().filter(|_| !shapes.is_empty())
+            .map(|(object, shape)| (object.get(&blocks).start, shape.index(shapes.len()))).collect();
+        let known: Vec<Arc<Shape>> = shapes.iter().map(|words| Arc::new(Shape::new(words))).collect();
         let memory = plant(&blocks, &edges);
         let roots: Vec<u64> = roots.iter().map(|(to, inside)| to.get(&blocks).start + inside).collect();
         let no_scan: BTreeSet<u64> = no_scan.iter().map(|i| i.get(&blocks).start).collect();
@@ -199,6 +206,8 @@ proptest! {
         let mut marker = Marker::new(&index, &memory, &slots, ());
         no_scan.iter().for_each(|&va| marker.set_no_scan(va));
         marker.set_special(area.0, Special { areas: Some(vec![area.1.clone()]), ..Special::default() });
+        marker.set_shapes(&known);
+        typed.iter().for_each(|(&va, &shape)| marker.set_shape(va, shape as u8));
         let bytes: Vec<u8> = roots.iter().flat_map(|w| w.to_le_bytes()).collect();
         marker.root(&bytes);
         marker.run();
@@ -207,7 +216,12 @@ proptest! {
         let mut work: Vec<Block> = roots.iter().filter_map(|&w| naive_find(&blocks, w)).collect();
         let contents = |block: &Block| -> Vec<Block> {
             let scanned = |va: &u64| {
-                block.start != area.0 || area.1.contains(&(va - block.start))
+                let offset = va - block.start;
+                if block.start == area.0 {
+                    return area.1.contains(&offset);
+                }
+                let shape = typed.get(&block.start).filter(|_| block.start % 8 == 0);
+                shape.is_none_or(|&shape| shapes[shape].get(offset as usize / 8) == Some(&true))
             };
             if no_scan.contains(&block.start) {
                 return Vec::new();

@@ -4,6 +4,7 @@
 //! [`raw`] reads the records; this file follows them. The image is untrusted: chains of typedefs are cut after
 //! [`MAX_CHAIN`] steps, and a search through anonymous members ends after [`MAX_VISITS`].
 
+mod pointers;
 mod raw;
 #[cfg(test)]
 pub(crate) mod synthetic;

@@ -35,6 +35,9 @@ pub struct AnalyzeOptions {
     /// Take the stacks of tasks for roots [default: the saved run's; on for a vmcore]
     #[arg(long, value_name = "on|off", action = ArgAction::Set, value_parser = values::on_off)]
     pub stack: Option<bool>,
+    /// Follow only the words that can hold a pointer in objects whose type is known [default: the saved run's; on for a vmcore]
+    #[arg(long, value_name = "on|off", action = ArgAction::Set, value_parser = values::on_off)]
+    pub typed: Option<bool>,
     #[allow(missing_docs, reason = "a doc comment would become the help text of the group")]
     #[command(flatten)]
     pub reports: Reports,
@@ -68,6 +71,7 @@ pub fn analyze(options: &AnalyzeOptions) -> Result<ExitCode> {
         track: options.track.clone(),
         min_age_ms: options.min_age_ms,
         stack: options.stack,
+        typed: options.typed,
     };
     let opened = open(&options.file, &opening).map_err(|error| {
         // What the kernel for it is to be, or what else can be done, the error knows best.

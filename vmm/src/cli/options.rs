@@ -165,6 +165,10 @@ pub struct RunOptions {
     #[arg(long, value_name = "on|off", default_value = "on", action = ArgAction::Set, value_parser = values::on_off, help_heading = "Detector")]
     pub stack: bool,
 
+    /// Follow only the words that can hold a pointer in objects whose type is known
+    #[arg(long, value_name = "on|off", default_value = "on", action = ArgAction::Set, value_parser = values::on_off, help_heading = "Detector")]
+    pub typed: bool,
+
     /// Scan before the run ends
     #[arg(long, value_name = "yes|no", default_value = "yes", action = ArgAction::Set, value_parser = values::yes_no, help_heading = "Detector")]
     pub scan_at_exit: bool,

@@ -82,6 +82,7 @@ impl RunOptions {
         line.option("--scan-period", self.scan_period_s.to_string());
         line.option("--min-age", self.min_age_ms.to_string());
         line.option("--stack", on_off(self.stack));
+        line.option("--typed", on_off(self.typed));
         line.option("--scan-at-exit", if self.scan_at_exit { "yes" } else { "no" });
         line.option("--scan-on", self.scan_on.iter().map(|when| name(*when)).collect::<Vec<_>>().join(","));
         line.option("--lab", name(self.lab));

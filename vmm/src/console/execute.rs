@@ -120,6 +120,10 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
             target.set_stack(*on)?;
             format!("stack scanning {}", on_off(*on))
         }
+        Command::Typed(on) => {
+            target.set_typed(*on)?;
+            format!("typed scanning {}", on_off(*on))
+        }
         Command::PeriodicScan(on) => automatic_scans(target.set_periodic_scan(*on)?),
         Command::ScanPeriod(seconds) => {
             target.set_scan_period(*seconds)?;
@@ -173,6 +177,7 @@ fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::Off => target.off().map(|()| json!({ "tracking": false }))?,
         Command::On => json!({ "tracking": true, "seeded": target.on()? }),
         Command::Stack(on) => target.set_stack(*on).map(|()| json!({ "stack": on }))?,
+        Command::Typed(on) => target.set_typed(*on).map(|()| json!({ "typed": on }))?,
         Command::PeriodicScan(on) => json!({ "scan_period": target.set_periodic_scan(*on)? }),
         Command::ScanPeriod(seconds) => {
             target.set_scan_period(*seconds).map(|()| json!({ "scan_period": seconds }))?

@@ -69,6 +69,9 @@ impl Target for FakeTarget {
     fn set_stack(&self, on: bool) -> anyhow::Result<()> {
         self.called(if on { "stack=on" } else { "stack=off" }, ())
     }
+    fn set_typed(&self, on: bool) -> anyhow::Result<()> {
+        self.called(if on { "typed=on" } else { "typed=off" }, ())
+    }
     fn set_scan_period(&self, seconds: u64) -> anyhow::Result<()> {
         self.called(&format!("period={seconds}"), ())
     }

@@ -60,6 +60,11 @@ impl Target for Detector {
         Ok(())
     }
 
+    fn set_typed(&self, on: bool) -> Result<()> {
+        self.work().options.typed = on;
+        Ok(())
+    }
+
     fn set_scan_period(&self, seconds: u64) -> Result<()> {
         let mut work = self.work();
         work.period = seconds;
@@ -126,12 +131,18 @@ impl Target for Detector {
         say("unknown_frees", json!(counters.unknown_frees));
         say("overwritten", json!(counters.overwrites));
         say("stack", json!(work.options.stack));
+        say("typed", json!(work.options.typed));
         say("scan_period_s", json!(work.period));
         say("min_age_ms", json!(work.options.min_age_ms));
         say("scans", json!(work.scans));
         if let Some(scanned) = &work.scanned {
             say("last_scan_pause_ms", json!(scanned.pause.as_millis() as u64));
             say("last_scan_bytes", json!(scanned.result.bytes_scanned));
+            let typed = scanned.result.typed;
+            say(
+                "last_scan_typed",
+                json!({ "caches": typed.caches, "objects": typed.objects, "dropped": typed.dropped }),
+            );
             say("unreferenced", json!(self.current_leaks(&work)));
             for root in &scanned.result.roots {
                 say(

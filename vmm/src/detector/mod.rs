@@ -25,7 +25,7 @@ use introspect::linux::percpu::PercpuChunk;
 use introspect::linux::slab::SlabMap;
 use introspect::memory::{PAGE_SIZE, Va};
 use introspect::registry::{AllocEvent, Audit, Kind, Paint, Truth};
-use introspect::scan::{ScanInput, ScanResult, Treatments, scan};
+use introspect::scan::{CacheTypes, ScanInput, ScanResult, Treatments, scan};
 use quiet::Allocator;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -61,6 +61,8 @@ pub struct ScanOptions {
     pub min_age_ms: u64,
     /// Task stacks are roots.
     pub stack: bool,
+    /// Types of objects count.
+    pub typed: bool,
 }
 
 /// Everything the detector is made of.
@@ -121,6 +123,7 @@ struct Work {
 pub struct Detector {
     parts: Parts,
     allocator: Allocator,
+    types: CacheTypes,
     work: Mutex<Work>,
     started: Instant,
 }
@@ -129,6 +132,7 @@ impl Detector {
     /// A detector for a machine whose traps are planted.
     pub fn new(parts: Parts, options: ScanOptions, period: u64) -> Self {
         let allocator = Allocator::new(&parts.linux, &parts.plan);
+        let types = CacheTypes::new(&parts.rules);
         let work = Work {
             options,
             period,
@@ -142,7 +146,7 @@ impl Detector {
             history: History::default(),
             save_leak: None,
         };
-        Self { parts, allocator, work: Mutex::new(work), started: Instant::now() }
+        Self { parts, allocator, types, work: Mutex::new(work), started: Instant::now() }
     }
 
     /// Has the machine saved to `path` as it stands at the first scan that finds leaks.
@@ -252,6 +256,8 @@ impl Detector {
             min_age_ms: work.options.min_age_ms,
             stack: work.options.stack,
             slab: self.tracks(Tracked::Slab),
+            types: &self.types,
+            typed: work.options.typed,
         })
     }
 

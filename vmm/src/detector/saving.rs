@@ -106,6 +106,7 @@ impl Detector {
             scans: work.scans,
             min_age_ms: work.options.min_age_ms,
             stack: work.options.stack,
+            typed: work.options.typed,
         };
         let modules = parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
         let state = parts.recorder.state();

@@ -113,7 +113,7 @@ fn track(
         profile: rules.profile,
         host,
     };
-    let scan = ScanOptions { min_age_ms: options.min_age_ms, stack: options.stack };
+    let scan = ScanOptions { min_age_ms: options.min_age_ms, stack: options.stack, typed: options.typed };
     let detector = Arc::new(Detector::new(parts, scan, options.scan_period_s));
     if let Some(path) = &options.snapshot_on_leak {
         detector.save_at_first_leak(path.clone());

@@ -44,6 +44,8 @@ pub struct Facts {
     pub min_age_ms: u64,
     /// `--stack`.
     pub stack: bool,
+    /// `--typed`.
+    pub typed: bool,
 }
 
 /// The state as it is written.

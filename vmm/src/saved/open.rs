@@ -40,6 +40,8 @@ pub struct Opening {
     pub min_age_ms: Option<u64>,
     /// `--stack`.
     pub stack: Option<bool>,
+    /// `--typed`.
+    pub typed: Option<bool>,
 }
 
 /// A saved machine.
@@ -99,6 +101,7 @@ fn snapshot(
         profile: opening.profile.clone().or(facts.profile),
         min_age_ms: opening.min_age_ms.unwrap_or(facts.min_age_ms),
         stack: opening.stack.unwrap_or(facts.stack),
+        typed: opening.typed.unwrap_or(facts.typed),
         ..facts
     };
     let scans = facts.scans;
@@ -141,6 +144,7 @@ fn foreign(file: File, core: &Vmcore, opening: &Opening) -> Result<Opened> {
         // Nobody knows when anything was allocated.
         min_age_ms: 0,
         stack: opening.stack.unwrap_or(true),
+        typed: opening.typed.unwrap_or(true),
     };
     let parts = parts(ram.clone(), image, &facts)?;
     let memory = &ram;
@@ -187,7 +191,7 @@ fn parts(ram: GuestRam, image: KernelImage, facts: &Facts) -> Result<Parts> {
 }
 
 fn detector(parts: Parts, facts: &Facts) -> Arc<Detector> {
-    let options = ScanOptions { min_age_ms: facts.min_age_ms, stack: facts.stack };
+    let options = ScanOptions { min_age_ms: facts.min_age_ms, stack: facts.stack, typed: facts.typed };
     Arc::new(Detector::new(parts, options, 0))
 }
 
