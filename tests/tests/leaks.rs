@@ -129,7 +129,10 @@ fn number(line: &str) -> Result<()> {
         ensure!(finished.stdout.contains(&said), "not {said:?}: {}", tests::tail(&finished.stdout, 200));
     }
     let status = finished.stdout.lines().find(|line| line.starts_with("on: guest:")).context("no status")?;
-    ensure!(status.contains(" typed: true ") && status.contains(", dropped 1 "), "{status}");
+    ensure!(
+        status.contains(" typed: true ") && status.contains(" dropped no pointer by its type: words 1 "),
+        "{status}"
+    );
     let report = guest.report()?;
     ensure!(
         leaks_of(&report, "leaky_typed")? == [192] && sizes(&report)?.len() == 1,

@@ -116,6 +116,10 @@ pub struct Marker<'a, C, W = ()> {
     stage: Vec<(u64, u32)>,
     /// Bytes read so far.
     pub bytes: u64,
+    /// Words that were looked up: those that lie where objects are.
+    pub candidates: u64,
+    /// Those of them that refer to an object.
+    pub references: u64,
     /// Words that would have been references if they could hold a pointer.
     pub dropped: u64,
     /// Who is told.
@@ -141,6 +145,8 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
             work,
             stage,
             bytes: 0,
+            candidates: 0,
+            references: 0,
             dropped: 0,
             witness,
         }
@@ -381,6 +387,8 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
             let nothing = slot == NO_SLOT || slot != ASK && state & OBJECT == 0;
             references += u64::from(is_done || !nothing && self.resolve(word, source));
         }
+        self.candidates += stage.len() as u64;
+        self.references += references;
         stage.clear();
         self.stage = stage;
         references

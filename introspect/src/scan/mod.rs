@@ -28,6 +28,7 @@
 
 mod coverage;
 pub mod dead_words;
+mod exception_stacks;
 mod graph;
 pub mod guest;
 pub mod index;
@@ -36,6 +37,7 @@ mod pages;
 mod path;
 mod path_text;
 mod places;
+pub mod possible;
 mod referrers;
 pub mod refs;
 mod refs_text;
@@ -52,7 +54,7 @@ pub use coverage::{Coverage, NotRead, RootShare, coverage};
 pub use path::{Hop, Path, Start, path};
 pub use places::{Owner, Place};
 pub use referrers::{Reference, Referrer, referrers};
-pub use treatment::{Function, Treatments};
+pub use treatment::{Function, Treatments, has_function};
 pub use typed::{CacheTypes, Shape, TypedStatistics};
 
 use crate::arch::CpuState;
@@ -113,8 +115,8 @@ pub struct Leak {
     pub direct: bool,
     /// Objects of one cycle have the same number, all others one each.
     pub component: u32,
-    /// Bytes that a direct leak keeps from being freed: of its cycle and all that only this cycle reaches. An
-    /// indirect leak's own size. A per-CPU object counts with the copies of all CPUs.
+    /// Bytes that it keeps from being freed: of its cycle and all that is only reached through this cycle. A per-CPU object
+    /// counts with the copies of all CPUs.
     pub retained: u64,
     /// Its first [`HEAD_BYTES`] bytes, or fewer; of a per-CPU object the first CPU's.
     pub head: Vec<u8>,
@@ -151,6 +153,8 @@ pub struct ScanResult {
     pub young: u64,
     /// Bytes read, roots and objects.
     pub bytes_scanned: u64,
+    /// Words that lie where objects are, and refer to none: to free slots, and to what is between objects.
+    pub no_object: u64,
     /// What knowing types did.
     pub typed: TypedStatistics,
     /// Time to collect roots and build the index.
@@ -226,6 +230,7 @@ pub fn scan<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<ScanRes
     }
     marker.run();
     result.bytes_scanned = marker.bytes;
+    result.no_object = marker.candidates - marker.references;
     let caches = frozen.shapes.all.len() as u64;
     result.typed = TypedStatistics { caches, objects: treated.typed, dropped: marker.dropped };
     result.mark = start.elapsed();

@@ -8,7 +8,7 @@
 use super::guest::GuestMemory;
 use super::places::{Place, place};
 use super::referrers::{Holder, Referrer, Targets, each_word};
-use super::structures::{sharers, structure_of};
+use super::structures::{member_at, sharers, structure_of};
 use super::{ScanInput, heap};
 use crate::linux::slab::{Cache, named};
 use crate::memory::{FrozenMemory, Pa, PhysicalMemory, Va};
@@ -427,13 +427,6 @@ impl<'x, 'a, M: FrozenMemory> Listing<'x, 'a, M> {
     }
 }
 
-/// Name of the member of a structure at an offset; of several the one that begins last.
-fn member_at(types: &Btf, structure: &str, offset: u64) -> Option<String> {
-    let members = types.members(structure)?;
-    let around = members.iter().filter(|m| (m.field.offset..m.field.offset + m.field.size).contains(&offset));
-    around.max_by_key(|member| member.field.offset).map(|member| member.name.to_owned())
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -518,7 +511,8 @@ pub(super) mod tests {
         assert_eq!(found("locked"), Some(("ref.count".into(), 12)));
         // Which of them, nobody knows; and none at all.
         assert_eq!((found("two"), found("inner"), found("gone")), (None, None, None));
-        assert_eq!(member_at(&types, "outer", 26).as_deref(), Some("in"));
+        assert_eq!(member_at(&types, "outer", 26).as_deref(), Some("in.count"));
+        assert_eq!(member_at(&types, "outer", 20).as_deref(), Some("in"));
         assert_eq!(member_at(&types, "outer", 44), None);
     }
 

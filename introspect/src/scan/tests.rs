@@ -296,8 +296,15 @@ proptest! {
         let direct = |i: usize| !edges.iter().any(|&(a, b)| b as usize == i && !same(i, a as usize))
             && !(0..n).any(|j| reach[j][i] && !reach[i][j]);
         for i in 0..n {
-            let only_mine = |j: usize| reach[i][j] && !(0..n).any(|k| direct(k) && reach[k][j] && !same(k, i));
-            let retained = if direct(i) { (0..n).filter(|&j| only_mine(j)).map(|j| sizes[j]).sum() } else { sizes[i] };
+            // What is not reached from the direct ones any more when the cycle of i is taken out.
+            let mut left: Vec<bool> = (0..n).map(|j| direct(j) && !same(i, j)).collect();
+            for _ in 0..n {
+                for &(a, b) in &edges {
+                    let (a, b) = (a as usize, b as usize);
+                    left[b] |= left[a] && !same(i, b);
+                }
+            }
+            let retained = (0..n).filter(|&j| !left[j]).map(|j| sizes[j]).sum();
             let Standing { direct: d, component, retained: r } = standings[i];
             prop_assert_eq!((d, r), (direct(i), retained));
             for (j, other) in standings.iter().enumerate() {
@@ -305,6 +312,24 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_two_share_neither_retains() {
+    // 0 and 1 are lost, share 2, and 2 keeps 3; 0 keeps 4 and 5, a cycle.
+    let standings = classify(&[1, 2, 4, 8, 16, 32], &[(0, 2), (1, 2), (2, 3), (0, 4), (4, 5), (5, 4)]);
+    let retained: Vec<u64> = standings.iter().map(|standing| standing.retained).collect();
+    assert_eq!(retained, [49, 2, 12, 8, 48, 48]);
+}
+
+#[test]
+fn a_long_chain_with_short_cuts_takes_no_square_of_its_length() {
+    const LENGTH: u32 = 200_000;
+    let next = (0..LENGTH - 1).map(|n| (n, n + 1));
+    let shortcuts = (0..LENGTH - 2).map(|n| (n / 2, n + 2));
+    let standings = classify(&vec![1; LENGTH as usize], &next.chain(shortcuts).collect::<Vec<_>>());
+    assert_eq!((standings[0].direct, standings[0].retained), (true, LENGTH.into()));
+    assert!(standings[1..].iter().all(|standing| !standing.direct));
 }
 
 /// By object, how many objects there are on a shortest way to it: rounds over all references until none is new.

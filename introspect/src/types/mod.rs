@@ -219,12 +219,12 @@ impl Btf {
         None
     }
 
-    fn kind(&self, id: TypeId) -> Kind {
+    pub(crate) fn kind(&self, id: TypeId) -> Kind {
         self.raw.get(id).map_or(Kind::Void, |record| record.kind)
     }
 
     /// Size of a type in bytes; None for what has none.
-    fn size(&self, mut id: TypeId) -> Option<u64> {
+    pub(crate) fn size(&self, mut id: TypeId) -> Option<u64> {
         let mut count = 1u64;
         for _ in 0..MAX_CHAIN {
             id = self.resolve(id)?;

@@ -37,6 +37,9 @@ impl RunOptions {
                 line.option(name, map(path, usage));
             }
         }
+        for file in &self.suppressions {
+            line.option("--suppressions", map(file, Input));
+        }
         for module in &self.modules {
             let mut value = map(&module.path, Input).into_os_string();
             module.params.iter().for_each(|param| value.push(format!(",{param}")));
@@ -85,6 +88,7 @@ impl RunOptions {
         line.option("--typed", on_off(self.typed));
         line.option("--scan-at-exit", if self.scan_at_exit { "yes" } else { "no" });
         line.option("--scan-on", self.scan_on.iter().map(|when| name(*when)).collect::<Vec<_>>().join(","));
+        line.option("--sort", name(self.sort));
         line.option("--lab", name(self.lab));
         line.flag("--clear-after-scan", self.clear_after_scan);
         line.flag("--notice-on-console", self.notice_on_console);

@@ -21,6 +21,8 @@ pub enum Command {
     Stack(bool),
     /// Follow only words that can hold a pointer or not.
     Typed(bool),
+    /// Objects in use only by a pointer into their middle.
+    Possible,
     /// Start or stop the automatic scans, at the period set before.
     PeriodicScan(bool),
     /// Period of the automatic scans in seconds; 0 stops them.
@@ -271,6 +273,15 @@ pub const COMMANDS: &[Entry] = &[
         detail: "Bytes, words that point into objects, and objects it was the first to point into, in reading order.",
         pause: Pause::Scan,
         completions: &["roots"],
+    },
+    Entry {
+        name: "possible",
+        usage: "possible",
+        summary: "possible leaks: objects in use only by a pointer into their middle",
+        detail: "Most are found through a list or tree in them, and are no leaks. By origin; those first that are unlike\n\
+                 most of their origin. Never counted as leaks.",
+        pause: Pause::Scan,
+        completions: &["possible"],
     },
     Entry {
         name: "canary",

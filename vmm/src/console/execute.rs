@@ -132,6 +132,7 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::Dump(address) => target.dump(*address)?.text,
         Command::Path(address) => target.path(*address)?.text,
         Command::Roots => target.roots()?.text,
+        Command::Possible => target.possible()?.text,
         Command::Canary => target.canary()?.text,
         Command::Status => {
             target.status()?.iter().map(|(key, value)| format!("{key}: {}\n", plain(value))).collect()
@@ -185,6 +186,7 @@ fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::Dump(address) => target.dump(*address)?.json,
         Command::Path(address) => target.path(*address)?.json,
         Command::Roots => target.roots()?.json,
+        Command::Possible => target.possible()?.json,
         Command::Canary => target.canary()?.json,
         Command::Status => Value::Object(target.status()?.into_iter().collect()),
         Command::Audit => serde_json::to_value(target.audit()?)?,

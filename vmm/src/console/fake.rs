@@ -89,6 +89,9 @@ impl Target for FakeTarget {
     fn roots(&self) -> anyhow::Result<Answer> {
         self.called("roots", answer("name  bytes\ndata      8", json!({ "roots": [] })))
     }
+    fn possible(&self) -> anyhow::Result<Answer> {
+        self.called("possible", answer("objects  site", json!({ "possible": [] })))
+    }
     fn canary(&self) -> anyhow::Result<Answer> {
         self.called("canary", answer("canary: found", json!({ "canary": { "found": true } })))
     }

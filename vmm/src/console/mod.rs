@@ -69,6 +69,8 @@ pub trait Target: Send + Sync {
     fn path(&self, address: Va) -> anyhow::Result<Answer>;
     /// What each part of the roots contributes, and what is not read.
     fn roots(&self) -> anyhow::Result<Answer>;
+    /// Objects that are in use only by a pointer into their middle.
+    fn possible(&self) -> anyhow::Result<Answer>;
     /// Hides what refers to the canary, scans, and puts it back; an error if it was not found.
     fn canary(&self) -> anyhow::Result<Answer>;
     /// Tracer, hooks, objects, bytes, events, last scan, dropped events, as key and value in print order.

@@ -74,6 +74,7 @@ impl Command {
             "on" => Self::On,
             "status" => Self::Status,
             "roots" => Self::Roots,
+            "possible" => Self::Possible,
             "canary" => Self::Canary,
             "audit" => Self::Audit,
             "quit" => Self::Quit,

@@ -92,6 +92,10 @@ impl Target for Detector {
         self.roots_now()
     }
 
+    fn possible(&self) -> Result<Answer> {
+        self.possible_now()
+    }
+
     fn canary(&self) -> Result<Answer> {
         self.canary_now()
     }
@@ -139,10 +143,9 @@ impl Target for Detector {
             say("last_scan_pause_ms", json!(scanned.pause.as_millis() as u64));
             say("last_scan_bytes", json!(scanned.result.bytes_scanned));
             let typed = scanned.result.typed;
-            say(
-                "last_scan_typed",
-                json!({ "caches": typed.caches, "objects": typed.objects, "dropped": typed.dropped }),
-            );
+            say("last_scan_typed", json!({ "caches": typed.caches, "objects": typed.objects }));
+            say("dropped no object", json!({ "words": scanned.result.no_object }));
+            say("dropped no pointer by its type", json!({ "words": typed.dropped }));
             say("unreferenced", json!(self.current_leaks(&work)));
             for root in &scanned.result.roots {
                 say(
@@ -150,6 +153,10 @@ impl Target for Detector {
                     json!({ "bytes": root.bytes, "references": root.references }),
                 );
             }
+        }
+        // Looked up only when somebody asks for the roots.
+        for (name, words) in work.dropped.iter().flatten() {
+            say(&format!("dropped {name}"), json!({ "words": words }));
         }
         Ok(status)
     }

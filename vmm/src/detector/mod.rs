@@ -13,6 +13,7 @@ mod saving;
 pub use canary::CANARY;
 
 use crate::machine::{FrozenRam, Guest, Outcome, Paused};
+use crate::run::RuleFiles;
 use crate::tracer::{Recorder, breakpoint::Breakpoints};
 use anyhow::{Context, Result, bail};
 use guest_profiles::annotations::Rules;
@@ -25,6 +26,7 @@ use introspect::linux::percpu::PercpuChunk;
 use introspect::linux::slab::SlabMap;
 use introspect::memory::{PAGE_SIZE, Va};
 use introspect::registry::{AllocEvent, Audit, Kind, Paint, Truth};
+use introspect::report::Order;
 use introspect::scan::{CacheTypes, ScanInput, ScanResult, Treatments, scan};
 use quiet::Allocator;
 use serde::{Deserialize, Serialize};
@@ -63,6 +65,8 @@ pub struct ScanOptions {
     pub stack: bool,
     /// Types of objects count.
     pub typed: bool,
+    /// Of groups in reports.
+    pub order: Order,
 }
 
 /// Everything the detector is made of.
@@ -81,8 +85,8 @@ pub struct Parts {
     pub tracked: Vec<Tracked>,
     /// Annotations and suppressions.
     pub rules: Rules,
-    /// Text of the guest profile that is among them.
-    pub profile: Option<String>,
+    /// The files that they are from, but the built-in ones.
+    pub rule_files: RuleFiles,
     /// For the report.
     pub host: HostFacts,
 }
@@ -113,6 +117,8 @@ struct Work {
     scans: u64,
     scanned: Option<Scanned>,
     audit: Option<Audit>,
+    /// Words of what is not read that point into objects, as `roots` last counted them.
+    dropped: Option<Vec<(&'static str, u64)>>,
     mark: Option<accounting::Mark>,
     history: History,
     /// Where the machine is to be saved when a scan finds leaks.
@@ -142,6 +148,7 @@ impl Detector {
             scans: 0,
             scanned: None,
             audit: None,
+            dropped: None,
             mark: None,
             history: History::default(),
             save_leak: None,

@@ -2,10 +2,11 @@
 
 mod guest;
 pub mod reports;
+mod rules;
 mod watch;
 
-pub use guest::profile;
 pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS};
+pub use rules::RuleFiles;
 
 use crate::cli::options::{RunOptions, TracerChoice};
 use crate::cli::{ExitCode, Failure, check};
@@ -34,6 +35,7 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
     let image = guest::image(options)?;
     let drivers = guest::drivers(options, &image)?;
     let initrd = guest::initrd(options, image.release(), &drivers)?;
+    let rule_files = RuleFiles::read(options.profile.as_deref(), &options.suppressions)?;
     let probe = match lab::decide(options.lab, || probe::probe(Path::new("/dev/kvm"), Depth::Needed))? {
         Decision::Here(probe) => probe,
         Decision::Lab(lab, reason) => {
@@ -56,7 +58,7 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
     let machine = Arc::new(Machine::new(config)?);
     let linux = Linux::new(Arc::clone(&kernel), machine.placement());
     let linux = Arc::new(linux.context("Cannot find the kernel's data structures")?);
-    let (detector, traps) = track(options, &machine, &linux, &probe)?;
+    let (detector, traps) = track(options, &machine, &linux, &probe, rule_files)?;
     let session = Session::new(options, machine, detector)?;
     session.see_through(options, traps, control)
 }
@@ -72,8 +74,8 @@ fn track(
     machine: &Arc<Machine>,
     linux: &Arc<Linux>,
     probe: &Probe,
+    rule_files: RuleFiles,
 ) -> Result<(Arc<Detector>, Option<Traps>)> {
-    let rules = guest::rules(options)?;
     let recorder = Arc::new(Recorder::new(Arc::clone(linux), machine.ram().clone())?);
     let instruction = match options.tracer {
         // None will be planted: a host without a trap that works may still boot.
@@ -84,7 +86,7 @@ fn track(
     let plan = match options.tracer {
         TracerChoice::Off => Plan::default(),
         TracerChoice::Auto | TracerChoice::Breakpoint => {
-            plan(&linux.kernel, &rules.hooks, &options.track, instruction.len())
+            plan(&linux.kernel, &guest_profiles::hooks::builtin(), &options.track, instruction.len())
         }
     };
     for gap in plan.gaps.iter().filter(|_| !options.quiet) {
@@ -109,11 +111,16 @@ fn track(
         traps: Arc::clone(&traps),
         plan,
         tracked: options.track.clone(),
-        rules: rules.annotations,
-        profile: rules.profile,
+        rules: rule_files.rules()?,
+        rule_files,
         host,
     };
-    let scan = ScanOptions { min_age_ms: options.min_age_ms, stack: options.stack, typed: options.typed };
+    let scan = ScanOptions {
+        min_age_ms: options.min_age_ms,
+        stack: options.stack,
+        typed: options.typed,
+        order: options.sort.into(),
+    };
     let detector = Arc::new(Detector::new(parts, scan, options.scan_period_s));
     if let Some(path) = &options.snapshot_on_leak {
         detector.save_at_first_leak(path.clone());

@@ -15,6 +15,7 @@ pub use open::{Opened, Opening, open};
 pub use sink::Sink;
 
 use crate::detector::HostFacts;
+use crate::run::RuleFiles;
 use guest_profiles::hooks::Tracked;
 use introspect::accounting::growth::{FreedBy, History};
 use introspect::arch::CpuState;
@@ -36,8 +37,8 @@ pub struct Facts {
     pub tracked: Vec<Tracked>,
     /// Where it ran.
     pub host: HostFacts,
-    /// Text of its guest profile.
-    pub profile: Option<String>,
+    /// Its guest profile and suppressions.
+    pub rule_files: RuleFiles,
     /// Scans until then.
     pub scans: u64,
     /// `--min-age`.
