@@ -20,11 +20,13 @@
 //! ```
 
 use crate::counts::Count;
-use anyhow::{Context, Result, bail, ensure};
-use serde::Deserialize;
+use crate::types::CacheType;
+use anyhow::{Context, Result, anyhow, ensure};
+use serde::{Deserialize, Serialize};
+use toml::Spanned;
 
 /// What a scan does with the objects a rule matches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
     /// Never report, always read (kmemleak_not_leak).
@@ -35,6 +37,18 @@ pub enum Action {
     NoScan,
     /// Report, read the bytes from `start` to `end` only (kmemleak_scan_area).
     Area,
+}
+
+impl Action {
+    /// As rule files have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gray => "gray",
+            Self::Black => "black",
+            Self::NoScan => "no-scan",
+            Self::Area => "area",
+        }
+    }
 }
 
 /// One row of `data/annotations.toml`, whose head says what the fields mean.
@@ -73,21 +87,40 @@ pub struct Suppression {
     pub module: Option<String>,
     /// Slab cache.
     pub cache: Option<String>,
+    /// Line of its file that it begins in; with [`parse_file`] `FILE:LINE`.
+    #[serde(skip)]
+    pub place: String,
 }
 
 /// The contents of one file.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rules {
     /// Treatment of objects in scans.
-    #[serde(default, rename = "annotation")]
     pub annotations: Vec<Annotation>,
     /// Leaks not to be reported.
-    #[serde(default, rename = "suppress")]
     pub suppressions: Vec<Suppression>,
     /// Where objects keep their reference count.
-    #[serde(default, rename = "count")]
     pub counts: Vec<Count>,
+    /// What the objects of slab caches are.
+    pub types: Vec<CacheType>,
+    /// C names of types of 8 bytes or more that hold no pointers.
+    pub not_pointers: Vec<String>,
+}
+
+/// A file as it is written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default, rename = "annotation")]
+    annotations: Vec<Spanned<Annotation>>,
+    #[serde(default, rename = "suppress")]
+    suppressions: Vec<Spanned<Suppression>>,
+    #[serde(default, rename = "count")]
+    counts: Vec<Spanned<Count>>,
+    #[serde(default, rename = "type")]
+    types: Vec<Spanned<CacheType>>,
+    #[serde(default)]
+    not_pointers: Vec<String>,
 }
 
 impl Rules {
@@ -97,6 +130,8 @@ impl Rules {
         self.suppressions.extend(other.suppressions);
         // The first row of a cache counts: a project's own goes before the built-in one.
         self.counts.splice(..0, other.counts);
+        self.types.splice(..0, other.types);
+        self.not_pointers.extend(other.not_pointers);
     }
 }
 
@@ -109,6 +144,7 @@ const KINDS: [&str; 7] = ["slab", "large", "vmalloc", "percpu", "page", "membloc
 pub fn builtin() -> Rules {
     let mut rules = parse(include_str!("../data/annotations.toml")).expect("built-in annotations are valid");
     rules.extend(parse(include_str!("../data/counts.toml")).expect("built-in counts are valid"));
+    rules.extend(parse(include_str!("../data/types.toml")).expect("built-in types are valid"));
     rules
 }
 
@@ -127,22 +163,48 @@ pub fn builtin_and(text: Option<&str>) -> Result<Rules> {
 /// Reads a rule file.
 ///
 /// # Errors
-/// Not TOML, an unknown key, or a rule that matches everything, names an unknown kind or an empty area.
+/// Not TOML, an unknown key, or a rule that matches everything, names an unknown kind or an empty area; with its line.
 pub fn parse(text: &str) -> Result<Rules> {
-    let rules: Rules = toml::from_str(text).context("Cannot read the rule file")?;
-    for rule in &rules.annotations {
-        check(rule).with_context(|| format!("Annotation {:?}", rule.reason))?;
-    }
-    for rule in &rules.suppressions {
-        let patterns = [&rule.function, &rule.module, &rule.cache];
-        if patterns.iter().all(|p| p.is_none()) {
-            bail!("Suppression {:?} has no function, module or cache", rule.name);
-        }
-    }
-    for rule in &rules.counts {
-        rule.check().with_context(|| format!("Count of cache {:?}", rule.cache))?;
+    let line = |at: usize| 1 + text.bytes().take(at).filter(|&b| b == b'\n').count();
+    let file: File = toml::from_str(text).map_err(|error| {
+        let at = error.span().map_or(0, |span| span.start);
+        anyhow!("Line {}: {}", line(at), error.message())
+    })?;
+    let mut rules = Rules {
+        annotations: checked(file.annotations, &line, check)?,
+        suppressions: Vec::new(),
+        counts: checked(file.counts, &line, Count::check)?,
+        types: checked(file.types, &line, CacheType::check)?,
+        not_pointers: file.not_pointers,
+    };
+    for rule in file.suppressions {
+        let place = line(rule.span().start).to_string();
+        let rule = checked(vec![rule], &line, Suppression::check)?;
+        rules.suppressions.extend(rule.into_iter().map(|rule| Suppression { place: place.clone(), ..rule }));
     }
     Ok(rules)
+}
+
+/// Reads a rule file of this name, which the places of its suppressions have.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_file(name: &str, text: &str) -> Result<Rules> {
+    let mut rules = parse(text)?;
+    rules.suppressions.iter_mut().for_each(|rule| rule.place = format!("{name}:{}", rule.place));
+    Ok(rules)
+}
+
+fn checked<T>(
+    rows: Vec<Spanned<T>>,
+    line: &impl Fn(usize) -> usize,
+    check: impl Fn(&T) -> Result<()>,
+) -> Result<Vec<T>> {
+    let row = |row: Spanned<T>| {
+        check(row.get_ref()).with_context(|| format!("Line {}", line(row.span().start)))?;
+        Ok(row.into_inner())
+    };
+    rows.into_iter().map(row).collect()
 }
 
 fn check(rule: &Annotation) -> Result<()> {
@@ -161,6 +223,16 @@ fn check(rule: &Annotation) -> Result<()> {
 }
 
 impl Suppression {
+    fn check(&self) -> Result<()> {
+        let patterns = [&self.function, &self.module, &self.cache];
+        ensure!(
+            patterns.iter().any(|p| p.is_some()),
+            "Suppression {:?} has no function, module or cache",
+            self.name
+        );
+        Ok(())
+    }
+
     /// True when it covers an object of `cache` (empty: none) with a backtrace of functions and their modules.
     pub fn matches<'a>(
         &self,
@@ -215,8 +287,10 @@ mod tests {
         assert!(rules.suppressions.is_empty());
         assert!(rules.annotations.iter().all(|r| !r.source.is_empty() && !r.reason.is_empty()));
         assert!(rules.counts.iter().all(|r| !r.source.is_empty()));
+        assert!(!rules.types.is_empty() && rules.types.iter().all(|r| !r.source.is_empty()));
         let sources = rules.annotations.iter().flat_map(|r| &r.source);
-        for source in sources.chain(rules.counts.iter().flat_map(|r| &r.source)) {
+        let sources = sources.chain(rules.counts.iter().flat_map(|r| &r.source));
+        for source in sources.chain(rules.types.iter().flat_map(|r| &r.source)) {
             let (place, version) = source.split_once(" (").expect("source names its kernel");
             let (_, line) = place.split_once(".c:").expect("source is a C file and line");
             assert!(line.parse::<u32>().is_ok() && version.ends_with(')'), "{source}");
@@ -244,7 +318,10 @@ mod tests {
             let error = format!("{:#}", parse(&format!("{count}{text}")).unwrap_err());
             assert!(error.contains(expected), "{text}: {error}");
         }
-        assert!(parse("[[suppress]]\nname='all'").is_err());
+        let error = format!("{:#}", parse("\n[[suppress]]\nname='all'").unwrap_err());
+        assert_eq!(error, "Line 2: Suppression \"all\" has no function, module or cache");
+        let error = format!("{:#}", parse("\n\nsuppress = 1").unwrap_err());
+        assert!(error.starts_with("Line 3: "), "{error}");
         assert!(parse(&format!("{RULE}action='area'\ncache='c'\nstart=16")).is_ok());
     }
 
@@ -253,6 +330,8 @@ mod tests {
         let text = "[[suppress]]\nname='n'\nfunction='a_*'\nmodule='m?d'\ncache='kmalloc-*'\n";
         let rule = &parse(text).unwrap().suppressions[0];
         let frames = [("kmalloc", None), ("a_probe", Some("mod"))];
+        assert_eq!(rule.place, "1");
+        assert_eq!(parse_file("f", &format!("\n{text}")).unwrap().suppressions[0].place, "f:2");
         assert!(rule.matches("kmalloc-8", frames));
         assert!(!rule.matches("dentry", frames));
         assert!(!rule.matches("kmalloc-8", [("a_probe", None), ("b", Some("mod"))]));

@@ -3,3 +3,6 @@
 pub mod annotations;
 pub mod counts;
 pub mod hooks;
+#[cfg(test)]
+mod sites;
+pub mod types;

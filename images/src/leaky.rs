@@ -123,6 +123,7 @@ pub const CASES: &[Case] = &[
     case("softirq", &[direct(192)]),
     case("hidden", &[direct(512)]),
     case("stale", &[direct(256)]),
+    case("typed", &[direct(192)]),
     case("list", &[cycle(64), cycle(96), cycle(96), cycle(96), cycle(96)]),
     case("cycle", &[cycle(128); 2]),
     case(

@@ -30,6 +30,8 @@ fn main() -> ExitCode {
     trials.push(long_test("all_cases_and_pages_6.12-cloud", || all_cases_and_pages("6.12-cloud")));
     trials.push(long_test("what_a_system_call_holds_6.1-cloud", || blocked("6.1-cloud")));
     trials.push(test("what_a_system_call_holds_6.12-cloud", || blocked("6.12-cloud")));
+    trials.push(test("a_number_is_no_pointer_6.12-cloud", || number("6.12-cloud")));
+    trials.push(long_test("a_number_is_no_pointer_6.1-cloud", || number("6.1-cloud")));
     trials.push(test("what_holds_an_object_6.1-cloud", || held("6.1-cloud")));
     trials.push(test("one_line_finds_a_lost_list", lost_list));
     trials.push(test("one_line_passes_a_clean_module", clean_module));
@@ -145,6 +147,37 @@ fn blocked(line: &str) -> Result<()> {
     for said in ["10 of 10 calls sleep", "while they sleep: kmemleak: 0 new suspected memory leaks"] {
         ensure!(finished.stdout.contains(said), "not {said:?}: {}", tests::tail(&finished.stdout, 200));
     }
+    Ok(())
+}
+
+/// A number that looks like the only pointer to an object hides it from a scan that takes every word for a pointer, as
+/// kmemleak does, and from no other; and the rest of the kernel is clean either way.
+fn number(line: &str) -> Result<()> {
+    let kernel = kernel(line)?;
+    let mut guest = Guest::new(&kernel, 2)?;
+    guest.file(&module(&kernel, "leaky")?, "/leaky.ko").script(
+        "insmod /leaky.ko case=typed; sleep 3
+         for typed in off on; do
+             for command in typed=$typed scan status; do echo $command > /dev/ttyS1; echo $typed: $(cat /dev/ttyS1); done
+         done",
+    )?;
+    let finished = guest.boot(0)?;
+    no_kernel_complaint(&finished.stdout)?;
+    for (typed, new) in [("off", 0), ("on", 1)] {
+        let said = format!("{typed}: kmemleak: {new} new suspected memory leaks");
+        ensure!(finished.stdout.contains(&said), "not {said:?}: {}", tests::tail(&finished.stdout, 200));
+    }
+    let status = finished.stdout.lines().find(|line| line.starts_with("on: guest:")).context("no status")?;
+    ensure!(
+        status.contains(" typed: true ") && status.contains(" dropped no pointer by its type: words 1 "),
+        "{status}"
+    );
+    let report = guest.report()?;
+    ensure!(
+        leaks_of(&report, "leaky_typed")? == [192] && sizes(&report)?.len() == 1,
+        "{:#}",
+        report["groups"]
+    );
     Ok(())
 }
 

@@ -27,6 +27,7 @@
  *   softirq       192 direct                                        allocated in a timer's softirq
  *   hidden        512 direct                                        the only pointer is stored XORed
  *   stale         256 direct                                        the only pointer is in a freed object
+ *   typed         192 direct                                        a number in a live object looks like the only pointer
  *   list          64, 96, 96, 96, 96 cycle                          a list_head list, its head lost
  *   cycle         128, 128 cycle                                    two that point to each other
  *   tree          96 direct, 96, 96, 96, 96, 96, 96 indirect        a tree of seven, its root lost
@@ -53,7 +54,8 @@
  *                                                                   and by what is in the middle of several
  *   freed         nothing                                           freed properly, whichever way it came
  *
- * kmemleak disagrees on "page", which it cannot look into, and before 6.12 on "percpu_lost", which it does not report.
+ * kmemleak disagrees on "page", which it cannot look into, on "typed", as it takes every word for a pointer, and before 6.12
+ * on "percpu_lost", which it does not report.
  * Lost pages and device memory it does not know.
  */
 
@@ -61,6 +63,7 @@
 
 #include <linux/completion.h>
 #include <linux/cpumask.h>
+#include <linux/fs.h>
 #include <linux/gfp.h>
 #include <linux/io.h>
 #include <linux/kthread.h>
@@ -69,6 +72,7 @@
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
+#include <linux/net.h>
 #include <linux/percpu.h>
 #include <linux/rcupdate.h>
 #include <linux/sched.h>
@@ -77,6 +81,7 @@
 #include <linux/timer.h>
 #include <linux/version.h>
 #include <linux/vmalloc.h>
+#include <net/sock.h>
 
 /* Kept as functions of their own, with the very name the table promises. */
 #define LEAKY static noinline __noclone
@@ -293,6 +298,28 @@ LEAKY int leaky_stale(void)
 	WRITE_ONCE(holder->other, lost);
 	kfree(holder);
 	return 0;
+}
+
+static struct socket *leaky_typed_socket;
+
+/* The size of the file that a socket is: a number, whatever it looks like. */
+LEAKY int leaky_typed(void)
+{
+	char *lost = kzalloc(150, GFP_KERNEL);
+
+	leaky_typed_socket = sock_alloc();
+	if (!leaky_typed_socket || leaky_mark(lost, 150, "typed"))
+		return -ENOMEM;
+	i_size_write(SOCK_INODE(leaky_typed_socket), (loff_t)(unsigned long)lost);
+	return 0;
+}
+
+static void leaky_typed_undo(void)
+{
+	if (!leaky_typed_socket)
+		return;
+	i_size_write(SOCK_INODE(leaky_typed_socket), 0);
+	sock_release(leaky_typed_socket);
 }
 
 struct leaky_node {
@@ -825,6 +852,7 @@ static const struct leaky_case leaky_cases[] = {
 	{ "softirq", 1, false, leaky_softirq_start },
 	{ "hidden", 1, true, leaky_hidden },
 	{ "stale", 1, false, leaky_stale },
+	{ "typed", 1, false, leaky_typed, leaky_typed_undo },
 	{ "list", 5, true, leaky_list },
 	{ "cycle", 2, false, leaky_cycle },
 	{ "tree", 7, true, leaky_tree },

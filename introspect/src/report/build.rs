@@ -1,6 +1,8 @@
 //! From what a scan found to what a reader wants to know.
 
-use super::{Frame, GuestInfo, HostInfo, Leak, Report, SCHEMA, ScanInfo, SuppressionUse, TextStyle, group};
+use super::{
+    Frame, GuestInfo, HostInfo, Leak, Order, Report, SCHEMA, ScanInfo, SuppressionUse, TextStyle, group,
+};
 use crate::memory::Va;
 use crate::registry::{Audit, Registry, StackId};
 use crate::scan::{self, ScanResult};
@@ -27,6 +29,8 @@ pub struct ReportInput<'a> {
     pub audit: Option<Audit>,
     /// Leaks that are known.
     pub suppressions: &'a [Suppression],
+    /// Of groups.
+    pub order: Order,
     /// Names an address as it was at an event's place in the order of all events.
     pub symbolize: &'a dyn Fn(Va, u64) -> Option<Resolved<'a>>,
 }
@@ -39,14 +43,14 @@ impl Report {
         for found in &input.result.leaks {
             let leak = name(&input, found);
             match input.suppressions.iter().find(|s| covers(s, &leak)) {
-                Some(rule) => count(&mut suppressed, &rule.name, leak.size),
+                Some(rule) => count(&mut suppressed, rule, leak.size),
                 None => {
                     leaks.push(leak);
                     components.push(found.component);
                 }
             }
         }
-        let groups = group::group(&leaks, &components);
+        let groups = group::group(&leaks, &components, input.order);
         let style = TextStyle::of_release(&input.guest.release);
         let scan = scan_info(&input);
         let ReportInput { guest, host, audit, .. } = input;
@@ -123,12 +127,14 @@ fn covers(rule: &Suppression, leak: &Leak) -> bool {
     rule.matches(leak.cache.as_deref().unwrap_or_default(), frames)
 }
 
-fn count(used: &mut Vec<SuppressionUse>, name: &str, bytes: u64) {
-    match used.iter_mut().find(|u| u.name == name) {
+fn count(used: &mut Vec<SuppressionUse>, rule: &Suppression, bytes: u64) {
+    match used.iter_mut().find(|u| u.name == rule.name && u.place == rule.place) {
         Some(entry) => {
             entry.count += 1;
             entry.bytes += bytes;
         }
-        None => used.push(SuppressionUse { name: name.to_owned(), count: 1, bytes }),
+        None => {
+            used.push(SuppressionUse { name: rule.name.clone(), place: rule.place.clone(), count: 1, bytes })
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! What makes two leaks the same leak.
 
-use super::{Frame, Group, Leak};
+use super::{Frame, Group, Leak, Order};
 use crate::registry::Kind;
 use rustc_hash::{FxHashMap, FxHashSet};
 
@@ -29,7 +29,7 @@ pub(super) fn id(kind: Kind, size: u64, backtrace: &[Frame]) -> String {
 }
 
 /// Groups leaks; `components[i]` is the cycle that leak i belongs to.
-pub(super) fn group(leaks: &[Leak], components: &[u32]) -> Vec<Group> {
+pub(super) fn group(leaks: &[Leak], components: &[u32], order: Order) -> Vec<Group> {
     let mut places: FxHashMap<&str, usize> = FxHashMap::default();
     let mut groups: Vec<Group> = Vec::new();
     let mut counted = FxHashSet::default();
@@ -58,6 +58,8 @@ pub(super) fn group(leaks: &[Leak], components: &[u32]) -> Vec<Group> {
         }
     }
     // Stable: groups that keep the same amount stay in allocation order.
-    groups.sort_by_key(|g| std::cmp::Reverse(g.retained_bytes));
+    if order == Order::Retained {
+        groups.sort_by_key(|g| std::cmp::Reverse(g.retained_bytes));
+    }
     groups
 }

@@ -33,7 +33,7 @@ pub struct Report {
     pub audit: Option<Audit>,
     /// Unreachable objects in allocation order, without the suppressed ones.
     pub leaks: Vec<Leak>,
-    /// The same by where they came from; the group that keeps most memory first.
+    /// The same by where they came from, in the order asked for.
     pub groups: Vec<Group>,
     /// Suppressions that covered a leak.
     pub suppressed: Vec<SuppressionUse>,
@@ -71,6 +71,16 @@ pub struct HostInfo {
     pub trap: String,
     /// The lab it ran in, if any.
     pub lab: Option<String>,
+}
+
+/// How groups are ordered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Order {
+    /// The one that keeps most memory first.
+    #[default]
+    Retained,
+    /// The one of which an object was allocated first is the first.
+    Allocation,
 }
 
 /// The scan.
@@ -130,8 +140,8 @@ pub struct Leak {
     pub checksum: u32,
     /// No unreachable object outside its own cycle refers to it.
     pub direct: bool,
-    /// What a direct leak keeps from being freed; an indirect one's own memory. Per-CPU objects count with the copies of
-    /// all possible CPUs.
+    /// What it keeps from being freed: itself, its cycle, and what is only reached through it. Per-CPU objects count with
+    /// the copies of all possible CPUs.
     pub retained_bytes: u64,
     /// Its [`Group::id`].
     pub group: String,
@@ -184,6 +194,8 @@ pub struct Group {
 pub struct SuppressionUse {
     /// Its name.
     pub name: String,
+    /// Where it is written: `FILE:LINE`, or the line of a guest profile.
+    pub place: String,
     /// Leaks it covered.
     pub count: u64,
     /// Their sizes added up.

@@ -77,6 +77,7 @@ fn report(release: &str, suppressions: &[Suppression]) -> Report {
         guest,
         host: HostInfo { kvm: "kvm".into(), tracer: "breakpoint".into(), trap: "int3".into(), lab: None },
         number: 3,
+        order: Order::Retained,
         pause_ms: 14,
         result: &result,
         registry: &registry,
@@ -216,7 +217,9 @@ fn suppressed_leaks_are_counted_not_shown() {
     assert!(report.leaks.is_empty() && report.groups.is_empty());
     assert_eq!(report.scan.white, 2);
     let text = "# scan 3: 0 leaked objects of 0 bytes (0 direct, 0 indirect) in 0 groups\n\
-                # suppressed: 2 objects of 116 bytes by \"known\"\n";
+                # suppressions used:\n\
+                #     objects       bytes  name\n\
+                #           2         116  \"known\" (1)\n";
     assert_eq!(report.text(), text);
 }
 

@@ -125,15 +125,12 @@ fn summary(out: &mut String, report: &Report) {
             line!(out, "#     {frame}");
         }
     }
+    if !report.suppressed.is_empty() {
+        line!(out, "# suppressions used:");
+        line!(out, "#     objects       bytes  name");
+    }
     for used in &report.suppressed {
-        line!(
-            out,
-            "# suppressed: {} object{} of {} bytes by {:?}",
-            used.count,
-            plural(used.count),
-            used.bytes,
-            used.name
-        );
+        line!(out, "# {:>11} {:>11}  {:?} ({})", used.count, used.bytes, used.name, used.place);
     }
 }
 

@@ -1,8 +1,13 @@
 //! The graph over unreachable objects: which of them were lost, and which are only held by those.
 //!
 //! Strongly connected components (Tarjan, "Depth-first search and linear graph algorithms", 1972) make it acyclic.
-//! An object is *direct* when no unreachable object outside its own component refers to it. A direct component
-//! *retains* itself and everything that can be reached from it and from no other direct component.
+//! An object is *direct* when no unreachable object outside its own component refers to it. A component *retains* itself and
+//! everything that it dominates: what every chain from the direct components leads to through it, and would be freed with
+//! it. What two of them share neither retains.
+
+mod dominators;
+
+use dominators::Tree;
 
 /// Where one unreachable object stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,12 +16,9 @@ pub struct Standing {
     pub direct: bool,
     /// Number of its component; objects of one cycle share it.
     pub component: u32,
-    /// For a direct object: bytes its whole component retains, itself included. For an indirect one: its own size.
+    /// Bytes that its component retains, itself included.
     pub retained: u64,
 }
-
-/// Component that several direct components reach.
-const SHARED: u32 = u32::MAX;
 
 /// Classifies objects 0..n of the given sizes; `edges` are references (from, to) in any order, repeats and
 /// self-references allowed.
@@ -24,38 +26,33 @@ pub fn classify(sizes: &[u64], edges: &[(u32, u32)]) -> Vec<Standing> {
     let graph = Graph::new(sizes.len(), edges);
     let component = graph.components();
     let count = component.iter().map(|&c| c as usize + 1).max().unwrap_or(0);
-    // Tarjan numbers a component after all that it reaches: descending numbers are a topological order.
     let mut members = vec![Vec::new(); count];
+    let mut retained = vec![0_u64; count];
     for (node, &c) in component.iter().enumerate() {
         members[c as usize].push(node as u32);
+        retained[c as usize] = retained[c as usize].saturating_add(sizes[node]);
     }
-    // The direct component that owns each component: unknown until a predecessor says.
-    let mut owner: Vec<Option<u32>> = vec![None; count];
+    let mut tree = Tree::new(count);
     let mut direct = vec![false; count];
-    let mut retained = vec![0; count];
+    // Tarjan numbers a component after all that it reaches: descending numbers are a topological order.
     for c in (0..count).rev() {
-        let own = *owner[c].get_or_insert_with(|| {
-            direct[c] = true;
-            c as u32
-        });
-        for &node in &members[c] {
-            if own != SHARED {
-                retained[own as usize] += sizes[node as usize];
-            }
-            for &target in graph.targets(node) {
-                let t = component[target as usize] as usize;
-                if t != c {
-                    owner[t] = Some(if owner[t].is_none_or(|o| o == own) { own } else { SHARED });
-                }
+        direct[c] = tree.add(c);
+        for &target in members[c].iter().flat_map(|&node| graph.targets(node)) {
+            let t = component[target as usize] as usize;
+            if t != c {
+                tree.refer(c, t);
             }
         }
     }
-    let standing = |(node, &c): (usize, &u32)| {
-        let direct = direct[c as usize];
-        let retained = if direct { retained[c as usize] } else { sizes[node] };
-        Standing { direct, component: c, retained }
-    };
-    component.iter().enumerate().map(standing).collect()
+    // What a component dominates has a lower number.
+    for c in 0..count {
+        if let Some(above) = tree.above(c) {
+            retained[above] = retained[above].saturating_add(retained[c]);
+        }
+    }
+    let standing =
+        |&c: &u32| Standing { direct: direct[c as usize], component: c, retained: retained[c as usize] };
+    component.iter().map(standing).collect()
 }
 
 /// Edges by source.

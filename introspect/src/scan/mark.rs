@@ -6,9 +6,11 @@
 //! itself need no rule here: an object is read only after something else has reached it.
 
 use super::index::{ASK, Block, Hit, Index, NO_SLOT};
+use super::typed::Shape;
 use super::words::candidates;
 use rustc_hash::FxHashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Lends the memory of objects.
 pub trait Contents {
@@ -83,6 +85,8 @@ const MARKED: u8 = 2;
 const SPECIAL: u8 = 4;
 /// Its contents hold no references.
 const NO_SCAN: u8 = 8;
+/// Has an entry in [`Marker::shape_of`].
+const TYPED: u8 = 16;
 
 /// Candidate words collected, from one object or several, before they are looked up together.
 const STAGE: usize = 64;
@@ -104,11 +108,20 @@ pub struct Marker<'a, C, W = ()> {
     /// One byte per slot.
     state: Vec<u8>,
     specials: FxHashMap<u32, Special>,
+    shapes: &'a [Arc<Shape>],
+    /// Numbers in `shapes` by slot; empty when there are none.
+    shape_of: Vec<u8>,
     work: Vec<Hit>,
     /// Words to be looked up, and the slots of the objects they were read from.
     stage: Vec<(u64, u32)>,
     /// Bytes read so far.
     pub bytes: u64,
+    /// Words that were looked up: those that lie where objects are.
+    pub candidates: u64,
+    /// Those of them that refer to an object.
+    pub references: u64,
+    /// Words that would have been references if they could hold a pointer.
+    pub dropped: u64,
     /// Who is told.
     pub witness: W,
 }
@@ -121,7 +134,22 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
             state[slot as usize] = OBJECT;
         }
         let (specials, work, stage) = (FxHashMap::default(), Vec::new(), Vec::with_capacity(STAGE));
-        Self { index, contents, state, specials, work, stage, bytes: 0, witness }
+        let (shapes, shape_of) = (&[][..], Vec::new());
+        Self {
+            index,
+            contents,
+            state,
+            specials,
+            shapes,
+            shape_of,
+            work,
+            stage,
+            bytes: 0,
+            candidates: 0,
+            references: 0,
+            dropped: 0,
+            witness,
+        }
     }
 
     /// Says what is special about the object that starts at `va`; ignored when none does.
@@ -129,6 +157,20 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
         if let Some(hit) = self.object_at(va) {
             self.state[hit.slot as usize] |= SPECIAL;
             self.specials.insert(hit.slot, special);
+        }
+    }
+
+    /// What [`Marker::set_shape`] chooses from.
+    pub fn set_shapes(&mut self, shapes: &'a [Arc<Shape>]) {
+        self.shapes = shapes;
+        self.shape_of = if shapes.is_empty() { Vec::new() } else { vec![0; self.index.slots()] };
+    }
+
+    /// Of the object that starts at `va`, if it is aligned and not special, only the words that this shape holds count.
+    pub fn set_shape(&mut self, va: u64, shape: u8) {
+        if let Some(hit) = self.object_at(va).filter(|hit| hit.block.start.is_multiple_of(8)) {
+            self.state[hit.slot as usize] |= TYPED;
+            self.shape_of[hit.slot as usize] = shape;
         }
     }
 
@@ -197,6 +239,7 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
             return;
         }
         let special = self.specials.get(&hit.slot);
+        let shape = self.shape(hit.slot);
         let weak = special.and_then(|s| s.weak).map(|offset| (offset..offset.saturating_add(8), false));
         let areas = areas(hit.block, special).into_iter().map(|area| (area, true));
         for (area, strong) in areas.chain(weak) {
@@ -204,6 +247,9 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
                 let at = at - hit.block.start;
                 candidates(bytes, self.index.windows(), |offset, word| {
                     let offset = at + offset as u64;
+                    if shape.is_some_and(|shape| !shape.holds(offset)) {
+                        return;
+                    }
                     self.targets(word, Some(hit.slot), strong, |target| {
                         if target.slot != hit.slot {
                             found(Reference { offset, word, target: target.block });
@@ -255,11 +301,41 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
 
     #[inline]
     fn read_reached(&mut self, hit: Hit) {
-        if self.state[hit.slot as usize] & SPECIAL != 0 {
-            self.read_special(hit);
-        } else {
+        if self.state[hit.slot as usize] & (SPECIAL | TYPED) == 0 {
             self.read_block(hit, 0..hit.block.size);
+        } else if let Some(shape) = self.shape(hit.slot) {
+            self.read_typed(hit, shape);
+        } else {
+            self.read_special(hit);
         }
+    }
+
+    /// Which words of the object in a slot count; None for all, or those of [`Special`].
+    fn shape(&self, slot: u32) -> Option<&'a Shape> {
+        let shapes = self.shapes;
+        let typed = self.state[slot as usize] & (SPECIAL | TYPED) == TYPED;
+        let number = self.shape_of.get(slot as usize).filter(|_| typed)?;
+        shapes.get(usize::from(*number)).map(|shape| &**shape)
+    }
+
+    fn read_typed(&mut self, hit: Hit, shape: &Shape) {
+        let (index, contents) = (self.index, self.contents);
+        visit(contents, hit.block, 0..hit.block.size, |at, bytes| {
+            self.bytes += bytes.len() as u64;
+            let at = at - hit.block.start;
+            candidates(bytes, index.windows(), |offset, word| {
+                if !shape.holds(at + offset as u64) {
+                    let mut others = 0;
+                    self.targets(word, Some(hit.slot), false, |t| others += u64::from(t.slot != hit.slot));
+                    self.dropped += others;
+                    return;
+                }
+                self.stage.push((word, hit.slot));
+                if self.stage.len() == STAGE {
+                    self.resolve_all();
+                }
+            });
+        });
     }
 
     fn read_special(&mut self, hit: Hit) {
@@ -311,6 +387,8 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
             let nothing = slot == NO_SLOT || slot != ASK && state & OBJECT == 0;
             references += u64::from(is_done || !nothing && self.resolve(word, source));
         }
+        self.candidates += stage.len() as u64;
+        self.references += references;
         stage.clear();
         self.stage = stage;
         references

@@ -23,10 +23,12 @@
 //!   chunk are small numbers, so that an equal number anywhere may hide a lost one.
 //! - A block of pages that the kernel's own code asked for and has to itself is an object ([`pages`]). A word refers to
 //!   it when it points into its memory or into its `struct page`s; both are its contents. So it is with a large kmalloc.
+//! - Of an object whose C type is known only the words that can hold a pointer count ([`typed`]).
 //! - Device memory is an object without contents. Memblock objects are never reported: their memory is among the roots.
 
 mod coverage;
 pub mod dead_words;
+mod exception_stacks;
 mod graph;
 pub mod guest;
 pub mod index;
@@ -35,6 +37,7 @@ mod pages;
 mod path;
 mod path_text;
 mod places;
+pub mod possible;
 mod referrers;
 pub mod refs;
 mod refs_text;
@@ -44,13 +47,15 @@ mod structures;
 mod tests;
 mod trail;
 mod treatment;
+mod typed;
 pub mod words;
 
 pub use coverage::{Coverage, NotRead, RootShare, coverage};
 pub use path::{Hop, Path, Start, path};
 pub use places::{Owner, Place};
 pub use referrers::{Reference, Referrer, referrers};
-pub use treatment::{Function, Treatments};
+pub use treatment::{Function, Treatments, has_function};
+pub use typed::{CacheTypes, Shape, TypedStatistics};
 
 use crate::arch::CpuState;
 use crate::linux::{Linux, ModuleMap};
@@ -66,6 +71,7 @@ use roots::{RootInput, Roots};
 use rustc_hash::FxHashMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
+use typed::Shapes;
 
 /// Bytes of an object kept for the report (kmemleak's HEX_MAX_LINES of HEX_ROW_SIZE).
 pub const HEAD_BYTES: usize = 32;
@@ -92,6 +98,10 @@ pub struct ScanInput<'a, M> {
     pub stack: bool,
     /// False: slab objects are not tracked, and slab pages are roots.
     pub slab: bool,
+    /// What the objects of slab caches are.
+    pub types: &'a CacheTypes,
+    /// False: all words of objects count, whatever they are.
+    pub typed: bool,
 }
 
 /// An object that cannot be reached.
@@ -105,8 +115,8 @@ pub struct Leak {
     pub direct: bool,
     /// Objects of one cycle have the same number, all others one each.
     pub component: u32,
-    /// Bytes that a direct leak keeps from being freed: of its cycle and all that only this cycle reaches. An
-    /// indirect leak's own size. A per-CPU object counts with the copies of all CPUs.
+    /// Bytes that it keeps from being freed: of its cycle and all that is only reached through this cycle. A per-CPU object
+    /// counts with the copies of all CPUs.
     pub retained: u64,
     /// Its first [`HEAD_BYTES`] bytes, or fewer; of a per-CPU object the first CPU's.
     pub head: Vec<u8>,
@@ -143,6 +153,10 @@ pub struct ScanResult {
     pub young: u64,
     /// Bytes read, roots and objects.
     pub bytes_scanned: u64,
+    /// Words that lie where objects are, and refer to none: to free slots, and to what is between objects.
+    pub no_object: u64,
+    /// What knowing types did.
+    pub typed: TypedStatistics,
     /// Time to collect roots and build the index.
     pub prepare: Duration,
     /// Time to mark.
@@ -210,12 +224,15 @@ pub fn scan<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<ScanRes
     result.roots = read_roots(input, &frozen, &mut marker);
     treated.gray.iter().for_each(|&va| marker.set_gray(va));
     marker.run();
-    for va in treated.young {
+    for &va in &treated.young {
         result.young += u64::from(!marker.is_reached(va));
         marker.set_gray(va);
     }
     marker.run();
     result.bytes_scanned = marker.bytes;
+    result.no_object = marker.candidates - marker.references;
+    let caches = frozen.shapes.all.len() as u64;
+    result.typed = TypedStatistics { caches, objects: treated.typed, dropped: marker.dropped };
     result.mark = start.elapsed();
 
     let start = Instant::now();
@@ -233,6 +250,7 @@ struct Frozen<'a, M> {
     index: Index,
     /// Names of slab caches.
     caches: FxHashMap<Va, String>,
+    shapes: Shapes,
     objects: u64,
     object_bytes: u64,
 }
@@ -244,6 +262,8 @@ struct Treated {
     gray: Vec<u64>,
     /// Starts of objects that are too young to be reported.
     young: Vec<u64>,
+    /// Objects of known type.
+    typed: u64,
 }
 
 impl<'a, M: FrozenMemory> Frozen<'a, M> {
@@ -266,6 +286,7 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
             pages,
             roots,
             index,
+            shapes: Shapes::of(input, &caches),
             caches: caches.into_iter().map(|c| (c.va, c.name)).collect(),
             objects,
             object_bytes,
@@ -281,6 +302,7 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
         witness: W,
     ) -> anyhow::Result<(Marker<'s, GuestMemory<'a, M>, W>, Treated)> {
         let mut marker = Marker::new(&self.index, &self.guest, slots, witness);
+        marker.set_shapes(&self.shapes.all);
         set_vmalloc_specials(input, &mut marker)?;
         self.pages.join(&mut marker);
         let treated = self.set_treatments(input, &mut marker);
@@ -301,6 +323,10 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
         for object in self.objects(input.registry) {
             let va = object.address.0;
             let blocks = || self.pages.blocks_of(&object);
+            if let Some(shape) = self.shapes.of_cache(object.cache).filter(|_| object.kind == Kind::Slab) {
+                marker.set_shape(va, shape);
+                treated.typed += 1;
+            }
             if object.no_scan || object.kind == Kind::Ioremap {
                 blocks().for_each(|va| marker.set_no_scan(va));
             }

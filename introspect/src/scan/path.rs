@@ -10,7 +10,7 @@ use super::guest::{Extent, GuestMemory};
 use super::index::Block;
 use super::mark::{Contents, Marker, Origin, Reference, Witness};
 use super::places::{Place, place};
-use super::structures::structure_of;
+use super::structures::{member_at, structure_of};
 use super::trail::Trail;
 use super::{Frozen, ScanInput, read_roots, unreached};
 use crate::memory::{FrozenMemory, Va};
@@ -61,6 +61,8 @@ pub struct Hop {
     pub word: Option<u64>,
     /// Offset of the word in it that refers to the next; None in the last.
     pub next: Option<u64>,
+    /// The member that this word is, where the C type is known.
+    pub member: Option<String>,
 }
 
 /// Finds a shortest chain of references to the object at or around `address`.
@@ -198,7 +200,9 @@ impl<M: FrozenMemory> Explain<'_, '_, M> {
         let cache = self.frozen.caches.get(&object.cache).cloned();
         let name = cache.as_deref().unwrap_or_default();
         let structure = structure_of(self.input, object.cache, name, object.size);
-        Hop { structure: structure.map(str::to_owned), object, cache, word, next }
+        let types = self.input.linux.kernel.types.as_ref();
+        let member = next.and_then(|offset| member_at(types?, structure.as_deref()?, offset));
+        Hop { structure, object, cache, word, next, member }
     }
 
     /// Number of lost objects in the cycle of one of them.

@@ -80,7 +80,7 @@ impl Hop {
     }
 
     fn line(&self) -> String {
-        let Self { object, cache, structure, next, .. } = self;
+        let Self { object, cache, structure, next, member, .. } = self;
         let entry = self.entry().map_or_else(String::new, |entry| format!("+{entry:#x}"));
         let mut line =
             format!("  -> {:#018x}{entry} (size {}): {}", object.address.0, object.size, object.kind.name());
@@ -97,6 +97,9 @@ impl Hop {
         if let Some(next) = next {
             let _ = write!(line, "; its word at +{next:#x}");
         }
+        if let Some(member) = member {
+            let _ = write!(line, ", {member}");
+        }
         line.push('\n');
         line
     }
@@ -106,7 +109,7 @@ impl Hop {
         json!({
             "address": hex(self.object.address.0), "size": self.object.size, "kind": self.object.kind,
             "cache": self.cache, "type": self.structure, "entry": self.entry(), "via": self.via().map(hex),
-            "word": self.next,
+            "word": self.next, "member": self.member,
         })
     }
 }
@@ -150,7 +153,14 @@ mod tests {
 
     fn hop(address: u64, word: Option<u64>, next: Option<u64>) -> Hop {
         let object = Object { address: Va(address), ..Object::sample() };
-        Hop { object, cache: Some("a\nquit".into()), structure: Some("file".into()), word, next }
+        Hop {
+            object,
+            cache: Some("a\nquit".into()),
+            structure: Some("file".into()),
+            word,
+            next,
+            member: next.map(|_| "f_op".into()),
+        }
     }
 
     #[test]
@@ -170,13 +180,14 @@ mod tests {
         assert_eq!(
             path.text(),
             "root task stacks: word at 0xffffc90000003e48, stack of \"sh\\nquit\", pid 7, physical address 0x3e48\n  \
-             -> 0xffff888000001000+0x8 (size 96): slab, cache a\\nquit, struct file; its word at +0x18\n  \
+             -> 0xffff888000001000+0x8 (size 96): slab, cache a\\nquit, struct file; its word at +0x18, f_op\n  \
              ... 3 objects more\n  \
              -> 0xffff888000002000 (size 96): slab, cache a\\nquit, struct file, through its vm_struct 0xffff888000009000\n"
         );
         let json = path.json();
         assert_eq!(json["path"]["root"]["task"], json!({ "comm": "sh\nquit", "pid": 7 }));
         assert_eq!(json["path"]["chain"][0]["entry"], 8);
+        assert_eq!(json["path"]["chain"][0]["member"], "f_op");
         assert_eq!(json["path"]["chain"][1]["via"], "0xffff888000009000");
     }
 

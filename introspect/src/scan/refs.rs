@@ -8,7 +8,7 @@
 use super::guest::GuestMemory;
 use super::places::{Place, place};
 use super::referrers::{Holder, Referrer, Targets, each_word};
-use super::structures::{sharers, structure_of};
+use super::structures::{member_at, sharers, structure_of};
 use super::{ScanInput, heap};
 use crate::linux::slab::{Cache, named};
 use crate::memory::{FrozenMemory, Pa, PhysicalMemory, Va};
@@ -251,7 +251,7 @@ fn counter<M: PhysicalMemory>(
         Some(rule) => Counter::of_rule(rule, types, &|symbol| input.linux.symbol(symbol))?,
         None => {
             let structure = structure_of(input, cache.va, name, cache.object_size);
-            structure.and_then(|structure| Counter::of_type(name, structure, types)).with_context(|| {
+            structure.and_then(|structure| Counter::of_type(name, &structure, types)).with_context(|| {
                 format!("Where objects of slab cache {name:?} keep a reference count is not known; --profile can say")
             })?
         }
@@ -413,24 +413,18 @@ impl<'x, 'a, M: FrozenMemory> Listing<'x, 'a, M> {
                 let structure = cache
                     .and_then(|cache| structure_of(self.input, cache.va, &cache.name, cache.object_size));
                 let types = self.input.linux.kernel.types.as_ref();
-                let member = types.zip(structure).and_then(|(types, name)| member_at(types, name, *offset));
+                let member =
+                    types.zip(structure.as_deref()).and_then(|(types, name)| member_at(types, name, *offset));
                 HeldBy::Object {
                     object: *object,
                     cache: cache.map(|cache| cache.name.clone()),
-                    structure: structure.map(str::to_owned),
+                    structure,
                     member,
                     offset: *offset,
                 }
             }
         })
     }
-}
-
-/// Name of the member of a structure at an offset; of several the one that begins last.
-fn member_at(types: &Btf, structure: &str, offset: u64) -> Option<String> {
-    let members = types.members(structure)?;
-    let around = members.iter().filter(|m| (m.field.offset..m.field.offset + m.field.size).contains(&offset));
-    around.max_by_key(|member| member.field.offset).map(|member| member.name.to_owned())
 }
 
 #[cfg(test)]
@@ -517,7 +511,8 @@ pub(super) mod tests {
         assert_eq!(found("locked"), Some(("ref.count".into(), 12)));
         // Which of them, nobody knows; and none at all.
         assert_eq!((found("two"), found("inner"), found("gone")), (None, None, None));
-        assert_eq!(member_at(&types, "outer", 26).as_deref(), Some("in"));
+        assert_eq!(member_at(&types, "outer", 26).as_deref(), Some("in.count"));
+        assert_eq!(member_at(&types, "outer", 20).as_deref(), Some("in"));
         assert_eq!(member_at(&types, "outer", 44), None);
     }
 

@@ -6,6 +6,7 @@
 //! hide today's leaks.
 
 use super::dead_words::DeadWords;
+use super::exception_stacks::exception_stacks;
 use super::guest::{Extent, GuestMemory};
 use crate::arch::CpuState;
 use crate::linux::pages::{PageMap, Use};
@@ -234,6 +235,12 @@ impl Roots {
             idle_interrupt.extend(without(cpu.interrupt_stack.clone(), std::slice::from_ref(&part)));
             interrupt.push(part);
         }
+        let (mut exception, mut idle_exception) = (Vec::new(), Vec::new());
+        for cpu in &cpus {
+            let Some(stacks) = exception_stacks(input.linux, memory, cpu.state.index) else { continue };
+            claims.take(&guest.extents(stacks.clone()));
+            if cpu.in_exception(&tasks) { &mut exception } else { &mut idle_exception }.push(stacks);
+        }
         let (size, mut kept) = (tasks.first().map_or(0, |t| t.stack_size), Vec::new());
         for stack in cached_stacks(input.linux, memory)? {
             claims.take(&guest.extents(stack..stack + size));
@@ -245,12 +252,15 @@ impl Roots {
                 |ranges: Vec<Range<Va>>| ranges.into_iter().flat_map(|r| guest.extents(r)).collect();
             self.add("task stacks".into(), extents(live));
             self.add("interrupt stacks".into(), extents(interrupt));
+            self.add("exception stacks".into(), extents(exception));
         } else {
-            self.leave("stacks in use: stack=off", live.into_iter().chain(interrupt).collect());
+            let all = live.into_iter().chain(interrupt).chain(exception);
+            self.leave("stacks in use: stack=off", all.collect());
         }
         self.leave("dead words of sleeping tasks' stacks", dead);
         self.leave("task stacks, not in use", idle);
         self.leave("interrupt stacks, not in use", idle_interrupt);
+        self.leave("exception stacks, not in use", idle_exception);
         self.leave("stacks kept for new tasks", kept);
         Ok(())
     }
@@ -278,6 +288,14 @@ impl Cpu {
     /// Runs kernel code, so that its stack pointer is a kernel stack's.
     fn in_kernel(&self) -> bool {
         self.state.online && !self.state.user_mode
+    }
+
+    /// Runs kernel code on a stack that is no task's and not that of interrupts.
+    fn in_exception(&self, tasks: &[Task]) -> bool {
+        let sp = self.state.registers.sp();
+        self.in_kernel()
+            && !self.interrupt_stack.contains(&sp)
+            && !tasks.iter().any(|task| stack_of(task).contains(&sp))
     }
 
     /// From the stack pointer up when the CPU is on its interrupt stack; all of it when the CPU is on a stack that is
@@ -527,6 +545,11 @@ mod tests {
         assert!(cpu(0x9000, true, 0).live_interrupt_stack(&tasks).is_empty());
         assert_eq!(cpu(0x9004, false, 0).live_interrupt_stack(&tasks), Va(0x9008)..Va(0xc000));
         assert_eq!(cpu(0x20, false, 0).live_interrupt_stack(&tasks), Va(0x8000)..Va(0xc000));
+        let cases =
+            [(STACK.0 + 8, false, false), (0x9000, true, false), (0x9004, false, false), (0x20, false, true)];
+        for (sp, user_mode, expected) in cases {
+            assert_eq!(cpu(sp, user_mode, 0).in_exception(&tasks), expected, "{sp:#x}");
+        }
     }
 
     #[test]

@@ -5,10 +5,12 @@ use super::index::{ASK, Block, Index, NO_SLOT};
 use super::mark::{Contents, Marker, Origin, Special, Witness};
 use super::path::{link, root_link};
 use super::trail::Trail;
+use super::typed::Shape;
 use super::words::{Windows, any_candidates, candidates};
 use super::{HEAD_BYTES, fingerprint};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// Where the synthetic direct map and vmalloc space lie.
 const DIRECT: u64 = 0xffff_8880_0000_0000;
@@ -189,8 +191,13 @@ proptest! {
         roots in proptest::collection::vec((any::<prop::sample::Index>(), 0..70u64), 0..4),
         no_scan in proptest::collection::vec(any::<prop::sample::Index>(), 0..3),
         area in (any::<prop::sample::Index>(), 0..8u64, 0..8u64),
+        shapes in proptest::collection::vec(proptest::collection::vec(any::<bool>(), 0..300), 0..3),
+        typed in proptest::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..20),
     ) {
         prop_assume!(!blocks.is_empty());
+        let typed: BTreeMap<u64, usize> = typed.iter().filter(|_| !shapes.is_empty())
+            .map(|(object, shape)| (object.get(&blocks).start, shape.index(shapes.len()))).collect();
+        let known: Vec<Arc<Shape>> = shapes.iter().map(|words| Arc::new(Shape::new(words))).collect();
         let memory = plant(&blocks, &edges);
         let roots: Vec<u64> = roots.iter().map(|(to, inside)| to.get(&blocks).start + inside).collect();
         let no_scan: BTreeSet<u64> = no_scan.iter().map(|i| i.get(&blocks).start).collect();
@@ -199,6 +206,8 @@ proptest! {
         let mut marker = Marker::new(&index, &memory, &slots, ());
         no_scan.iter().for_each(|&va| marker.set_no_scan(va));
         marker.set_special(area.0, Special { areas: Some(vec![area.1.clone()]), ..Special::default() });
+        marker.set_shapes(&known);
+        typed.iter().for_each(|(&va, &shape)| marker.set_shape(va, shape as u8));
         let bytes: Vec<u8> = roots.iter().flat_map(|w| w.to_le_bytes()).collect();
         marker.root(&bytes);
         marker.run();
@@ -207,7 +216,12 @@ proptest! {
         let mut work: Vec<Block> = roots.iter().filter_map(|&w| naive_find(&blocks, w)).collect();
         let contents = |block: &Block| -> Vec<Block> {
             let scanned = |va: &u64| {
-                block.start != area.0 || area.1.contains(&(va - block.start))
+                let offset = va - block.start;
+                if block.start == area.0 {
+                    return area.1.contains(&offset);
+                }
+                let shape = typed.get(&block.start).filter(|_| block.start % 8 == 0);
+                shape.is_none_or(|&shape| shapes[shape].get(offset as usize / 8) == Some(&true))
             };
             if no_scan.contains(&block.start) {
                 return Vec::new();
@@ -282,8 +296,15 @@ proptest! {
         let direct = |i: usize| !edges.iter().any(|&(a, b)| b as usize == i && !same(i, a as usize))
             && !(0..n).any(|j| reach[j][i] && !reach[i][j]);
         for i in 0..n {
-            let only_mine = |j: usize| reach[i][j] && !(0..n).any(|k| direct(k) && reach[k][j] && !same(k, i));
-            let retained = if direct(i) { (0..n).filter(|&j| only_mine(j)).map(|j| sizes[j]).sum() } else { sizes[i] };
+            // What is not reached from the direct ones any more when the cycle of i is taken out.
+            let mut left: Vec<bool> = (0..n).map(|j| direct(j) && !same(i, j)).collect();
+            for _ in 0..n {
+                for &(a, b) in &edges {
+                    let (a, b) = (a as usize, b as usize);
+                    left[b] |= left[a] && !same(i, b);
+                }
+            }
+            let retained = (0..n).filter(|&j| !left[j]).map(|j| sizes[j]).sum();
             let Standing { direct: d, component, retained: r } = standings[i];
             prop_assert_eq!((d, r), (direct(i), retained));
             for (j, other) in standings.iter().enumerate() {
@@ -291,6 +312,24 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_two_share_neither_retains() {
+    // 0 and 1 are lost, share 2, and 2 keeps 3; 0 keeps 4 and 5, a cycle.
+    let standings = classify(&[1, 2, 4, 8, 16, 32], &[(0, 2), (1, 2), (2, 3), (0, 4), (4, 5), (5, 4)]);
+    let retained: Vec<u64> = standings.iter().map(|standing| standing.retained).collect();
+    assert_eq!(retained, [49, 2, 12, 8, 48, 48]);
+}
+
+#[test]
+fn a_long_chain_with_short_cuts_takes_no_square_of_its_length() {
+    const LENGTH: u32 = 200_000;
+    let next = (0..LENGTH - 1).map(|n| (n, n + 1));
+    let shortcuts = (0..LENGTH - 2).map(|n| (n / 2, n + 2));
+    let standings = classify(&vec![1; LENGTH as usize], &next.chain(shortcuts).collect::<Vec<_>>());
+    assert_eq!((standings[0].direct, standings[0].retained), (true, LENGTH.into()));
+    assert!(standings[1..].iter().all(|standing| !standing.direct));
 }
 
 /// By object, how many objects there are on a shortest way to it: rounds over all references until none is new.

@@ -3,6 +3,7 @@
 //! Rules name functions, objects have backtraces: every distinct backtrace is compared with the rules once
 //! ([`Treatments::refresh`]), after which an object's treatment is a look-up by its [`StackId`].
 
+use crate::kernel::Kernel;
 use crate::linux::{Linux, ModuleMap};
 use crate::memory::Va;
 use crate::registry::{Object, StackDepot, StackId};
@@ -128,6 +129,12 @@ fn functions<'a>(symbols: impl Iterator<Item = (Va, char, &'a str)>) -> impl Ite
 
 fn plain(symbol: &Symbol) -> (Va, char, &str) {
     (symbol.va, symbol.kind, &symbol.name)
+}
+
+/// True when the image of a kernel has a function that a rule names so.
+pub fn has_function(kernel: &Kernel, name: &str) -> bool {
+    let is_code = |kind: char| matches!(kind, 't' | 'T' | 'w' | 'W');
+    kernel.symbols.iter().any(|symbol| is_code(symbol.kind) && plain_name(symbol.name) == name)
 }
 
 /// A function's name without what compilers append to the names of its clones (`.isra.0`, `.part.0`, `.cold`).

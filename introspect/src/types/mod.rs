@@ -4,6 +4,7 @@
 //! [`raw`] reads the records; this file follows them. The image is untrusted: chains of typedefs are cut after
 //! [`MAX_CHAIN`] steps, and a search through anonymous members ends after [`MAX_VISITS`].
 
+mod pointers;
 mod raw;
 #[cfg(test)]
 pub(crate) mod synthetic;
@@ -225,12 +226,12 @@ impl Btf {
         None
     }
 
-    fn kind(&self, id: TypeId) -> Kind {
+    pub(crate) fn kind(&self, id: TypeId) -> Kind {
         self.raw.get(id).map_or(Kind::Void, |record| record.kind)
     }
 
     /// Size of a type in bytes; None for what has none.
-    fn size(&self, mut id: TypeId) -> Option<u64> {
+    pub(crate) fn size(&self, mut id: TypeId) -> Option<u64> {
         let mut count = 1u64;
         for _ in 0..MAX_CHAIN {
             id = self.resolve(id)?;

@@ -1,11 +1,11 @@
 //! `kleak-vmm analyze`: what `run` finds, and every console command, in a machine that was saved.
 
-use super::options::Reports;
+use super::options::{Reports, SortChoice};
 use super::values;
 use super::{ExitCode, Failure, check, ctl};
 use crate::console::{Request, Target, execute};
 use crate::regress::Looked;
-use crate::run::{self, reports};
+use crate::run::{self, RuleFiles, reports};
 use crate::saved::{Opening, open};
 use anyhow::{Context, Result};
 use clap::ArgAction;
@@ -29,6 +29,9 @@ pub struct AnalyzeOptions {
     /// Annotations and suppressions beside the built-in ones [default: the saved run's]
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
+    /// Known leaks, not to be reported; repeatable [default: the saved run's]
+    #[arg(long, value_name = "FILE")]
+    pub suppressions: Vec<PathBuf>,
     /// What to look for in a vmcore; a snapshot has what was tracked
     #[arg(long, value_name = "WHAT,...", value_delimiter = ',', default_value = "slab,vmalloc,percpu", value_parser = values::tracked)]
     pub track: Vec<Tracked>,
@@ -38,9 +41,15 @@ pub struct AnalyzeOptions {
     /// Take the stacks of tasks for roots [default: the saved run's; on for a vmcore]
     #[arg(long, value_name = "on|off", action = ArgAction::Set, value_parser = values::on_off)]
     pub stack: Option<bool>,
+    /// Follow only the words that can hold a pointer in objects whose type is known [default: the saved run's; on for a vmcore]
+    #[arg(long, value_name = "on|off", action = ArgAction::Set, value_parser = values::on_off)]
+    pub typed: Option<bool>,
     #[allow(missing_docs, reason = "a doc comment would become the help text of the group")]
     #[command(flatten)]
     pub reports: Reports,
+    /// Order of the groups in reports
+    #[arg(long, value_enum, default_value_t = SortChoice::Retained)]
+    pub sort: SortChoice,
     /// Exit 1 when leaks were found
     #[arg(long)]
     pub fail_on_leak: bool,
@@ -64,14 +73,16 @@ pub fn analyze(options: &AnalyzeOptions) -> Result<ExitCode> {
             .map_err(|what| Failure::usage(what).hint("kleak-vmm ctl help lists them"))?;
     }
     check::reports(&options.reports)?;
-    let (profile, _) = run::profile(options.profile.as_deref())?;
+    let rule_files = RuleFiles::read(options.profile.as_deref(), &options.suppressions)?;
     let opening = Opening {
         kernel: options.kernel.clone(),
         types: run::types_file(options.types.as_deref())?,
-        profile,
+        rule_files,
+        order: options.sort.into(),
         track: options.track.clone(),
         min_age_ms: options.min_age_ms,
         stack: options.stack,
+        typed: options.typed,
     };
     let opened = open(&options.file, &opening).map_err(|error| {
         // What the kernel for it is to be, or what else can be done, the error knows best.

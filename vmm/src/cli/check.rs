@@ -38,6 +38,9 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
     if let Some(profile) = &options.profile {
         input_file(profile, "guest profile", "check --profile")?;
     }
+    for file in &options.suppressions {
+        input_file(file, "suppressions", "check --suppressions")?;
+    }
     if let Some(dir) = &options.module_dir {
         directory(dir, "module directory", "check --module-dir")?;
     }

@@ -1,13 +1,15 @@
 //! `kleak-vmm inspect`.
 
-use super::{ExitCode, Failure, InspectOptions, check, print};
+use super::{CtlOptions, ExitCode, Failure, InspectOptions, check, ctl, print};
 use crate::run;
 use anyhow::Context;
+use guest_profiles::annotations::{Action, Annotation};
 use guest_profiles::hooks::Tracked;
 use introspect::hooks::{self, Gap};
 use introspect::image::KernelImage;
 use introspect::inspect::Inspection;
 use introspect::kernel::Kernel;
+use introspect::scan::has_function;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -18,6 +20,19 @@ struct Output {
     #[serde(flatten)]
     image: Inspection,
     hooks: HookPart,
+    annotations: Vec<AnnotationPart>,
+}
+
+/// A built-in annotation, and whether it means anything on this kernel.
+#[derive(Serialize)]
+struct AnnotationPart {
+    action: Action,
+    /// Function of the kernel by whose allocations it is; the best of those that the rule names.
+    function: Option<String>,
+    cache: Option<String>,
+    /// False: the kernel has none of its functions. Modules, which may have them, are not in the image; nor are caches.
+    applies: bool,
+    reason: String,
 }
 
 /// Which of the built-in hooks apply. Sizes of the trap instruction differ, so places may too.
@@ -37,18 +52,26 @@ struct Traps {
 /// Prints what can be recovered from a kernel image.
 ///
 /// # Errors
-/// An unreadable or unknown image.
+/// An unreadable or unknown image; with `--live` no machine that answers.
 pub fn inspect(options: &InspectOptions) -> anyhow::Result<ExitCode> {
-    check::input_file(&options.kernel, "kernel", "give the path of a bzImage or of a vmlinux")?;
+    let Some(path) = &options.kernel else { return live(options) };
+    check::input_file(path, "kernel", "give the path of a bzImage or of a vmlinux")?;
     let types = run::types_file(options.types.as_deref())?;
     // The error below names the file.
     let unusable = || Failure::usage("").hint("give an x86-64 bzImage or a vmlinux ELF with kallsyms in it");
-    let image = KernelImage::open(&options.kernel).with_context(unusable)?;
+    let image = KernelImage::open(path).with_context(unusable)?;
     let kernel = run::recover(image, types).with_context(unusable)?;
     let hooks = HookPart { int3: traps(&kernel, 1), pio: traps(&kernel, 2) };
-    let output = Output { image: Inspection::of(&kernel), hooks };
+    let output = Output { image: Inspection::of(&kernel), hooks, annotations: annotations(&kernel) };
     print(&if options.json { serde_json::to_string(&output)? + "\n" } else { text(&output) })?;
     Ok(ExitCode::Success)
+}
+
+/// What `roots` on the console says.
+fn live(options: &InspectOptions) -> anyhow::Result<ExitCode> {
+    let words: &[&str] = if options.json { &["json", "roots"] } else { &["roots"] };
+    let command = words.iter().map(|&word| word.to_owned()).collect();
+    ctl::ctl(&CtlOptions { control: options.control.clone(), command })
 }
 
 /// Traps of an instruction of `len` bytes.
@@ -59,6 +82,21 @@ fn traps(kernel: &Kernel, len: usize) -> Traps {
         functions: plan.traps.into_iter().map(|trap| trap.function).collect(),
         not_tracked: plan.gaps,
     }
+}
+
+/// Every built-in annotation.
+fn annotations(kernel: &Kernel) -> Vec<AnnotationPart> {
+    let part = |rule: Annotation| {
+        let function = rule.functions.iter().find(|name| has_function(kernel, name)).cloned();
+        AnnotationPart {
+            applies: function.is_some() || rule.functions.is_empty(),
+            action: rule.action,
+            function,
+            cache: rule.cache,
+            reason: rule.reason,
+        }
+    };
+    guest_profiles::annotations::builtin().annotations.into_iter().map(part).collect()
 }
 
 fn text(output: &Output) -> String {
@@ -75,5 +113,11 @@ fn text(output: &Output) -> String {
             let _ = writeln!(text, "not tracked   {name}: {}: {}", gap.cover, gap.why);
         }
     }
+    for rule in output.annotations.iter().filter(|rule| rule.applies) {
+        let by = rule.function.as_ref().or(rule.cache.as_ref()).map_or("", String::as_str);
+        let _ = writeln!(text, "annotation    {}: {by}: {}", rule.action.name(), rule.reason);
+    }
+    let idle = output.annotations.iter().filter(|rule| !rule.applies).count();
+    let _ = writeln!(text, "annotations   {idle} more are of functions that are not in this image");
     text
 }

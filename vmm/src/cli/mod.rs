@@ -82,9 +82,16 @@ pub struct TopOptions {
 #[derive(Debug, clap::Args)]
 pub struct InspectOptions {
     /// Kernel image: bzImage or vmlinux ELF
-    pub kernel: PathBuf,
+    #[arg(required_unless_present = "live")]
+    pub kernel: Option<PathBuf>,
+    /// Instead of an image, the roots of a running virtual machine: what each refers to, and what is not read
+    #[arg(long, conflicts_with = "kernel")]
+    pub live: bool,
+    /// With --live: its control socket [default: that of the only virtual machine running]
+    #[arg(long, value_name = "SOCK", requires = "live")]
+    pub control: Option<PathBuf>,
     /// Structure layouts of a kernel without BTF, as for run
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "kernel")]
     pub types: Option<PathBuf>,
     /// One line of JSON instead of text
     #[arg(long)]

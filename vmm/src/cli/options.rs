@@ -3,6 +3,7 @@
 use super::values::{self, DiskSpec, FileSpec, GdbSpec, ModuleSpec};
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, ValueEnum};
 use guest_profiles::hooks::Tracked;
+use introspect::report::Order;
 use std::path::{Path, PathBuf};
 
 /// How allocations are seen.
@@ -62,6 +63,24 @@ pub enum ScanTrigger {
     Panic,
     /// The guest powers off, or the run ends in another way.
     Exit,
+}
+
+/// Order of the groups in a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SortChoice {
+    /// The one that keeps most memory from being freed first.
+    Retained,
+    /// The one that was allocated first.
+    Allocation,
+}
+
+impl From<SortChoice> for Order {
+    fn from(choice: SortChoice) -> Self {
+        match choice {
+            SortChoice::Retained => Self::Retained,
+            SortChoice::Allocation => Self::Allocation,
+        }
+    }
 }
 
 /// Form of a report file.
@@ -155,6 +174,10 @@ pub struct RunOptions {
     #[arg(long, value_name = "FILE", help_heading = "Detector")]
     pub profile: Option<PathBuf>,
 
+    /// Known leaks, not to be reported: [[suppress]] tables of function, module and cache, with wildcards; repeatable
+    #[arg(long, value_name = "FILE", help_heading = "Detector")]
+    pub suppressions: Vec<PathBuf>,
+
     /// How allocations are seen
     #[arg(long, value_enum, default_value_t = TracerChoice::Auto, help_heading = "Detector")]
     pub tracer: TracerChoice,
@@ -186,6 +209,10 @@ pub struct RunOptions {
     #[arg(long, value_name = "on|off", default_value = "on", action = ArgAction::Set, value_parser = values::on_off, help_heading = "Detector")]
     pub stack: bool,
 
+    /// Follow only the words that can hold a pointer in objects whose type is known
+    #[arg(long, value_name = "on|off", default_value = "on", action = ArgAction::Set, value_parser = values::on_off, help_heading = "Detector")]
+    pub typed: bool,
+
     /// Scan before the run ends
     #[arg(long, value_name = "yes|no", default_value = "yes", action = ArgAction::Set, value_parser = values::yes_no, help_heading = "Detector")]
     pub scan_at_exit: bool,
@@ -213,6 +240,10 @@ pub struct RunOptions {
     #[allow(missing_docs, reason = "a doc comment would become the help text of the group")]
     #[command(flatten)]
     pub reports: Reports,
+
+    /// Order of the groups in reports
+    #[arg(long, value_enum, default_value_t = SortChoice::Retained, help_heading = "Results")]
+    pub sort: SortChoice,
 
     /// Keep the report of each scan on --scan-period or oom in a numbered file of its own
     #[arg(long, value_name = "DIR", help_heading = "Results")]

@@ -47,6 +47,9 @@ impl RunOptions {
             value.push(if gdb.wait { ",wait" } else { "" });
             line.option("--gdb", value);
         }
+        for file in &self.suppressions {
+            line.option("--suppressions", map(file, Input));
+        }
         for module in &self.modules {
             let mut value = map(&module.path, Input).into_os_string();
             module.params.iter().for_each(|param| value.push(format!(",{param}")));
@@ -93,8 +96,10 @@ impl RunOptions {
         line.option("--scan-period", self.scan_period_s.to_string());
         line.option("--min-age", self.min_age_ms.to_string());
         line.option("--stack", on_off(self.stack));
+        line.option("--typed", on_off(self.typed));
         line.option("--scan-at-exit", if self.scan_at_exit { "yes" } else { "no" });
         line.option("--scan-on", self.scan_on.iter().map(|when| name(*when)).collect::<Vec<_>>().join(","));
+        line.option("--sort", name(self.sort));
         line.option("--lab", name(self.lab));
         line.flag("--clear-after-scan", self.clear_after_scan);
         line.flag("--notice-on-console", self.notice_on_console);

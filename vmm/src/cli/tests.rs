@@ -36,7 +36,13 @@ fn defaults_are_the_contracts() {
         (options.tracer, options.trap, options.lab),
         (TracerChoice::Auto, TrapChoice::Auto, LabChoice::Auto)
     );
-    assert!(options.stack && options.scan_at_exit && !options.fail_on_leak && !options.clear_after_scan);
+    assert!(
+        options.stack
+            && options.typed
+            && options.scan_at_exit
+            && !options.fail_on_leak
+            && !options.clear_after_scan
+    );
     assert_eq!(options.scan_on, [ScanTrigger::Exit, ScanTrigger::Panic]);
     assert_eq!((options.kaslr, options.timeout_s, options.control.clone()), (None, None, None));
     assert!(options.kernel_path().starts_with("/boot"));
@@ -44,8 +50,8 @@ fn defaults_are_the_contracts() {
 }
 
 const FULL: &str = "--kernel k --initrd i --module a.ko,x=1 --module b.ko --module-dir d --exec ./t.sh --file h:/g \
-                --mem 1G --cpus 4 --paging 5 --types t --profile p --tracer breakpoint --trap pio --kaslr off --scan-period 0 --min-age 5 \
-                --stack off --control s --report r --scan-at-exit no --fail-on-leak --timeout 9 --scan-on oom,exit \
+                --mem 1G --cpus 4 --paging 5 --types t --profile p --suppressions s1 --suppressions s2 --tracer breakpoint --trap pio --kaslr off --scan-period 0 --min-age 5 \
+                --stack off --typed off --sort allocation --control s --report r --scan-at-exit no --fail-on-leak --timeout 9 --scan-on oom,exit \
                 --report-dir rd --disk d,ro --disk e --snapshot-on-leak f --clear-after-scan --notice-on-console --lab never -vv";
 
 #[test]
@@ -54,6 +60,7 @@ fn every_option_is_taken() {
     assert_eq!(options.modules.len(), 2);
     assert_eq!((options.mem_bytes, options.cpus, options.verbose), (1 << 30, 4, 2));
     assert_eq!((options.kaslr, options.stack, options.scan_at_exit), (Some(false), false, false));
+    assert!(!options.typed);
     assert_eq!(options.scan_on, [ScanTrigger::Oom, ScanTrigger::Exit]);
     assert_eq!(options.timeout_s, Some(9));
     assert!(!options.scans_at_exit() && !options.kaslr_enabled());

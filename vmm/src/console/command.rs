@@ -1,5 +1,6 @@
 //! The words a user types: what they stand for, help and completion. Parsing is in `parse`.
 
+use super::account::{Account, When};
 use introspect::memory::Va;
 use std::path::PathBuf;
 
@@ -18,6 +19,10 @@ pub enum Command {
     On,
     /// Scan task stacks or not.
     Stack(bool),
+    /// Follow only words that can hold a pointer or not.
+    Typed(bool),
+    /// Objects in use only by a pointer into their middle.
+    Possible,
     /// Start or stop the automatic scans, at the period set before.
     PeriodicScan(bool),
     /// Period of the automatic scans in seconds; 0 stops them.
@@ -124,64 +129,6 @@ pub enum TopBy {
     Sites,
     /// Slab cache, or kind of memory.
     Caches,
-}
-
-/// A part of the guest's accounting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Account {
-    /// Slab caches.
-    Slabinfo,
-    /// Areas of the vmalloc space.
-    Vmallocinfo,
-    /// Memory by use.
-    Meminfo,
-    /// Free blocks of the page allocator.
-    Buddyinfo,
-    /// Counters of the memory management.
-    Vmstat,
-    /// Memory by use, as the crash utility shows it.
-    Kmem,
-    /// Slab caches, as the crash utility shows them.
-    KmemSlabs,
-}
-
-impl Account {
-    /// All of them: what `mark` remembers.
-    pub const ALL: &[Self] = &[
-        Self::Slabinfo,
-        Self::Vmallocinfo,
-        Self::Meminfo,
-        Self::Buddyinfo,
-        Self::Vmstat,
-        Self::Kmem,
-        Self::KmemSlabs,
-    ];
-
-    /// The command's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Slabinfo => "slabinfo",
-            Self::Vmallocinfo => "vmallocinfo",
-            Self::Meminfo => "meminfo",
-            Self::Buddyinfo => "buddyinfo",
-            Self::Vmstat => "vmstat",
-            Self::Kmem => "kmem",
-            Self::KmemSlabs => "kmem -s",
-        }
-    }
-
-    pub(super) fn of(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|account| account.name() == name)
-    }
-}
-
-/// Which accounting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum When {
-    /// As it is.
-    Now,
-    /// What changed since the last mark.
-    SinceMark,
 }
 
 /// A command and the form its reply takes.
@@ -295,6 +242,14 @@ pub const COMMANDS: &[Entry] = &[
         completions: &["stack=on", "stack=off"],
     },
     Entry {
+        name: "typed",
+        usage: "typed=on|off",
+        summary: "follow only words that can hold a pointer, or all",
+        detail: "On finds leaks hidden by numbers that look like addresses, in objects whose C type is known.",
+        pause: Pause::No,
+        completions: &["typed=on", "typed=off"],
+    },
+    Entry {
         name: "dump",
         usage: "dump=ADDR",
         summary: "everything known of the object at ADDR",
@@ -318,6 +273,15 @@ pub const COMMANDS: &[Entry] = &[
         detail: "Bytes, words that point into objects, and objects it was the first to point into, in reading order.",
         pause: Pause::Scan,
         completions: &["roots"],
+    },
+    Entry {
+        name: "possible",
+        usage: "possible",
+        summary: "possible leaks: objects in use only by a pointer into their middle",
+        detail: "Most are found through a list or tree in them, and are no leaks. By origin; those first that are unlike\n\
+                 most of their origin. Never counted as leaks.",
+        pause: Pause::Scan,
+        completions: &["possible"],
     },
     Entry {
         name: "canary",

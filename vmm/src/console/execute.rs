@@ -120,6 +120,10 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
             target.set_stack(*on)?;
             format!("stack scanning {}", on_off(*on))
         }
+        Command::Typed(on) => {
+            target.set_typed(*on)?;
+            format!("typed scanning {}", on_off(*on))
+        }
         Command::PeriodicScan(on) => automatic_scans(target.set_periodic_scan(*on)?),
         Command::ScanPeriod(seconds) => {
             target.set_scan_period(*seconds)?;
@@ -128,6 +132,7 @@ fn run_text(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::Dump(address) => target.dump(*address)?.text,
         Command::Path(address) => target.path(*address)?.text,
         Command::Roots => target.roots()?.text,
+        Command::Possible => target.possible()?.text,
         Command::Canary => target.canary()?.text,
         Command::Status => {
             target.status()?.iter().map(|(key, value)| format!("{key}: {}\n", plain(value))).collect()
@@ -173,6 +178,7 @@ fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::Off => target.off().map(|()| json!({ "tracking": false }))?,
         Command::On => json!({ "tracking": true, "seeded": target.on()? }),
         Command::Stack(on) => target.set_stack(*on).map(|()| json!({ "stack": on }))?,
+        Command::Typed(on) => target.set_typed(*on).map(|()| json!({ "typed": on }))?,
         Command::PeriodicScan(on) => json!({ "scan_period": target.set_periodic_scan(*on)? }),
         Command::ScanPeriod(seconds) => {
             target.set_scan_period(*seconds).map(|()| json!({ "scan_period": seconds }))?
@@ -180,6 +186,7 @@ fn run_json(target: &dyn Target, command: &Command) -> anyhow::Result<Reply> {
         Command::Dump(address) => target.dump(*address)?.json,
         Command::Path(address) => target.path(*address)?.json,
         Command::Roots => target.roots()?.json,
+        Command::Possible => target.possible()?.json,
         Command::Canary => target.canary()?.json,
         Command::Status => Value::Object(target.status()?.into_iter().collect()),
         Command::Audit => serde_json::to_value(target.audit()?)?,

@@ -69,6 +69,9 @@ impl Target for FakeTarget {
     fn set_stack(&self, on: bool) -> anyhow::Result<()> {
         self.called(if on { "stack=on" } else { "stack=off" }, ())
     }
+    fn set_typed(&self, on: bool) -> anyhow::Result<()> {
+        self.called(if on { "typed=on" } else { "typed=off" }, ())
+    }
     fn set_scan_period(&self, seconds: u64) -> anyhow::Result<()> {
         self.called(&format!("period={seconds}"), ())
     }
@@ -85,6 +88,9 @@ impl Target for FakeTarget {
     }
     fn roots(&self) -> anyhow::Result<Answer> {
         self.called("roots", answer("name  bytes\ndata      8", json!({ "roots": [] })))
+    }
+    fn possible(&self) -> anyhow::Result<Answer> {
+        self.called("possible", answer("objects  site", json!({ "possible": [] })))
     }
     fn canary(&self) -> anyhow::Result<Answer> {
         self.called("canary", answer("canary: found", json!({ "canary": { "found": true } })))

@@ -8,6 +8,7 @@
 //!
 //! Replies are the same on every surface; what ends them differs (see the surface's module).
 
+mod account;
 pub mod client;
 pub mod command;
 mod editor;
@@ -28,7 +29,8 @@ mod surfaces_tests;
 #[cfg(test)]
 mod tests;
 
-pub use command::{Account, Annotation, Command, Request, SaveAs, TopBy, When};
+pub use account::{Account, When};
+pub use command::{Annotation, Command, Request, SaveAs, TopBy};
 pub use execute::{Commands, Executor, Reply, execute};
 pub use guest_port::GuestPort;
 pub use mux::ConsoleMux;
@@ -54,6 +56,8 @@ pub trait Target: Send + Sync {
     fn on(&self) -> anyhow::Result<usize>;
     /// Task stack scanning.
     fn set_stack(&self, on: bool) -> anyhow::Result<()>;
+    /// Whether types of objects count.
+    fn set_typed(&self, on: bool) -> anyhow::Result<()>;
     /// Period of automatic scans in seconds, 0 for none.
     fn set_scan_period(&self, seconds: u64) -> anyhow::Result<()>;
     /// Stops the automatic scans, or resumes them at the last period that was not 0 (600 s if there was none);
@@ -65,6 +69,8 @@ pub trait Target: Send + Sync {
     fn path(&self, address: Va) -> anyhow::Result<Answer>;
     /// What each part of the roots contributes, and what is not read.
     fn roots(&self) -> anyhow::Result<Answer>;
+    /// Objects that are in use only by a pointer into their middle.
+    fn possible(&self) -> anyhow::Result<Answer>;
     /// Hides what refers to the canary, scans, and puts it back; an error if it was not found.
     fn canary(&self) -> anyhow::Result<Answer>;
     /// Tracer, hooks, objects, bytes, events, last scan, dropped events, as key and value in print order.

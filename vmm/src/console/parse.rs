@@ -1,6 +1,7 @@
 //! From a line to a command, or to one line that says what was expected.
 
-use super::command::{Account, Annotation, COMMANDS, Command, Entry, Request, SaveAs, TopBy, When};
+use super::account::{Account, When};
+use super::command::{Annotation, COMMANDS, Command, Entry, Request, SaveAs, TopBy};
 use introspect::memory::Va;
 
 impl Request {
@@ -73,6 +74,7 @@ impl Command {
             "on" => Self::On,
             "status" => Self::Status,
             "roots" => Self::Roots,
+            "possible" => Self::Possible,
             "canary" => Self::Canary,
             "audit" => Self::Audit,
             "quit" => Self::Quit,
@@ -128,6 +130,9 @@ impl Command {
             ("stack", "on") => Ok(Self::Stack(true)),
             ("stack", "off") => Ok(Self::Stack(false)),
             ("stack", _) => Err(format!("stack= takes on or off, not {}", quote(value))),
+            ("typed", "on") => Ok(Self::Typed(true)),
+            ("typed", "off") => Ok(Self::Typed(false)),
+            ("typed", _) => Err(format!("typed= takes on or off, not {}", quote(value))),
             ("scan", "on") => Ok(Self::PeriodicScan(true)),
             ("scan", "off") => Ok(Self::PeriodicScan(false)),
             ("scan", _) => decimal(value)

@@ -60,6 +60,11 @@ impl Target for Detector {
         Ok(())
     }
 
+    fn set_typed(&self, on: bool) -> Result<()> {
+        self.work().options.typed = on;
+        Ok(())
+    }
+
     fn set_scan_period(&self, seconds: u64) -> Result<()> {
         let mut work = self.work();
         work.period = seconds;
@@ -85,6 +90,10 @@ impl Target for Detector {
 
     fn roots(&self) -> Result<Answer> {
         self.roots_now()
+    }
+
+    fn possible(&self) -> Result<Answer> {
+        self.possible_now()
     }
 
     fn canary(&self) -> Result<Answer> {
@@ -127,12 +136,17 @@ impl Target for Detector {
         say("unknown_frees", json!(counters.unknown_frees));
         say("overwritten", json!(counters.overwrites));
         say("stack", json!(work.options.stack));
+        say("typed", json!(work.options.typed));
         say("scan_period_s", json!(work.period));
         say("min_age_ms", json!(work.options.min_age_ms));
         say("scans", json!(work.scans));
         if let Some(scanned) = &work.scanned {
             say("last_scan_pause_ms", json!(scanned.pause.as_millis() as u64));
             say("last_scan_bytes", json!(scanned.result.bytes_scanned));
+            let typed = scanned.result.typed;
+            say("last_scan_typed", json!({ "caches": typed.caches, "objects": typed.objects }));
+            say("dropped no object", json!({ "words": scanned.result.no_object }));
+            say("dropped no pointer by its type", json!({ "words": typed.dropped }));
             say("unreferenced", json!(self.current_leaks(&work)));
             for root in &scanned.result.roots {
                 say(
@@ -140,6 +154,10 @@ impl Target for Detector {
                     json!({ "bytes": root.bytes, "references": root.references }),
                 );
             }
+        }
+        // Looked up only when somebody asks for the roots.
+        for (name, words) in work.dropped.iter().flatten() {
+            say(&format!("dropped {name}"), json!({ "words": words }));
         }
         Ok(status)
     }

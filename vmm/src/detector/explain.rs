@@ -8,11 +8,11 @@ use anyhow::{Context, Result};
 use introspect::accounting::calls;
 use introspect::memory::Va;
 use introspect::registry::{Object, Paint};
-use introspect::scan::{ScanInput, coverage, object_at, path, refs};
+use introspect::scan::{ScanInput, coverage, object_at, path, possible, refs};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
-/// Objects that `refs=CACHE` shows.
+/// Rows that `refs=CACHE` and `possible` show.
 const SHOWN: usize = 30;
 
 impl Detector {
@@ -23,7 +23,28 @@ impl Detector {
 
     pub(super) fn roots_now(&self) -> Result<Answer> {
         let coverage = self.look(|input| coverage(input).context("Cannot follow the roots"))?;
+        let counted = coverage.not_read.iter().filter_map(|part| Some((part.name, part.references?)));
+        self.work().dropped = Some(counted.collect());
         Ok(Answer { text: coverage.text(), json: coverage.json() })
+    }
+
+    pub(super) fn possible_now(&self) -> Result<Answer> {
+        self.look(|input| {
+            let found = possible::possible(input).context("Cannot look at all references")?;
+            let symbolize = |va, at| resolve(input.linux, input.modules, va, at);
+            let mut table = possible::table(&found, &|object| {
+                calls::site(input.registry.stacks.get(object.stack), object.sequence, &symbolize)
+            });
+            table.truncate(SHOWN);
+            let objects: usize = found.iter().map(|group| group.objects.len()).sum();
+            let text = format!(
+                "{}# {objects} objects of {} origins are in use only by a pointer into their middle\n",
+                table.text(),
+                found.len()
+            );
+            let json = json!({ "possible": table.json(), "objects": objects, "omitted": table.omitted });
+            Ok(Answer { text, json })
+        })
     }
 
     /// See [`object_at`]. The guest goes on meanwhile.

@@ -13,6 +13,7 @@ mod saving;
 pub use canary::CANARY;
 
 use crate::machine::{FrozenRam, Guest, Outcome, Paused};
+use crate::run::RuleFiles;
 use crate::tracer::{Recorder, breakpoint::Breakpoints};
 use anyhow::{Context, Result, bail};
 use guest_profiles::annotations::Rules;
@@ -26,7 +27,8 @@ use introspect::linux::slab::SlabMap;
 use introspect::linux::vmalloc::Area;
 use introspect::memory::{PAGE_SIZE, Va};
 use introspect::registry::{AllocEvent, Audit, Gap, Kind, Paint, Truth};
-use introspect::scan::{ScanInput, ScanResult, Treatments, scan};
+use introspect::report::Order;
+use introspect::scan::{CacheTypes, ScanInput, ScanResult, Treatments, scan};
 use quiet::Allocator;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -62,6 +64,10 @@ pub struct ScanOptions {
     pub min_age_ms: u64,
     /// Task stacks are roots.
     pub stack: bool,
+    /// Types of objects count.
+    pub typed: bool,
+    /// Of groups in reports.
+    pub order: Order,
 }
 
 /// Everything the detector is made of.
@@ -80,8 +86,8 @@ pub struct Parts {
     pub tracked: Vec<Tracked>,
     /// Annotations and suppressions.
     pub rules: Rules,
-    /// Text of the guest profile that is among them.
-    pub profile: Option<String>,
+    /// The files that they are from, but the built-in ones.
+    pub rule_files: RuleFiles,
     /// For the report.
     pub host: HostFacts,
 }
@@ -112,6 +118,8 @@ struct Work {
     scans: u64,
     scanned: Option<Scanned>,
     audit: Option<Audit>,
+    /// Words of what is not read that point into objects, as `roots` last counted them.
+    dropped: Option<Vec<(&'static str, u64)>>,
     mark: Option<accounting::Mark>,
     history: History,
     /// Where the machine is to be saved when a scan finds leaks.
@@ -122,6 +130,7 @@ struct Work {
 pub struct Detector {
     parts: Parts,
     allocator: Allocator,
+    types: CacheTypes,
     work: Mutex<Work>,
     started: Instant,
 }
@@ -130,6 +139,7 @@ impl Detector {
     /// A detector for a machine whose traps are planted.
     pub fn new(parts: Parts, options: ScanOptions, period: u64) -> Self {
         let allocator = Allocator::new(&parts.linux, &parts.plan);
+        let types = CacheTypes::new(&parts.rules);
         let work = Work {
             options,
             period,
@@ -139,11 +149,12 @@ impl Detector {
             scans: 0,
             scanned: None,
             audit: None,
+            dropped: None,
             mark: None,
             history: History::default(),
             save_leak: None,
         };
-        Self { parts, allocator, work: Mutex::new(work), started: Instant::now() }
+        Self { parts, allocator, types, work: Mutex::new(work), started: Instant::now() }
     }
 
     /// Has the machine saved to `path` as it stands at the first scan that finds leaks.
@@ -252,6 +263,8 @@ impl Detector {
             min_age_ms: work.options.min_age_ms,
             stack: work.options.stack,
             slab: self.tracks(Tracked::Slab),
+            types: &self.types,
+            typed: work.options.typed,
         })
     }
 

@@ -72,6 +72,7 @@ impl Detector {
             hz: parts.linux.hz(),
             audit: work.audit.clone(),
             suppressions: &parts.rules.suppressions,
+            order: work.options.order,
             symbolize: &symbolize,
         })
     }

@@ -103,10 +103,11 @@ impl Detector {
             tracked: parts.tracked.clone(),
             host: parts.host.clone(),
             types: parts.linux.kernel.types_file.clone(),
-            profile: parts.profile.clone(),
+            rule_files: parts.rule_files.clone(),
             scans: work.scans,
             min_age_ms: work.options.min_age_ms,
             stack: work.options.stack,
+            typed: work.options.typed,
         };
         let modules = parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
         let state = parts.recorder.state();

@@ -265,6 +265,7 @@ impl<'a> Session<'a> {
         option("--scan-period", "0".into());
         option("--scan-at-exit", "no".into());
         suite.profile.iter().for_each(|profile| option("--profile", profile.clone().into()));
+        suite.suppressions.iter().for_each(|file| option("--suppressions", file.clone().into()));
         guest.initramfs.iter().for_each(|path| option("--initrd", path.clone().into()));
         disks.into_iter().for_each(|disk| option("--disk", disk));
         modules.into_iter().for_each(|module| option("--module", module));

@@ -35,6 +35,7 @@ pub use single::{Form, Looked, of_report};
 use crate::cli::{ExitCode, Failure, check, failure, print};
 use crate::console::signals;
 use crate::doctor::available_memory_bytes;
+use crate::run::RuleFiles;
 use crate::scratch::Scratch;
 use anyhow::{Context, Result};
 use baseline::Baseline;
@@ -210,6 +211,10 @@ fn check_files(suite: &Suite, outputs: &Outputs) -> Result<()> {
     if let Some(profile) = &suite.profile {
         input(profile, "guest profile")?;
     }
+    for file in &suite.suppressions {
+        input(file, "suppressions")?;
+    }
+    RuleFiles::read(suite.profile.as_deref(), &suite.suppressions)?;
     for report in &outputs.reports {
         check::output_file(report)?;
     }

@@ -46,6 +46,8 @@ pub struct Suite {
     pub settle_ms: Option<u64>,
     /// Annotations and suppressions, as `run --profile` takes.
     pub profile: Option<PathBuf>,
+    /// Known leaks, as `run --suppressions` takes.
+    pub suppressions: Vec<PathBuf>,
     /// Leaks that are known.
     pub baseline: Option<PathBuf>,
     /// In the file's order.
@@ -157,6 +159,8 @@ struct File {
     boot_timeout_s: Option<Spanned<u64>>,
     settle_ms: Option<Spanned<u64>>,
     profile: Option<PathBuf>,
+    #[serde(default)]
+    suppressions: Vec<PathBuf>,
     baseline: Option<PathBuf>,
     #[serde(default, rename = "kernel")]
     kernels: Vec<Spanned<KernelTable>>,
@@ -274,6 +278,7 @@ fn parse(text: &str, folder: &Path, default_name: &str) -> Result<Suite, Wrong> 
         boot_timeout_s: seconds(file.boot_timeout_s, "boot_timeout_s", 300)?,
         settle_ms,
         profile: file.profile.map(|path| folder.join(path)),
+        suppressions: file.suppressions.iter().map(|path| folder.join(path)).collect(),
         baseline: file.baseline.map(|path| folder.join(path)),
         kernels,
         guests,

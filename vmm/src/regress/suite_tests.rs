@@ -8,6 +8,7 @@ boot = "per-test"
 boot_timeout_s = 120
 settle_ms = 3000
 profile = "known.toml"
+suppressions = ["a.supp", "/b.supp"]
 baseline = "/abs/baseline.json"
 
 [[kernel]]
@@ -55,6 +56,7 @@ fn every_key_is_taken_and_paths_are_the_suites() {
     assert_eq!((suite.name.as_str(), suite.boot), ("drivers", BootMode::PerTest));
     assert_eq!((suite.boot_timeout_s, suite.settle_ms), (120, Some(3000)));
     assert_eq!(suite.profile, Some("/suites/known.toml".into()));
+    assert_eq!(suite.suppressions, [Path::new("/suites/a.supp"), Path::new("/b.supp")]);
     assert_eq!(suite.baseline, Some("/abs/baseline.json".into()));
     assert_eq!(suite.kernels[0].name, "bzImage");
     assert_eq!(suite.kernels[0].source, KernelSource::File("/suites/build/bzImage".into()));

@@ -5,7 +5,6 @@ use crate::cli::options::RunOptions;
 use crate::cli::values::{FileSpec, ModuleSpec};
 use crate::lab;
 use anyhow::{Context, Result};
-use guest_profiles::{annotations, hooks};
 use images::initramfs::{self, GuestFile, GuestModule, InitramfsSpec};
 use images::module_file::{self, ModuleFile, WantedModule};
 use introspect::image::KernelImage;
@@ -37,34 +36,6 @@ pub fn recover(image: KernelImage, types: Option<Vec<u8>>) -> Result<Kernel> {
             .hint("make them of this build's vmlinux: pahole --btf_encode_detached FILE vmlinux"),
         false => unusable(),
     })
-}
-
-/// Traps to plant and annotations to follow.
-pub struct GuestRules {
-    /// Allocator hooks.
-    pub hooks: Vec<hooks::Hook>,
-    /// Annotations and suppressions.
-    pub annotations: annotations::Rules,
-    /// Text of `--profile`, which is among them.
-    pub profile: Option<String>,
-}
-
-/// The built-in rules and those of `--profile`.
-pub fn rules(options: &RunOptions) -> Result<GuestRules> {
-    let (profile, annotations) = profile(options.profile.as_deref())?;
-    Ok(GuestRules { hooks: hooks::builtin(), annotations, profile })
-}
-
-/// The text of a guest profile, and the built-in annotations with those in it.
-pub fn profile(path: Option<&Path>) -> Result<(Option<String>, annotations::Rules)> {
-    let Some(path) = path else { return Ok((None, annotations::builtin())) };
-    let wrong = || {
-        Failure::usage(format!("Cannot use guest profile {}", path.display()))
-            .hint("guest-profiles/data/annotations.toml shows the format")
-    };
-    let text = std::fs::read_to_string(path).with_context(wrong)?;
-    let rules = annotations::builtin_and(Some(&text)).with_context(wrong)?;
-    Ok((Some(text), rules))
 }
 
 /// The kernel command line: ours first, so that the user's words win. A kernel that panicked waits: the machine is ended

@@ -2,10 +2,11 @@
 
 mod guest;
 pub mod reports;
+mod rules;
 mod watch;
 
-pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS};
-pub use guest::{profile, recover, types_file};
+pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS, recover, types_file};
+pub use rules::RuleFiles;
 
 use crate::cli::options::{PagingChoice, RunOptions, TracerChoice};
 use crate::cli::{ExitCode, Failure, check};
@@ -37,6 +38,7 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
     let types = types_file(options.types.as_deref())?;
     let drivers = guest::drivers(options, &image)?;
     let initrd = guest::initrd(options, image.release(), &drivers)?;
+    let rule_files = RuleFiles::read(options.profile.as_deref(), &options.suppressions)?;
     let probe = match lab::decide(options.lab, || probe::probe(Path::new("/dev/kvm"), Depth::Needed))? {
         Decision::Here(probe) => probe,
         Decision::Lab(lab, reason) => {
@@ -62,7 +64,7 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
     let linux = Linux::new(Arc::clone(&kernel), machine.placement());
     let linux = Arc::new(linux.context("Cannot find the kernel's data structures")?);
     let instruction = instruction(options, &probe)?;
-    let Tracked { detector, planted, traps } = track(options, &machine, &linux, instruction)?;
+    let Tracked { detector, planted, traps } = track(options, &machine, &linux, instruction, rule_files)?;
     let session = Session::new(options, Arc::clone(&machine), detector)?;
     let (listener, _socket) = debuggers.unzip();
     if let Some(listener) = listener {
@@ -124,14 +126,14 @@ fn track(
     machine: &Arc<Machine>,
     linux: &Arc<Linux>,
     instruction: TrapInstruction,
+    rule_files: RuleFiles,
 ) -> Result<Tracked> {
-    let rules = guest::rules(options)?;
     let recorder = Arc::new(Recorder::new(Arc::clone(linux), machine.ram().clone())?);
     say_placement(options, machine, instruction);
     let plan = match options.tracer {
         TracerChoice::Off => Plan::default(),
         TracerChoice::Auto | TracerChoice::Breakpoint => {
-            plan(&linux.kernel, &rules.hooks, &options.track, instruction.len())
+            plan(&linux.kernel, &guest_profiles::hooks::builtin(), &options.track, instruction.len())
         }
     };
     for gap in plan.gaps.iter().filter(|_| !options.quiet) {
@@ -156,11 +158,16 @@ fn track(
         traps: Arc::clone(&traps),
         plan,
         tracked: options.track.clone(),
-        rules: rules.annotations,
-        profile: rules.profile,
+        rules: rule_files.rules()?,
+        rule_files,
         host,
     };
-    let scan = ScanOptions { min_age_ms: options.min_age_ms, stack: options.stack };
+    let scan = ScanOptions {
+        min_age_ms: options.min_age_ms,
+        stack: options.stack,
+        typed: options.typed,
+        order: options.sort.into(),
+    };
     let detector = Arc::new(Detector::new(parts, scan, options.scan_period_s));
     if let Some(path) = &options.snapshot_on_leak {
         detector.save_at_first_leak(path.clone());

@@ -15,6 +15,7 @@ pub use open::{Opened, Opening, open};
 pub use sink::Sink;
 
 use crate::detector::HostFacts;
+use crate::run::RuleFiles;
 use guest_profiles::hooks::Tracked;
 use introspect::accounting::growth::{FreedBy, History};
 use introspect::arch::CpuState;
@@ -38,14 +39,16 @@ pub struct Facts {
     pub host: HostFacts,
     /// Structure layouts that the kernel image does not have.
     pub types: Option<Vec<u8>>,
-    /// Text of its guest profile.
-    pub profile: Option<String>,
+    /// Its guest profile and suppressions.
+    pub rule_files: RuleFiles,
     /// Scans until then.
     pub scans: u64,
     /// `--min-age`.
     pub min_age_ms: u64,
     /// `--stack`.
     pub stack: bool,
+    /// `--typed`.
+    pub typed: bool,
 }
 
 /// The state as it is written.

@@ -4,9 +4,9 @@ use super::{Facts, Read5};
 use crate::cli::Failure;
 use crate::detector::{Detector, HostFacts, Parts, ScanOptions};
 use crate::machine::{Guest, GuestRam, TrapInstruction};
+use crate::run::RuleFiles;
 use crate::tracer::{Recorder, State, breakpoint::Breakpoints};
 use anyhow::{Context, Result, bail, ensure};
-use guest_profiles::annotations;
 use guest_profiles::hooks::Tracked;
 use introspect::arch::CpuState;
 use introspect::hooks::{Plan, plan};
@@ -14,6 +14,7 @@ use introspect::image::{KernelImage, MAX_IMAGE_BYTES};
 use introspect::kernel::Kernel;
 use introspect::linux::Linux;
 use introspect::memory::{PAGE_SIZE, PhysicalMemory, RamRange};
+use introspect::report::Order;
 use introspect::vmcore::{Attached, Vmcore, placement};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -34,14 +35,18 @@ pub struct Opening {
     pub kernel: Option<PathBuf>,
     /// A file of structure layouts; a snapshot has its own.
     pub types: Option<Vec<u8>>,
-    /// Text of a guest profile.
-    pub profile: Option<String>,
+    /// Guest profile and suppressions; what is not given of them is as it was.
+    pub rule_files: RuleFiles,
     /// What is looked for in a core without a tracker's state.
     pub track: Vec<Tracked>,
     /// `--min-age`.
     pub min_age_ms: Option<u64>,
     /// `--stack`.
     pub stack: Option<bool>,
+    /// `--typed`.
+    pub typed: Option<bool>,
+    /// `--sort`.
+    pub order: Order,
 }
 
 /// A saved machine.
@@ -99,9 +104,16 @@ fn snapshot(
     };
     let facts = Facts {
         types: opening.types.clone().or(facts.types),
-        profile: opening.profile.clone().or(facts.profile),
+        rule_files: RuleFiles {
+            profile: opening.rule_files.profile.clone().or(facts.rule_files.profile),
+            suppressions: match opening.rule_files.suppressions.is_empty() {
+                true => facts.rule_files.suppressions,
+                false => opening.rule_files.suppressions.clone(),
+            },
+        },
         min_age_ms: opening.min_age_ms.unwrap_or(facts.min_age_ms),
         stack: opening.stack.unwrap_or(facts.stack),
+        typed: opening.typed.unwrap_or(facts.typed),
         ..facts
     };
     let scans = facts.scans;
@@ -116,7 +128,7 @@ fn snapshot(
     }
     *parts.recorder.state() = State::restored(registry, freed_by);
     history.bound();
-    let detector = detector(parts, &facts);
+    let detector = detector(parts, &facts, opening.order);
     detector.carry_on(scans, history);
     Ok(Opened { detector, tracked: true })
 }
@@ -140,11 +152,12 @@ fn foreign(file: File, core: &Vmcore, opening: &Opening) -> Result<Opened> {
         tracked: opening.track.clone(),
         host,
         types: opening.types.clone(),
-        profile: opening.profile.clone(),
+        rule_files: opening.rule_files.clone(),
         scans: 0,
         // Nobody knows when anything was allocated.
         min_age_ms: 0,
         stack: opening.stack.unwrap_or(true),
+        typed: opening.typed.unwrap_or(true),
     };
     let parts = parts(ram.clone(), image, &facts)?;
     let memory = &ram;
@@ -154,7 +167,7 @@ fn foreign(file: File, core: &Vmcore, opening: &Opening) -> Result<Opened> {
             modules.load(parts.linux.module(memory, va)?, 0);
         }
     }
-    let detector = detector(parts, &facts);
+    let detector = detector(parts, &facts, opening.order);
     detector.seed_reportable().context("Cannot read what is allocated")?;
     Ok(Opened { detector, tracked: false })
 }
@@ -184,14 +197,14 @@ fn parts(ram: GuestRam, image: KernelImage, facts: &Facts) -> Result<Parts> {
         traps: Arc::new(traps),
         plan,
         tracked: facts.tracked.clone(),
-        rules: annotations::builtin_and(facts.profile.as_deref()).context("Cannot use the guest profile")?,
-        profile: facts.profile.clone(),
+        rules: facts.rule_files.rules()?,
+        rule_files: facts.rule_files.clone(),
         host: facts.host.clone(),
     })
 }
 
-fn detector(parts: Parts, facts: &Facts) -> Arc<Detector> {
-    let options = ScanOptions { min_age_ms: facts.min_age_ms, stack: facts.stack };
+fn detector(parts: Parts, facts: &Facts, order: Order) -> Arc<Detector> {
+    let options = ScanOptions { min_age_ms: facts.min_age_ms, stack: facts.stack, typed: facts.typed, order };
     Arc::new(Detector::new(parts, options, 0))
 }
 
