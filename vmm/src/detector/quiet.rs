@@ -10,6 +10,7 @@ use introspect::hooks::Plan;
 use introspect::linux::Linux;
 use introspect::memory::{PhysicalMemory, Va};
 use introspect::unwind::{SleepingFrame, Start};
+use rustc_hash::FxHashSet;
 use std::ops::Range;
 use std::sync::PoisonError;
 
@@ -23,25 +24,29 @@ const BEHIND: [&str; 5] = [
     "kmem_cache_free_bulk",
 ];
 
+/// Goes for the tracer's code in the guest; no function is called so.
+const STUBS: &str = "";
+
 /// Frames looked at per stack.
 const DEPTH: usize = 64;
 
 /// The code of the allocator, run-time addresses.
 pub struct Allocator {
-    code: Vec<Range<Va>>,
+    code: Vec<(String, Range<Va>)>,
     sleeping: Option<SleepingFrame>,
 }
 
 impl Allocator {
-    /// The functions of `plan` and those behind them.
-    pub fn new(linux: &Linux, plan: &Plan) -> Self {
+    /// The functions of `plan` and those behind them, and the tracer's own code in the guest.
+    pub fn new(linux: &Linux, plan: &Plan, stubs: Option<Range<Va>>) -> Self {
         let symbols = &linux.kernel.symbols;
         let names = plan.traps.iter().map(|t| t.function.as_str()).chain(BEHIND);
         let code = names
             .filter_map(|name| {
                 let start = symbols.lookup(name)? + linux.placement.slide;
-                Some(start..start + symbols.size(name)?)
+                Some((name.to_owned(), start..start + symbols.size(name)?))
             })
+            .chain(stubs.map(|stubs| (STUBS.to_owned(), stubs)))
             .collect();
         let sleeping = linux.kernel.types.as_ref().and_then(|t| SleepingFrame::recover(t, symbols));
         Self { code, sleeping }
@@ -55,6 +60,17 @@ impl Allocator {
         recorder: &Recorder,
         cpus: &[CpuState],
     ) -> anyhow::Result<bool> {
+        Ok(self.busy(linux, memory, recorder, cpus)?.is_empty())
+    }
+
+    /// The functions that are on some stack of the paused machine.
+    pub fn busy(
+        &self,
+        linux: &Linux,
+        memory: &impl PhysicalMemory,
+        recorder: &Recorder,
+        cpus: &[CpuState],
+    ) -> anyhow::Result<FxHashSet<&str>> {
         let mut read = linux.word_reader(memory);
         let mut starts: Vec<Start> =
             cpus.iter().filter(|c| c.online && !c.user_mode).map(|c| Start::running(&c.registers)).collect();
@@ -65,10 +81,14 @@ impl Allocator {
         }
         let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
         let unwinder = recorder.unwinder();
-        Ok(!starts.iter().any(|start| {
+        let mut busy = FxHashSet::default();
+        for start in &starts {
             let mut stack = [Va(0); DEPTH];
             let trace = unwinder.unwind(&*modules, start, &mut read, &mut stack);
-            stack[..trace.len].iter().any(|ip| self.code.iter().any(|code| code.contains(ip)))
-        }))
+            let stack = &stack[..trace.len];
+            let inside = self.code.iter().filter(|(_, code)| stack.iter().any(|ip| code.contains(ip)));
+            busy.extend(inside.map(|(name, _)| name.as_str()));
+        }
+        Ok(busy)
     }
 }

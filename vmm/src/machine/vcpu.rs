@@ -17,6 +17,9 @@ const EXITS_KEPT: usize = 8;
 const ENOMEM_RETRIES: u32 = 100;
 const ENOMEM_PAUSE: Duration = Duration::from_millis(20);
 
+/// A trap that must wait is asked again after that.
+const TRAP_PAUSE: Duration = Duration::from_micros(50);
+
 /// A vCPU and what it needs to handle its exits.
 pub(super) struct Vcpu {
     pub index: usize,
@@ -30,6 +33,8 @@ pub(super) struct Vcpu {
 enum Step {
     Enter,
     Checkpoint,
+    /// This trap is to be offered again, behind a checkpoint.
+    Again(TrapInstruction),
     End(Outcome),
 }
 
@@ -46,7 +51,7 @@ impl Vcpu {
         loop {
             match step {
                 Step::Enter => {}
-                Step::Checkpoint => {
+                Step::Checkpoint | Step::Again(_) => {
                     // SAFETY: mapped as above.
                     unsafe { flag.as_ref() }.store(0, SeqCst);
                     match self.control.checkpoint(self.index, || self.snapshot(&exits)) {
@@ -61,7 +66,13 @@ impl Vcpu {
                     break;
                 }
             }
-            step = self.enter(&mut exits, &mut out_of_memory);
+            step = match step {
+                Step::Again(instruction) => {
+                    std::thread::sleep(TRAP_PAUSE);
+                    self.trap(instruction)
+                }
+                _ => self.enter(&mut exits, &mut out_of_memory),
+            };
         }
         self.control.ended(self.index, self.snapshot(&exits));
     }
@@ -108,11 +119,15 @@ impl Vcpu {
         });
         if let Some((handler, site)) = site {
             registers.rip = site;
-            if handler.trap(self.index, &mut registers) == TrapOutcome::Resume {
-                // On the next entry KVM takes these registers first; it then skips the `out` only if RIP still is where
-                // it was at the exit.
-                arch::set_shared_registers(&mut self.fd, &registers);
-                return Step::Enter;
+            match handler.trap(self.index, &mut registers) {
+                TrapOutcome::Resume => {
+                    // On the next entry KVM takes these registers first; it then skips the `out` only if RIP still is
+                    // where it was at the exit.
+                    arch::set_shared_registers(&mut self.fd, &registers);
+                    return Step::Enter;
+                }
+                TrapOutcome::Again => return Step::Again(instruction),
+                TrapOutcome::Foreign => {}
             }
         }
         match arch::reflect(&self.fd, instruction) {

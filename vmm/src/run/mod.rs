@@ -16,7 +16,7 @@ use crate::detector::{Detector, HostFacts, Parts, ScanOptions};
 use crate::lab::{self, Decision};
 use crate::machine::{Config, Machine, TrapInstruction, Traps};
 use crate::probe::{self, Depth, Probe};
-use crate::tracer::{Recorder, breakpoint::Breakpoints};
+use crate::tracer::{Recorder, breakpoint::Breakpoints, ring::Ring};
 use anyhow::{Context, Result};
 use introspect::hooks::{Plan, plan};
 use introspect::linux::Linux;
@@ -78,12 +78,12 @@ fn track(
     let instruction = match options.tracer {
         // None will be planted: a host without a trap that works may still boot.
         TracerChoice::Off => TrapInstruction::Int3,
-        TracerChoice::Auto | TracerChoice::Breakpoint => choose_trap(options, probe)?,
+        TracerChoice::Auto | TracerChoice::Breakpoint | TracerChoice::Ring => choose_trap(options, probe)?,
     };
     say_placement(options, machine, instruction);
     let plan = match options.tracer {
         TracerChoice::Off => Plan::default(),
-        TracerChoice::Auto | TracerChoice::Breakpoint => {
+        TracerChoice::Auto | TracerChoice::Breakpoint | TracerChoice::Ring => {
             plan(&linux.kernel, &rules.hooks, &options.track, instruction.len())
         }
     };
@@ -94,11 +94,19 @@ fn track(
     let ram = machine.ram().clone();
     let traps = Breakpoints::plant(Arc::clone(&recorder), Arc::clone(linux), ram, &plan, instruction)?;
     let traps = Arc::new(traps);
+    if options.tracer == TracerChoice::Ring {
+        use_ring(machine, linux, &recorder, &plan, &traps, instruction)?;
+    }
     let tracing = options.tracer != TracerChoice::Off;
     recorder.enable(tracing);
     let host = HostFacts {
         kvm: kvm_name(),
-        tracer: if tracing { "breakpoint" } else { "off" }.to_owned(),
+        tracer: match options.tracer {
+            TracerChoice::Auto | TracerChoice::Breakpoint => "breakpoint",
+            TracerChoice::Ring => "ring",
+            TracerChoice::Off => "off",
+        }
+        .to_owned(),
         trap: trap_name(instruction).to_owned(),
         lab: lab::inside(),
     };
@@ -119,6 +127,23 @@ fn track(
         detector.save_at_first_leak(path.clone());
     }
     Ok((detector, tracing.then(|| Traps { instruction, handler: traps })))
+}
+
+/// Gives the machine a ring, and has it read in every pause.
+fn use_ring(
+    machine: &Machine,
+    linux: &Linux,
+    recorder: &Arc<Recorder>,
+    plan: &Plan,
+    traps: &Breakpoints,
+    instruction: TrapInstruction,
+) -> Result<()> {
+    let ring = Ring::new(machine, linux, Arc::clone(recorder), plan, instruction);
+    let ring = Arc::new(ring.context("Cannot trace by a ring; --tracer breakpoint needs none")?);
+    let read = Arc::clone(&ring);
+    machine.when_paused(move || read.drain());
+    traps.use_ring(ring);
+    Ok(())
 }
 
 /// With -v: where the kernel is and how it is trapped.
@@ -209,6 +234,13 @@ impl Session {
         crate::console::signals::watch(move |_| machine.stop()).context("Cannot watch for signals")?;
         control.serve(self.commands.clone())?;
         self.machine.start(traps)?;
+        if options.tracer == TracerChoice::Ring {
+            let detector = Arc::clone(&self.detector);
+            let thread = std::thread::Builder::new().name("ring".to_owned());
+            thread
+                .spawn(move || detector.serve_ring())
+                .context("Cannot start the thread that reads the ring")?;
+        }
         self.console.start_input(self.machine.serial(0).clone(), self.commands.clone())?;
         let timeout = options.timeout_s.map(Duration::from_secs);
         let outcome = watch::until_end(&self.machine, &self.detector, options, timeout);

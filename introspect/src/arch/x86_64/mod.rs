@@ -6,6 +6,6 @@ pub mod prstatus;
 mod registers;
 mod vectors;
 
-pub use paging::{AddressSpace, Leaf, MAX_ENTRIES};
+pub use paging::{AddressSpace, Leaf, MAX_ENTRIES, gigabyte_leaf};
 pub use registers::{CpuState, Registers};
 pub use vectors::widest;
