@@ -79,10 +79,15 @@ impl Record {
         Va(self.word(STACK))
     }
 
+    /// Words of the stack that were written down.
+    pub fn words(&self) -> usize {
+        (self.u32(WORDS) as usize).min(MAX_WORDS)
+    }
+
     /// The word of the stack at `va`; None when it was not written down.
     pub fn stack(&self, va: Va) -> Option<u64> {
         let offset = va.0.wrapping_sub(self.word(RSP));
-        let words = (self.u32(WORDS) as usize).min(MAX_WORDS) as u64;
+        let words = self.words() as u64;
         let at = STACK + usize::try_from(offset).ok()?;
         (offset.is_multiple_of(8) && offset / 8 < words).then(|| self.word(at))
     }

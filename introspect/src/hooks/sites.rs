@@ -53,6 +53,8 @@ pub enum SiteError {
     TailCall(Va),
     /// The instructions at this link address can be neither replaced nor carried out.
     Unsuitable(Va, String),
+    /// A trap can be there, or is, but no jump.
+    NoJump(Va, String),
 }
 
 impl fmt::Display for SiteError {
@@ -63,6 +65,7 @@ impl fmt::Display for SiteError {
             Self::NoReturn => write!(f, "No return instruction"),
             Self::TailCall(va) => write!(f, "Leaves by a jump at {va}"),
             Self::Unsuitable(va, what) => write!(f, "No place for a trap at {va} ({what})"),
+            Self::NoJump(va, what) => write!(f, "No place for a jump at {va} ({what})"),
         }
     }
 }
@@ -197,7 +200,7 @@ impl Function {
     /// Where a jump can take over from the trap at `site`.
     pub(super) fn jump(&self, role: Role, entry: bool, site: &Site) -> Result<Jump, SiteError> {
         let at = if entry { site.va } else { site.resume() };
-        let unsuitable = |why: &str| SiteError::Unsuitable(at, why.to_owned());
+        let unsuitable = |why: &str| SiteError::NoJump(at, why.to_owned());
         if needs_memory(role) {
             return Err(unsuitable("what it passes lies in memory"));
         }
@@ -215,7 +218,7 @@ impl Function {
                 break;
             }
             if !is_movable(i) || k > 0 && self.targets.contains(&i.ip()) {
-                return Err(SiteError::Unsuitable(Va(i.ip()), format!("{:?} cannot be moved", i.mnemonic())));
+                return Err(SiteError::NoJump(Va(i.ip()), format!("{:?} cannot be moved", i.mnemonic())));
             }
             len += i.len();
         }

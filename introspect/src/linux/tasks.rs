@@ -114,6 +114,8 @@ pub(super) struct Layout {
     signal: u64,
     thread_node: u64,
     thread_head: u64,
+    /// `system_state`, and its value from the first program on (enum system_states).
+    up: Option<(Va, u64)>,
 }
 
 impl Layout {
@@ -149,6 +151,7 @@ impl Layout {
             signal: task("signal")?,
             thread_node: task("thread_node")?,
             thread_head: lookup.offset("signal_struct", "thread_head")?,
+            up: lookup.symbol_if_any("system_state").zip(lookup.enumerator("SYSTEM_RUNNING").ok()),
         })
     }
 }
@@ -231,9 +234,8 @@ impl Linux {
     /// # Errors
     /// The kernel does not say: no `system_state`.
     pub fn is_up(&self, memory: &impl PhysicalMemory) -> anyhow::Result<bool> {
-        let lookup = self.lookup()?;
-        let state = self.read_u32(memory, lookup.symbol("system_state")?)?;
-        Ok(u64::from(state) >= lookup.enumerator("SYSTEM_RUNNING")?)
+        let (state, up) = self.tasks.up.context("The kernel image has no system_state")?;
+        Ok(u64::from(self.read_u32(memory, state)?) >= up)
     }
 
     /// `comm` and `pid` of a task: the two things a traced event wants. Two reads, no allocation.

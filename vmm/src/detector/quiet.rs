@@ -27,6 +27,9 @@ const BEHIND: [&str; 5] = [
 /// Goes for the tracer's code in the guest; no function is called so.
 const STUBS: &str = "";
 
+/// Most bytes of a CPU's own stack (IRQ_STACK_SIZE); behind it is nothing, or what does no harm.
+const CPU_STACK: u64 = 0x4000;
+
 /// Frames looked at per stack.
 const DEPTH: usize = 64;
 
@@ -61,6 +64,35 @@ impl Allocator {
         cpus: &[CpuState],
     ) -> anyhow::Result<bool> {
         Ok(self.busy(linux, memory, recorder, cpus)?.is_empty())
+    }
+
+    /// Words on the stacks of the paused machine that are addresses of the allocator's code, stale ones among them.
+    pub fn on_stacks(
+        &self,
+        linux: &Linux,
+        memory: &impl PhysicalMemory,
+        cpus: &[CpuState],
+    ) -> anyhow::Result<FxHashSet<Va>> {
+        let mut read = linux.word_reader(memory);
+        let mut found = FxHashSet::default();
+        let mut look = |start: Va, end: Va| {
+            for at in (start.0..end.0).step_by(8).map_while(|at| read(Va(at))) {
+                if self.code.iter().any(|(_, code)| code.contains(&Va(at))) {
+                    found.insert(Va(at));
+                }
+            }
+        };
+        for cpu in cpus.iter().filter(|cpu| cpu.online && !cpu.user_mode) {
+            let sp = cpu.registers.sp();
+            look(Va(sp.0 & !7), sp + CPU_STACK);
+        }
+        for task in linux.tasks(memory)?.iter().filter(|task| task.stack != Va(0)) {
+            let end = task.stack + task.stack_size;
+            // Of a running task nobody knows how much is in use.
+            let start = if task.on_cpu { task.stack } else { task.saved_sp.max(task.stack) };
+            look(Va(start.0 & !7), end);
+        }
+        Ok(found)
     }
 
     /// The functions that are on some stack of the paused machine.

@@ -139,7 +139,10 @@ fn use_ring(
     instruction: TrapInstruction,
 ) -> Result<()> {
     let ring = Ring::new(machine, linux, Arc::clone(recorder), plan, instruction);
-    let ring = Arc::new(ring.context("Cannot trace by a ring; --tracer breakpoint needs none")?);
+    let ring = ring.map_err(|why| {
+        Failure::host(format!("Cannot trace by a ring: {why:#}")).hint("--tracer breakpoint needs none")
+    });
+    let ring = Arc::new(ring?);
     let read = Arc::clone(&ring);
     machine.when_paused(move || read.drain());
     traps.use_ring(ring);
@@ -236,9 +239,10 @@ impl Session {
         self.machine.start(traps)?;
         if options.tracer == TracerChoice::Ring {
             let detector = Arc::clone(&self.detector);
+            let verbose = options.verbose > 0;
             let thread = std::thread::Builder::new().name("ring".to_owned());
             thread
-                .spawn(move || detector.serve_ring())
+                .spawn(move || detector.serve_ring(verbose))
                 .context("Cannot start the thread that reads the ring")?;
         }
         self.console.start_input(self.machine.serial(0).clone(), self.commands.clone())?;

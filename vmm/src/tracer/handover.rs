@@ -12,7 +12,8 @@ use anyhow::{Context, Result, ensure};
 use introspect::arch::gigabyte_leaf;
 use introspect::arch::layout::{TRACER_CODE, TRACER_RING};
 use introspect::hooks::{JUMP_LEN, Jump, StubPoint};
-use introspect::memory::PhysicalMemory;
+use introspect::memory::{PhysicalMemory, Va};
+use std::ops::Range;
 
 impl Breakpoints {
     /// Hooks whose trap a jump can take the place of, and has not yet.
@@ -27,16 +28,23 @@ impl Breakpoints {
         self.traps.values().filter(|trap| trap.moved.get().is_some()).count()
     }
 
-    /// Lets jumps take the place of traps in functions that nobody is in, as `is_free` says by their names.
+    /// Lets jumps take the place of traps in functions that nobody is in, as `is_free` says by their names and by the
+    /// bytes that a jump displaces.
     ///
     /// # Errors
     /// The page tables have no room.
-    pub fn hand_over(&self, paused: &mut Paused<'_>, is_free: impl Fn(&str) -> bool) -> Result<()> {
+    pub fn hand_over(
+        &self,
+        paused: &mut Paused<'_>,
+        is_free: impl Fn(&str, Range<Va>) -> bool,
+    ) -> Result<()> {
         let Some(ring) = self.ring() else { return Ok(()) };
         self.map(paused).context("Cannot map the tracer's ring")?;
         for trap in self.traps.values() {
             let Ok(jump) = trap.jump else { continue };
-            if trap.moved.get().is_some() || trap.stuck.get().is_some() || !is_free(&trap.function) {
+            let va = jump.va() + self.linux.placement.slide;
+            let done = trap.moved.get().is_some() || trap.stuck.get().is_some();
+            if done || !is_free(&trap.function, va..va + jump.len() as u64) {
                 continue;
             }
             if let Err(why) = self.hand_over_one(ring, paused, trap, jump) {

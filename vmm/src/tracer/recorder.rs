@@ -213,15 +213,21 @@ impl Recorder {
             Ok(Some(_)) if role == Role::Kmalloc && self.is_large(address) => {}
             Ok(Some(cache)) => {
                 let origin = self.origin(registers, moment);
-                self.record_slab(address, cache, &origin);
+                if self.record_slab(address, cache, &origin).is_err() {
+                    self.doubt(address, moment);
+                }
             }
             // Larger than the largest cache: the hook of large allocations has it already.
             Ok(None) if role == Role::Kmalloc => {}
-            Ok(None) | Err(_) => match moment {
-                Moment::Now { .. } => self.lost(),
-                // Freed since, and its page, too, if all is well.
-                Moment::Past(_) => drop(self.state().doubtful.insert(address.0, None)),
-            },
+            Ok(None) | Err(_) => self.doubt(address, moment),
+        }
+    }
+
+    /// An object without a cache: lost, or, of an earlier moment, freed since together with its page, if all is well.
+    fn doubt(&self, address: Va, moment: Moment<'_>) {
+        match moment {
+            Moment::Now { .. } => self.lost(),
+            Moment::Past(_) => drop(self.state().doubtful.insert(address.0, None)),
         }
     }
 
@@ -238,11 +244,10 @@ impl Recorder {
         state.registry.counters.dropped += (before - state.doubtful.len()) as u64;
     }
 
-    fn record_slab(&self, address: Va, cache: Va, origin: &Origin) {
-        match self.linux.cache_object_size(&self.ram, cache) {
-            Ok(size) => self.state().registry.alloc(&origin.event(address, size, Kind::Slab, cache)),
-            Err(_) => self.lost(),
-        }
+    fn record_slab(&self, address: Va, cache: Va, origin: &Origin) -> Result<(), MemoryError> {
+        let size = self.linux.cache_object_size(&self.ram, cache)?;
+        self.state().registry.alloc(&origin.event(address, size, Kind::Slab, cache));
+        Ok(())
     }
 
     /// How many of the objects of a bulk call are looked at.
@@ -257,9 +262,12 @@ impl Recorder {
         let origin = self.origin(registers, moment);
         for index in 0..self.bulk(count) {
             let object = self.linux.read_u64(&self.ram, array + index * 8);
-            match object.and_then(|o| Ok((o, self.linux.cache_of(&self.ram, Va(o))?))) {
-                Ok((object, Some(cache))) => self.record_slab(Va(object), cache, &origin),
-                Ok((_, None)) | Err(_) => self.lost(),
+            let recorded = object.map(Va).and_then(|object| {
+                let cache = self.linux.cache_of(&self.ram, object)?;
+                cache.map(|cache| self.record_slab(object, cache, &origin)).transpose()
+            });
+            if !matches!(recorded, Ok(Some(()))) {
+                self.lost();
             }
         }
     }
@@ -322,7 +330,11 @@ impl Recorder {
         if is_object(address) {
             let caller = caller();
             let state = &mut *self.state();
-            state.doubtful.remove(&address);
+            if state.doubtful.remove(&address).is_some() {
+                state.registry.counters.allocs += 1;
+                state.registry.counters.frees += 1;
+                return;
+            }
             if let Some(object) = state.registry.free(Va(address)) {
                 state.freed_by.note(object.stack, caller);
             }

@@ -229,7 +229,12 @@ impl Ring {
             return None;
         }
         let mut record = Record([0; SLOT_LEN]);
-        self.slots.read(at, &mut record.0);
+        // The stack behind the return address is there at returns only.
+        self.slots.read(at, &mut record.0[..record::STACK + 8]);
+        if self.hooks.get(record.hook() as usize).is_some_and(|hook| !hook.entry) {
+            let end = record::STACK + 8 * record.words();
+            self.slots.read(at + record::STACK, &mut record.0[record::STACK..end]);
+        }
         Some(record)
     }
 
