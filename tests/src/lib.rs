@@ -268,6 +268,10 @@ impl Guest {
             Self { arguments: vec!["run".into()], cmdline, timeout_s: 0, patience: RUN_TIMEOUT, scratch };
         guest.timeout(RUN_TIMEOUT.as_secs() - MARGIN_S);
         guest.option("--kernel", kernel).option("--cpus", cpus.to_string());
+        // To try everything by a tracer that is not the default.
+        if let Some(tracer) = std::env::var_os("KLEAK_TRACER") {
+            guest.option("--tracer", tracer);
+        }
         let (socket, report) = (guest.socket(), guest.report_path());
         guest.option("--control", socket).option("--report", report);
         Ok(guest)

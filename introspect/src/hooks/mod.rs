@@ -7,10 +7,16 @@
 //! instructions are carried out by [`Displaced`], so the trap is never lifted and no other vCPU slips past.
 
 mod displaced;
+mod jump;
+pub mod record;
 mod sites;
+mod stub;
 
 pub use displaced::{Displaced, Step};
+pub use iced_x86::Instruction;
+pub use jump::{JUMP_LEN, Jump};
 pub use sites::{Site, SiteError};
+pub use stub::{Point as StubPoint, Stub, Surroundings, Writer};
 
 use crate::kernel::Kernel;
 use crate::memory::Va;
@@ -30,6 +36,8 @@ pub struct Planned {
     pub argument: u8,
     /// Place and displaced instructions, link addresses.
     pub site: Site,
+    /// Where a jump can take its place once the kernel's text is final.
+    pub jump: Result<Jump, SiteError>,
 }
 
 /// What [`plan`] chose and what it could not cover.
@@ -90,11 +98,12 @@ fn sites_of(
     trap_len: usize,
 ) -> Result<Vec<Planned>, SiteError> {
     let function = sites::Function::decode(kernel, name, start)?;
-    let planned = |site, entry| Planned {
+    let planned = |site: Site, entry| Planned {
         role: hook.role,
         function: name.to_owned(),
         entry,
         argument: hook.argument,
+        jump: function.jump(hook.role, entry, &site),
         site,
     };
     let mut traps = Vec::new();

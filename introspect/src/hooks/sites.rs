@@ -1,8 +1,10 @@
 //! Finding the instructions of a function that a trap may replace.
 
 use super::Displaced;
+use super::jump::{JUMP_LEN, Jump, is_movable, needs_memory};
 use crate::kernel::Kernel;
 use crate::memory::Va;
+use guest_profiles::hooks::Role;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use rustc_hash::FxHashSet;
 use std::fmt;
@@ -12,7 +14,7 @@ const MAX_FUNCTION: u64 = 64 * 1024;
 
 /// Symbols that a return jumps to instead of `ret`: the kernel patches such a jump to `ret`, to another thunk, or leaves
 /// it (arch/x86/lib/retpoline.S; the set grew with each mitigation).
-const RETURN_THUNKS: [&str; 5] = [
+pub(super) const RETURN_THUNKS: [&str; 5] = [
     "__x86_return_thunk",
     "zen_untrain_ret",
     "srso_return_thunk",
@@ -51,6 +53,8 @@ pub enum SiteError {
     TailCall(Va),
     /// The instructions at this link address can be neither replaced nor carried out.
     Unsuitable(Va, String),
+    /// A trap can be there, or is, but no jump.
+    NoJump(Va, String),
 }
 
 impl fmt::Display for SiteError {
@@ -61,6 +65,7 @@ impl fmt::Display for SiteError {
             Self::NoReturn => write!(f, "No return instruction"),
             Self::TailCall(va) => write!(f, "Leaves by a jump at {va}"),
             Self::Unsuitable(va, what) => write!(f, "No place for a trap at {va} ({what})"),
+            Self::NoJump(va, what) => write!(f, "No place for a jump at {va} ({what})"),
         }
     }
 }
@@ -190,6 +195,34 @@ impl Function {
             first = first.checked_sub(1).ok_or(SiteError::NoReturn)?;
         }
         self.site(first, last)
+    }
+
+    /// Where a jump can take over from the trap at `site`.
+    pub(super) fn jump(&self, role: Role, entry: bool, site: &Site) -> Result<Jump, SiteError> {
+        let at = if entry { site.va } else { site.resume() };
+        let unsuitable = |why: &str| SiteError::NoJump(at, why.to_owned());
+        if needs_memory(role) {
+            return Err(unsuitable("what it passes lies in memory"));
+        }
+        let first = self.instructions.binary_search_by_key(&at.0, Instruction::ip);
+        let first = first.map_err(|_| SiteError::NoCode)?;
+        if !entry {
+            let is_whole = self.returns.contains(&first) && self.length(first, first)? == JUMP_LEN;
+            return is_whole
+                .then_some(Jump::Return { va: at })
+                .ok_or_else(|| unsuitable("the return is too short"));
+        }
+        let mut len = 0;
+        for (k, i) in self.instructions[first..].iter().enumerate() {
+            if len >= JUMP_LEN {
+                break;
+            }
+            if !is_movable(i) || k > 0 && self.targets.contains(&i.ip()) {
+                return Err(SiteError::NoJump(Va(i.ip()), format!("{:?} cannot be moved", i.mnemonic())));
+            }
+            len += i.len();
+        }
+        if len < JUMP_LEN { Err(SiteError::NoCode) } else { Ok(Jump::Entry { va: at, len }) }
     }
 
     fn length(&self, first: usize, last: usize) -> Result<usize, SiteError> {

@@ -4,6 +4,8 @@ use super::Linux;
 use super::lookup::Lookup;
 use super::read::{Walk, le32, le64};
 use crate::arch::layout::STACK_SIZES;
+use crate::hooks::Surroundings;
+use crate::hooks::record::Record;
 use crate::memory::{MemoryError, PhysicalMemory, Va};
 use anyhow::Context as _;
 use rustc_hash::FxHashSet;
@@ -78,6 +80,16 @@ pub enum Context {
     Hardirq,
 }
 
+impl Context {
+    /// What kmemleak records of an interrupt.
+    fn comm_and_pid(self) -> ([u8; 16], i32) {
+        let name: &[u8] = if self == Self::Hardirq { b"hardirq" } else { b"softirq" };
+        let mut comm = [0; COMM_LEN];
+        comm[..name.len()].copy_from_slice(name);
+        (comm, 0)
+    }
+}
+
 /// Offsets and addresses this room needs.
 pub(super) struct Layout {
     /// Per-CPU offset of the pointer to the running task.
@@ -102,6 +114,8 @@ pub(super) struct Layout {
     signal: u64,
     thread_node: u64,
     thread_head: u64,
+    /// `system_state`, and its value from the first program on (enum system_states).
+    up: Option<(Va, u64)>,
 }
 
 impl Layout {
@@ -137,6 +151,7 @@ impl Layout {
             signal: task("signal")?,
             thread_node: task("thread_node")?,
             thread_head: lookup.offset("signal_struct", "thread_head")?,
+            up: lookup.symbol_if_any("system_state").zip(lookup.enumerator("SYSTEM_RUNNING").ok()),
         })
     }
 }
@@ -157,14 +172,21 @@ impl Linux {
     /// The CPU's per-CPU area is not mapped (yet).
     pub fn context(&self, memory: &impl PhysicalMemory, cpu: usize) -> Result<Context, MemoryError> {
         let count = self.read_u32(memory, self.percpu_base(memory, cpu)? + self.tasks.preempt_count)?;
-        if count & HARDIRQ_MASK != 0 {
-            return Ok(Context::Hardirq);
-        }
         let softirqs = match self.tasks.softirq_disable_cnt {
             Some(offset) => self.read_u32(memory, self.current(memory, cpu)? + offset)?,
-            None => count,
+            None => 0,
         };
-        Ok(if softirqs & SOFTIRQ_SERVING != 0 { Context::Softirq } else { Context::Task })
+        Ok(self.context_of(count, softirqs))
+    }
+
+    /// What a CPU was doing whose counters and task's counter are these.
+    fn context_of(&self, preempt_count: u32, softirqs: u32) -> Context {
+        let softirqs = if self.tasks.softirq_disable_cnt.is_some() { softirqs } else { preempt_count };
+        match (preempt_count & HARDIRQ_MASK, softirqs & SOFTIRQ_SERVING) {
+            (0, 0) => Context::Task,
+            (0, _) => Context::Softirq,
+            _ => Context::Hardirq,
+        }
     }
 
     /// `comm` and `pid` that kmemleak records for an allocation made on `cpu` now: those of the task, or
@@ -179,9 +201,41 @@ impl Linux {
     ) -> Result<([u8; 16], i32), MemoryError> {
         match self.context(memory, cpu)? {
             Context::Task => self.comm_and_pid(memory, self.current(memory, cpu)?),
-            Context::Softirq => Ok((*b"softirq\0\0\0\0\0\0\0\0\0", 0)),
-            Context::Hardirq => Ok((*b"hardirq\0\0\0\0\0\0\0\0\0", 0)),
+            interrupt => Ok(interrupt.comm_and_pid()),
         }
+    }
+
+    /// As [`Linux::allocating_comm_and_pid`], for an event that a stub wrote down.
+    pub fn recorded_comm_and_pid(&self, record: &Record) -> ([u8; 16], i32) {
+        let (preempt_count, softirqs) = record.counts();
+        match self.context_of(preempt_count, softirqs) {
+            Context::Task => record.task(),
+            interrupt => interrupt.comm_and_pid(),
+        }
+    }
+
+    /// What stubs read of where an event happens.
+    pub fn surroundings(&self) -> Surroundings {
+        let layout = &self.tasks;
+        Surroundings {
+            current: layout.current,
+            preempt_count: layout.preempt_count,
+            softirq_disable_cnt: layout.softirq_disable_cnt,
+            comm: layout.comm,
+            pid: layout.pid,
+            stack: layout.stack,
+            stack_size: layout.stack_size,
+            jiffies: self.addresses.jiffies_64,
+        }
+    }
+
+    /// True once the kernel has patched its text, sealed it, and is about to run its first program or has done so.
+    ///
+    /// # Errors
+    /// The kernel does not say: no `system_state`.
+    pub fn is_up(&self, memory: &impl PhysicalMemory) -> anyhow::Result<bool> {
+        let (state, up) = self.tasks.up.context("The kernel image has no system_state")?;
+        Ok(u64::from(self.read_u32(memory, state)?) >= up)
     }
 
     /// `comm` and `pid` of a task: the two things a traced event wants. Two reads, no allocation.

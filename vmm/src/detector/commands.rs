@@ -125,6 +125,15 @@ impl Target for Detector {
         say("uncovered", json!(parts.plan.gaps.iter().map(|g| g.cover.as_str()).collect::<Vec<_>>()));
         say("traps_taken", json!(parts.traps.hits()));
         say("traps_rearmed", json!(parts.traps.rearmed()));
+        if let Some(ring) = parts.traps.ring() {
+            let status = ring.status();
+            say("hooks_by_ring", json!(parts.traps.moved()));
+            say("hooks_to_move", json!(parts.traps.to_move()));
+            say("hooks_stuck", json!(parts.traps.stuck().collect::<Vec<_>>()));
+            say("ring_events", json!(status.events));
+            say("ring_lag", json!(status.lag));
+            say("ring_waits", json!(status.waits));
+        }
         say("objects", json!(objects));
         say("object_bytes", json!(bytes));
         if self.tracks(Tracked::Pages) {

@@ -5,6 +5,7 @@ mod canary;
 mod commands;
 mod doing;
 mod explain;
+mod handover;
 mod quiet;
 mod readings;
 mod reporting;
@@ -49,7 +50,7 @@ const VM_ALLOC: u64 = 2;
 pub struct HostFacts {
     /// "kvm-intel", "kvm-amd" or what /dev/kvm says.
     pub kvm: String,
-    /// "breakpoint" or "off".
+    /// "breakpoint", "ring" or "off".
     pub tracer: String,
     /// "int3" or "pio".
     pub trap: String,
@@ -138,7 +139,8 @@ pub struct Detector {
 impl Detector {
     /// A detector for a machine whose traps are planted.
     pub fn new(parts: Parts, options: ScanOptions, period: u64) -> Self {
-        let allocator = Allocator::new(&parts.linux, &parts.plan);
+        let stubs = parts.traps.ring().map(|ring| ring.code());
+        let allocator = Allocator::new(&parts.linux, &parts.plan, stubs);
         let types = CacheTypes::new(&parts.rules);
         let work = Work {
             options,

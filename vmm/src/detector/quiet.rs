@@ -10,6 +10,7 @@ use introspect::hooks::Plan;
 use introspect::linux::Linux;
 use introspect::memory::{PhysicalMemory, Va};
 use introspect::unwind::{SleepingFrame, Start};
+use rustc_hash::FxHashSet;
 use std::ops::Range;
 use std::sync::PoisonError;
 
@@ -23,25 +24,32 @@ const BEHIND: [&str; 5] = [
     "kmem_cache_free_bulk",
 ];
 
+/// Goes for the tracer's code in the guest; no function is called so.
+const STUBS: &str = "";
+
+/// Most bytes of a CPU's own stack (IRQ_STACK_SIZE); behind it is nothing, or what does no harm.
+const CPU_STACK: u64 = 0x4000;
+
 /// Frames looked at per stack.
 const DEPTH: usize = 64;
 
 /// The code of the allocator, run-time addresses.
 pub struct Allocator {
-    code: Vec<Range<Va>>,
+    code: Vec<(String, Range<Va>)>,
     sleeping: Option<SleepingFrame>,
 }
 
 impl Allocator {
-    /// The functions of `plan` and those behind them.
-    pub fn new(linux: &Linux, plan: &Plan) -> Self {
+    /// The functions of `plan` and those behind them, and the tracer's own code in the guest.
+    pub fn new(linux: &Linux, plan: &Plan, stubs: Option<Range<Va>>) -> Self {
         let symbols = &linux.kernel.symbols;
         let names = plan.traps.iter().map(|t| t.function.as_str()).chain(BEHIND);
         let code = names
             .filter_map(|name| {
                 let start = symbols.lookup(name)? + linux.placement.slide;
-                Some(start..start + symbols.size(name)?)
+                Some((name.to_owned(), start..start + symbols.size(name)?))
             })
+            .chain(stubs.map(|stubs| (STUBS.to_owned(), stubs)))
             .collect();
         let sleeping = linux.kernel.types.as_ref().and_then(|t| SleepingFrame::recover(t, symbols));
         Self { code, sleeping }
@@ -55,6 +63,46 @@ impl Allocator {
         recorder: &Recorder,
         cpus: &[CpuState],
     ) -> anyhow::Result<bool> {
+        Ok(self.busy(linux, memory, recorder, cpus)?.is_empty())
+    }
+
+    /// Words on the stacks of the paused machine that are addresses of the allocator's code, stale ones among them.
+    pub fn on_stacks(
+        &self,
+        linux: &Linux,
+        memory: &impl PhysicalMemory,
+        cpus: &[CpuState],
+    ) -> anyhow::Result<FxHashSet<Va>> {
+        let mut read = linux.word_reader(memory);
+        let mut found = FxHashSet::default();
+        let mut look = |start: Va, end: Va| {
+            for at in (start.0..end.0).step_by(8).map_while(|at| read(Va(at))) {
+                if self.code.iter().any(|(_, code)| code.contains(&Va(at))) {
+                    found.insert(Va(at));
+                }
+            }
+        };
+        for cpu in cpus.iter().filter(|cpu| cpu.online && !cpu.user_mode) {
+            let sp = cpu.registers.sp();
+            look(Va(sp.0 & !7), sp + CPU_STACK);
+        }
+        for task in linux.tasks(memory)?.iter().filter(|task| task.stack != Va(0)) {
+            let end = task.stack + task.stack_size;
+            // Of a running task nobody knows how much is in use.
+            let start = if task.on_cpu { task.stack } else { task.saved_sp.max(task.stack) };
+            look(Va(start.0 & !7), end);
+        }
+        Ok(found)
+    }
+
+    /// The functions that are on some stack of the paused machine.
+    pub fn busy(
+        &self,
+        linux: &Linux,
+        memory: &impl PhysicalMemory,
+        recorder: &Recorder,
+        cpus: &[CpuState],
+    ) -> anyhow::Result<FxHashSet<&str>> {
         let mut read = linux.word_reader(memory);
         let mut starts: Vec<Start> =
             cpus.iter().filter(|c| c.online && !c.user_mode).map(|c| Start::running(&c.registers)).collect();
@@ -65,10 +113,14 @@ impl Allocator {
         }
         let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
         let unwinder = recorder.unwinder();
-        Ok(!starts.iter().any(|start| {
+        let mut busy = FxHashSet::default();
+        for start in &starts {
             let mut stack = [Va(0); DEPTH];
             let trace = unwinder.unwind(&*modules, start, &mut read, &mut stack);
-            stack[..trace.len].iter().any(|ip| self.code.iter().any(|code| code.contains(ip)))
-        }))
+            let stack = &stack[..trace.len];
+            let inside = self.code.iter().filter(|(_, code)| stack.iter().any(|ip| code.contains(ip)));
+            busy.extend(inside.map(|(name, _)| name.as_str()));
+        }
+        Ok(busy)
     }
 }

@@ -121,6 +121,9 @@ impl Detector {
             text.push_str(&format!("; last scan {} ms", scanned.took.as_millis()));
         }
         text.push_str(&format!("; {} traps taken", self.parts.traps.hits()));
+        if let Some(ring) = self.parts.traps.ring() {
+            text.push_str(&format!(", {} events by the ring", ring.status().events));
+        }
         if registry.counters.dropped > 0 {
             text.push_str(&format!(
                 "; {} allocator events lost, so leaks may be missing or false",

@@ -9,7 +9,7 @@ use introspect::arch::CpuState;
 use introspect::linux::Placement;
 use introspect::memory::{MemoryError, Pa};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLockWriteGuard};
 use std::time::Duration;
 
 /// Longest wait for a vCPU to stop. Under full emulation one KVM_RUN may take long; on hardware it is microseconds.
@@ -23,6 +23,7 @@ pub struct Guest {
     /// Serialises pauses.
     pub(super) pausing: Mutex<()>,
     pauses: AtomicU64,
+    settle: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Guest {
@@ -32,7 +33,15 @@ impl Guest {
         console: Arc<ConsoleLog>,
         placement: Placement,
     ) -> Self {
-        Self { ram, control, console, placement, pausing: Mutex::new(()), pauses: AtomicU64::new(0) }
+        Self {
+            ram,
+            control,
+            console,
+            placement,
+            pausing: Mutex::new(()),
+            pauses: AtomicU64::new(0),
+            settle: OnceLock::new(),
+        }
     }
 
     /// One that was saved: it has ended, and stands as it stood.
@@ -60,6 +69,11 @@ impl Guest {
         &self.console
     }
 
+    /// Has `settle` called in every pause, before anybody looks. Only the first one counts.
+    pub fn when_paused(&self, settle: impl Fn() + Send + Sync + 'static) {
+        let _ = self.settle.set(Box::new(settle));
+    }
+
     /// Stops every vCPU between two instructions, no access to a device pending, until the value is dropped. Pauses of
     /// several threads take turns; a second one on the same thread would wait for ever. A machine that has ended, or
     /// was not started, counts as paused.
@@ -75,6 +89,9 @@ impl Guest {
             snapshot.state.map_err(|why| anyhow::anyhow!("Cannot read the registers of vCPU {cpu}: {why}"))
         });
         let cpus = states.collect::<anyhow::Result<Vec<_>>>()?;
+        if let Some(settle) = self.settle.get() {
+            settle();
+        }
         Ok(Paused { ram: &self.ram, cpus, frozen: self.ram.freeze(), _resume: resume, _turn: turn })
     }
 

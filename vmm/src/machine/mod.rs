@@ -13,6 +13,7 @@ mod debugger;
 mod error;
 mod guest;
 mod memory;
+mod private;
 mod recent;
 mod vcpu;
 
@@ -26,6 +27,7 @@ pub use error::HostError;
 pub(crate) use error::kvm_error;
 pub use guest::{Guest, Paused};
 pub use memory::{FrozenRam, GuestRam, WriteError};
+pub use private::PrivatePages;
 
 use crate::arch::{self, Platform};
 use crate::boot;
@@ -35,7 +37,7 @@ use console_log::Watched;
 use control::{Control, Snapshot, kick_signal};
 use introspect::arch::Registers;
 use introspect::image::KernelImage;
-use introspect::memory::Va;
+use introspect::memory::{Pa, RamRange, Va};
 use kvm_ioctls::{Kvm, VmFd};
 use std::fmt::Write;
 use std::ops::Deref;
@@ -50,6 +52,8 @@ use vcpu::Vcpu;
 pub enum TrapOutcome {
     /// One of ours; `registers` now hold where the guest goes on, which must not be the trap itself.
     Resume,
+    /// One of ours that must wait: to be asked again, with the same registers.
+    Again,
     /// Not ours: a port write is ignored, a breakpoint goes back into the guest.
     Foreign,
 }
@@ -190,7 +194,11 @@ pub struct Machine {
     cmdline: String,
     waiting: Mutex<Vec<Vcpu>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    _vm: VmFd,
+    /// Slots that are the guest's RAM; those behind are private.
+    ram_slots: usize,
+    private: Mutex<Vec<Arc<PrivatePages>>>,
+    gigabyte_pages: bool,
+    vm: VmFd,
 }
 
 /// A kernel that has panicked gets this long to finish its console output.
@@ -216,16 +224,8 @@ impl Machine {
         let loaded = boot::load(&ram, &config, levels)?;
         let vm = create_vm(&kvm)?;
         for (slot, (range, host)) in ram.mappings().enumerate() {
-            let region = kvm_bindings::kvm_userspace_memory_region {
-                slot: slot as u32,
-                guest_phys_addr: range.start.0,
-                memory_size: range.len,
-                userspace_addr: host,
-                flags: 0,
-            };
             // SAFETY: the mapping outlives the machine, which keeps `ram`.
-            unsafe { vm.set_user_memory_region(region) }
-                .map_err(kvm_error("Cannot give the guest its memory"))?;
+            unsafe { map(&vm, slot, range, host)? };
         }
         let console = Arc::new(ConsoleLog::default());
         let platform = Arc::new(Platform::new(&vm, console.clone(), &ram, disks)?);
@@ -241,11 +241,14 @@ impl Machine {
         });
         let machine = Self {
             waiting: Mutex::new(vcpus.collect()),
+            ram_slots: ram.mappings().count(),
+            private: Mutex::default(),
+            gigabyte_pages: arch::has_gigabyte_pages(&kvm),
             guest: Arc::new(Guest::new(ram, control, console, loaded.placement)),
             platform,
             cmdline: config.cmdline,
             threads: Mutex::default(),
-            _vm: vm,
+            vm,
         };
         machine.connect_serial(0, Box::new(crate::devices::NullSink));
         Ok(machine)
@@ -254,6 +257,24 @@ impl Machine {
     /// The guest, for who looks at it and does not run it.
     pub fn guest(&self) -> &Arc<Guest> {
         &self.guest
+    }
+
+    /// Puts memory that is no RAM of the guest's at `pa`.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn add_private(&self, pa: Pa, pages: &Arc<PrivatePages>) -> anyhow::Result<()> {
+        let mut private = lock(&self.private);
+        let range = RamRange { start: pa, len: pages.len() as u64 };
+        // SAFETY: the mapping outlives the machine, which keeps it.
+        unsafe { map(&self.vm, self.ram_slots + private.len(), range, pages.host())? };
+        private.push(Arc::clone(pages));
+        Ok(())
+    }
+
+    /// The guest's processors have pages of one GiB.
+    pub fn has_gigabyte_pages(&self) -> bool {
+        self.gigabyte_pages
     }
 
     /// Serial port 0 (the console) or 1.
@@ -399,6 +420,22 @@ fn open_kvm() -> Result<Kvm, HostError> {
         libc::EACCES | libc::EPERM => HostError::Permission,
         _ => kvm_error("Cannot open /dev/kvm")(error),
     })
+}
+
+/// Gives the guest `range`, which is mapped at `host` here.
+///
+/// # Safety
+/// That mapping must live as long as the machine.
+unsafe fn map(vm: &VmFd, slot: usize, range: RamRange, host: u64) -> Result<(), HostError> {
+    let region = kvm_bindings::kvm_userspace_memory_region {
+        slot: slot as u32,
+        guest_phys_addr: range.start.0,
+        memory_size: range.len,
+        userspace_addr: host,
+        flags: 0,
+    };
+    // SAFETY: by the contract of this function.
+    unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("Cannot give the guest its memory"))
 }
 
 /// KVM_CREATE_VM fails with EINTR when a signal arrives meanwhile, which a terminal's resize is enough for.

@@ -18,6 +18,9 @@ const EXITS_KEPT: usize = 8;
 const ENOMEM_RETRIES: u32 = 100;
 const ENOMEM_PAUSE: Duration = Duration::from_millis(20);
 
+/// A trap that must wait is asked again after that.
+const TRAP_PAUSE: Duration = Duration::from_micros(50);
+
 /// A vCPU and what it needs to handle its exits.
 pub(super) struct Vcpu {
     pub index: usize,
@@ -45,6 +48,8 @@ pub(super) struct Debugger {
 enum Step {
     Enter,
     Checkpoint,
+    /// This trap is to be offered again, behind a checkpoint.
+    Again(TrapInstruction),
     End(Outcome),
 }
 
@@ -61,7 +66,7 @@ impl Vcpu {
         loop {
             match step {
                 Step::Enter => {}
-                Step::Checkpoint => {
+                Step::Checkpoint | Step::Again(_) => {
                     // SAFETY: mapped as above.
                     unsafe { flag.as_ref() }.store(0, SeqCst);
                     if let Err(error) = self.go_back() {
@@ -86,7 +91,13 @@ impl Vcpu {
                     break;
                 }
             }
-            step = self.enter(&mut exits, &mut out_of_memory);
+            step = match step {
+                Step::Again(instruction) => {
+                    std::thread::sleep(TRAP_PAUSE);
+                    self.trap(instruction)
+                }
+                _ => self.enter(&mut exits, &mut out_of_memory),
+            };
         }
         self.control.ended(self.index, self.snapshot(&exits));
     }
@@ -141,14 +152,18 @@ impl Vcpu {
         });
         if let Some((handler, site)) = site {
             registers.rip = site;
-            if handler.trap(self.index, &mut registers) == TrapOutcome::Resume {
-                // On the next entry KVM takes these registers first; it then skips the `out` only if RIP still is where
-                // it was at the exit.
-                arch::set_shared_registers(&mut self.fd, &registers);
-                if self.debugger.step {
-                    self.control.stop_for_debugger(self.index, Why::Step);
+            match handler.trap(self.index, &mut registers) {
+                TrapOutcome::Resume => {
+                    // On the next entry KVM takes these registers first; it then skips the `out` only if RIP still is
+                    // where it was at the exit.
+                    arch::set_shared_registers(&mut self.fd, &registers);
+                    if self.debugger.step {
+                        self.control.stop_for_debugger(self.index, Why::Step);
+                    }
+                    return Step::Enter;
                 }
-                return Step::Enter;
+                TrapOutcome::Again => return Step::Again(instruction),
+                TrapOutcome::Foreign => {}
             }
         }
         match arch::reflect(&self.fd, instruction) {

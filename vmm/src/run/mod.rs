@@ -18,7 +18,7 @@ use crate::gdb::{self, Listener};
 use crate::lab::{self, Decision};
 use crate::machine::{Config, FiveLevels, Machine, TrapInstruction, Traps};
 use crate::probe::{self, Depth, Probe};
-use crate::tracer::{Recorder, breakpoint::Breakpoints};
+use crate::tracer::{Recorder, breakpoint::Breakpoints, ring::Ring};
 use anyhow::{Context, Result};
 use introspect::hooks::{Plan, plan};
 use introspect::kernel::Kernel;
@@ -132,7 +132,7 @@ fn track(
     say_placement(options, machine, instruction);
     let plan = match options.tracer {
         TracerChoice::Off => Plan::default(),
-        TracerChoice::Auto | TracerChoice::Breakpoint => {
+        TracerChoice::Auto | TracerChoice::Breakpoint | TracerChoice::Ring => {
             plan(&linux.kernel, &guest_profiles::hooks::builtin(), &options.track, instruction.len())
         }
     };
@@ -143,11 +143,19 @@ fn track(
     let ram = machine.ram().clone();
     let traps = Breakpoints::plant(Arc::clone(&recorder), Arc::clone(linux), ram, &plan, instruction)?;
     let traps = Arc::new(traps);
+    if options.tracer == TracerChoice::Ring {
+        use_ring(machine, linux, &recorder, &plan, &traps, instruction)?;
+    }
     let tracing = options.tracer != TracerChoice::Off;
     recorder.enable(tracing);
     let host = HostFacts {
         kvm: kvm_name(),
-        tracer: if tracing { "breakpoint" } else { "off" }.to_owned(),
+        tracer: match options.tracer {
+            TracerChoice::Auto | TracerChoice::Breakpoint => "breakpoint",
+            TracerChoice::Ring => "ring",
+            TracerChoice::Off => "off",
+        }
+        .to_owned(),
         trap: trap_name(instruction).to_owned(),
         lab: lab::inside(),
     };
@@ -174,6 +182,26 @@ fn track(
     }
     let planted = Arc::clone(&traps);
     Ok(Tracked { detector, planted, traps: tracing.then(|| Traps { instruction, handler: traps }) })
+}
+
+/// Gives the machine a ring, and has it read in every pause.
+fn use_ring(
+    machine: &Machine,
+    linux: &Linux,
+    recorder: &Arc<Recorder>,
+    plan: &Plan,
+    traps: &Breakpoints,
+    instruction: TrapInstruction,
+) -> Result<()> {
+    let ring = Ring::new(machine, linux, Arc::clone(recorder), plan, instruction);
+    let ring = ring.map_err(|why| {
+        Failure::host(format!("Cannot trace by a ring: {why:#}")).hint("--tracer breakpoint needs none")
+    });
+    let ring = Arc::new(ring?);
+    let read = Arc::clone(&ring);
+    machine.when_paused(move || read.drain());
+    traps.use_ring(ring);
+    Ok(())
 }
 
 /// With -v: where the kernel is and how it is trapped.
@@ -277,6 +305,14 @@ impl Session {
         crate::console::signals::watch(move |_| machine.stop()).context("Cannot watch for signals")?;
         control.serve(self.commands.clone())?;
         self.machine.start(traps)?;
+        if options.tracer == TracerChoice::Ring {
+            let detector = Arc::clone(&self.detector);
+            let verbose = options.verbose > 0;
+            let thread = std::thread::Builder::new().name("ring".to_owned());
+            thread
+                .spawn(move || detector.serve_ring(verbose))
+                .context("Cannot start the thread that reads the ring")?;
+        }
         self.console.start_input(self.machine.serial(0).clone(), self.commands.clone())?;
         let timeout = options.timeout_s.map(Duration::from_secs);
         let outcome = watch::until_end(&self.machine, &self.detector, options, timeout);

@@ -3,38 +3,49 @@
 //! The traps are written into guest memory before the first instruction runs and stay: the displaced
 //! instructions are carried out on the vCPU's registers, so no other vCPU can slip past a lifted trap.
 
-use super::Recorder;
+use super::recorder::{Moment, Recorder};
+use super::ring::{Moved, Ring};
 use crate::machine::{GuestRam, Paused, TrapHandler, TrapInstruction, TrapOutcome};
 use anyhow::{Context, Result, bail};
 use guest_profiles::hooks::Role;
 use introspect::arch::Registers;
-use introspect::hooks::{Displaced, Plan, Step};
+use introspect::hooks::{Displaced, JUMP_LEN, Jump, Plan, SiteError, Step};
 use introspect::linux::Linux;
 use introspect::memory::{Pa, PhysicalMemory, Va};
 use rustc_hash::FxHashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// One planted trap.
-struct Trap {
-    role: Role,
-    entry: bool,
-    argument: u8,
+pub(super) struct Trap {
+    /// Its place in the plan.
+    pub number: u32,
+    pub function: String,
+    pub role: Role,
+    pub entry: bool,
+    pub argument: u8,
     displaced: Vec<Displaced>,
     /// Run-time address where the guest goes on.
-    resume: Va,
+    pub resume: Va,
     /// Where the trap is in guest memory, and what belongs there instead.
-    at: Pa,
-    original: Vec<u8>,
+    pub at: Pa,
+    pub original: Vec<u8>,
+    /// Where a jump can take its place.
+    pub jump: Result<Jump, SiteError>,
+    /// The jump that did.
+    pub moved: OnceLock<Moved>,
+    /// Why none can after all.
+    pub stuck: OnceLock<String>,
 }
 
 /// The tracer.
 pub struct Breakpoints {
     recorder: Arc<Recorder>,
-    linux: Arc<Linux>,
-    ram: GuestRam,
-    instruction: TrapInstruction,
-    traps: FxHashMap<u64, Trap>,
+    pub(super) linux: Arc<Linux>,
+    pub(super) ram: GuestRam,
+    pub(super) instruction: TrapInstruction,
+    pub(super) traps: FxHashMap<u64, Trap>,
+    ring: OnceLock<Arc<Ring>>,
     hits: AtomicU64,
     rearmed: AtomicU64,
 }
@@ -52,7 +63,7 @@ impl Breakpoints {
         instruction: TrapInstruction,
     ) -> Result<Self> {
         let mut traps = FxHashMap::default();
-        for planned in &plan.traps {
+        for (number, planned) in (0..).zip(&plan.traps) {
             let va = planned.site.va + linux.placement.slide;
             let at =
                 linux.translate(&ram, va).with_context(|| format!("Trap in {} at {va}", planned.function))?;
@@ -69,6 +80,8 @@ impl Breakpoints {
             traps.insert(
                 va.0,
                 Trap {
+                    number,
+                    function: planned.function.clone(),
                     role: planned.role,
                     entry: planned.entry,
                     argument: planned.argument,
@@ -76,6 +89,9 @@ impl Breakpoints {
                     resume: planned.site.resume() + linux.placement.slide,
                     at,
                     original: planned.site.original.clone(),
+                    jump: planned.jump.clone(),
+                    moved: OnceLock::new(),
+                    stuck: OnceLock::new(),
                 },
             );
         }
@@ -85,9 +101,21 @@ impl Breakpoints {
             ram,
             instruction,
             traps,
+            ring: OnceLock::new(),
             hits: AtomicU64::new(0),
             rearmed: AtomicU64::new(0),
         })
+    }
+
+    /// Has events written into `ring` where a jump takes a trap's place, and looks there before each trap. Nothing may
+    /// run yet.
+    pub fn use_ring(&self, ring: Arc<Ring>) {
+        let _ = self.ring.set(ring);
+    }
+
+    /// The ring, if one is used.
+    pub fn ring(&self) -> Option<&Arc<Ring>> {
+        self.ring.get()
     }
 
     /// Number of traps.
@@ -105,43 +133,51 @@ impl Breakpoints {
         self.rearmed.load(Ordering::Relaxed)
     }
 
-    /// What belongs where traps are now, ascending.
+    /// What belongs where traps and jumps are now, ascending.
     ///
     /// # Errors
     /// Guest memory cannot be read.
     pub fn originals(&self) -> Result<Vec<(Pa, &[u8])>> {
         let mut originals = Vec::new();
-        for trap in self
-            .traps
-            .values()
-            .filter_map(|trap| self.is_planted(trap).map(|is| is.then_some(trap)).transpose())
-        {
-            let trap = trap?;
-            originals.push((trap.at, &trap.original[..self.instruction.len()]));
+        for trap in self.traps.values() {
+            let (at, planted, original) = self.planted(trap);
+            if self.holds(at, planted)? {
+                originals.push((at, &original[..planted.len()]));
+            }
         }
         originals.sort_unstable();
         Ok(originals)
     }
 
-    fn is_planted(&self, trap: &Trap) -> Result<bool> {
-        let want = self.instruction.bytes();
-        let mut there = [0; 2];
+    /// Where the trap, or the jump in its place, is; what is there, and what belongs there instead.
+    fn planted<'a>(&self, trap: &'a Trap) -> (Pa, &'a [u8], &'a [u8])
+    where
+        Self: 'a,
+    {
+        match trap.moved.get() {
+            Some(moved) => (moved.at, &moved.jump, &moved.original),
+            None => (trap.at, self.instruction.bytes(), &trap.original),
+        }
+    }
+
+    fn holds(&self, at: Pa, want: &[u8]) -> Result<bool> {
+        let mut there = [0; JUMP_LEN];
         let there = &mut there[..want.len()];
-        self.ram.read(trap.at, there)?;
+        self.ram.read(at, there)?;
         Ok(there == want)
     }
 
-    /// Checks every site and plants lost traps again. Returns the addresses that had lost theirs.
+    /// Checks every site and plants lost traps and jumps again. Returns the addresses that had lost theirs.
     ///
     /// # Errors
     /// Guest memory cannot be read.
     pub fn verify(&self, paused: &mut Paused<'_>) -> Result<Vec<Va>> {
-        let want = self.instruction.bytes();
         let mut lost = Vec::new();
         for (&va, trap) in &self.traps {
-            if !self.is_planted(trap)? {
+            let (at, planted, _) = self.planted(trap);
+            if !self.holds(at, planted)? {
                 lost.push(Va(va));
-                paused.write(trap.at, want)?;
+                paused.write(at, planted)?;
             }
         }
         self.rearmed.fetch_add(lost.len() as u64, Ordering::Relaxed);
@@ -172,16 +208,23 @@ impl Breakpoints {
 
 impl TrapHandler for Breakpoints {
     fn is_site(&self, ip: Va) -> bool {
-        self.traps.contains_key(&ip.0)
+        self.traps.contains_key(&ip.0) || self.ring().is_some_and(|ring| ring.is_request(ip))
     }
 
     fn trap(&self, cpu: usize, registers: &mut Registers) -> TrapOutcome {
         let Some(trap) = self.traps.get(&registers.rip) else {
-            return TrapOutcome::Foreign;
+            return match self.ring() {
+                Some(ring) if ring.is_request(Va(registers.rip)) => ring.make_room(registers),
+                _ => TrapOutcome::Foreign,
+            };
         };
         self.hits.fetch_add(1, Ordering::Relaxed);
+        if let Some(ring) = self.ring() {
+            // What happened before comes first.
+            ring.drain();
+        }
         if trap.entry {
-            self.recorder.entered(trap.role, trap.argument, registers);
+            self.recorder.entered(trap.role, trap.argument, registers, Moment::Now { cpu });
         }
         if !self.step_over(trap, registers) {
             // The guest overflows its stack, or reads where nothing is: let it meet its own page fault. The site stays without a trap until
@@ -190,7 +233,7 @@ impl TrapHandler for Breakpoints {
             return TrapOutcome::Resume;
         }
         if !trap.entry {
-            self.recorder.returned(trap.role, cpu, registers);
+            self.recorder.returned(trap.role, registers, Moment::Now { cpu });
         }
         TrapOutcome::Resume
     }

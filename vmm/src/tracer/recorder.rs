@@ -9,6 +9,7 @@ use anyhow::Result;
 use guest_profiles::hooks::Role;
 use introspect::accounting::growth::FreedBy;
 use introspect::arch::Registers;
+use introspect::hooks::record::{self, Record};
 use introspect::linux::{Linux, ModuleMap, PagePlaces, pages, percpu};
 use introspect::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
 use introspect::registry::{AllocEvent, Kind, MAX_DEVICE, MAX_FRAMES, Paint, Registry};
@@ -29,6 +30,18 @@ fn is_object(address: u64) -> bool {
     address > 16 && address < (-4095_i64) as u64
 }
 
+/// Where an event is looked at: all but its registers.
+#[derive(Clone, Copy)]
+pub enum Moment<'a> {
+    /// While the vCPU stands there.
+    Now {
+        /// It.
+        cpu: usize,
+    },
+    /// Later, as a stub wrote it down; the guest has gone on.
+    Past(&'a Record),
+}
+
 /// What changes with every event.
 #[derive(Default)]
 pub struct State {
@@ -38,18 +51,22 @@ pub struct State {
     pub freed_by: FreedBy,
     /// Allocator calls between their entry and their return, by stack pointer at entry: the argument that the return needs.
     pending: FxHashMap<u64, u64>,
+    /// Past allocations whose cache is not to be found any more. Their frees are in the ring, before the position here if it
+    /// is known.
+    doubtful: FxHashMap<u64, Option<u64>>,
 }
 
 impl State {
     /// One that was saved; no call is under way in it.
     pub fn restored(registry: Registry, freed_by: FreedBy) -> Self {
-        Self { registry, freed_by, pending: FxHashMap::default() }
+        Self { registry, freed_by, ..Self::default() }
     }
 
     /// Forgets all objects and all calls under way.
     pub fn reset(&mut self) {
         self.registry.clear();
         self.pending.clear();
+        self.doubtful.clear();
     }
 }
 
@@ -108,7 +125,7 @@ impl Recorder {
     }
 
     /// At a function's entry, arguments still in their registers, `rsp` on the return address.
-    pub fn entered(&self, role: Role, argument: u8, registers: &Registers) {
+    pub fn entered(&self, role: Role, argument: u8, registers: &Registers, moment: Moment<'_>) {
         let value = argument_of(registers, argument);
         match role {
             Role::ModuleLoad => return self.module_loaded(Va(value)),
@@ -117,8 +134,10 @@ impl Recorder {
             _ => {}
         }
         match role {
-            Role::Free | Role::Vfree => self.free(value, || self.caller(registers)),
-            Role::BulkFree => self.bulk_free(registers.rsi, Va(registers.rdx), self.caller(registers)),
+            Role::Free | Role::Vfree => self.free(value, || self.caller(registers, moment)),
+            Role::BulkFree => {
+                self.bulk_free(registers.rsi, Va(registers.rdx), self.caller(registers, moment))
+            }
             Role::RcuFree => self.rcu_free(registers.rdi, registers.rsi),
             Role::BulkAlloc => self.pend(registers, registers.rcx),
             Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc => self.pend(registers, registers.rdi),
@@ -141,35 +160,35 @@ impl Recorder {
     }
 
     /// At a function's return: `rsp` on the return address again, the result in `rax`.
-    pub fn returned(&self, role: Role, cpu: usize, registers: &Registers) {
+    pub fn returned(&self, role: Role, registers: &Registers, moment: Moment<'_>) {
         if !self.enabled() {
             return;
         }
         let result = registers.rax;
         match role {
-            Role::SlabAlloc | Role::Kmalloc if is_object(result) => self.slab_alloc(role, cpu, registers),
+            Role::SlabAlloc | Role::Kmalloc if is_object(result) => self.slab_alloc(role, registers, moment),
             Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc | Role::Ioremap => {
                 let size = self.state().pending.remove(&registers.rsp);
                 if let (true, Some(size)) = (is_object(result), size) {
-                    self.block(role, size, cpu, registers);
+                    self.block(role, size, registers, moment);
                 }
             }
             Role::BulkAlloc => {
                 let array = self.state().pending.remove(&registers.rsp);
                 if let Some(array) = array {
-                    self.bulk_alloc(Va(array), result & 0xffff_ffff, cpu, registers);
+                    self.bulk_alloc(Va(array), result & 0xffff_ffff, registers, moment);
                 }
             }
             Role::PageAlloc => {
                 let order = self.state().pending.remove(&registers.rsp);
                 if let (true, Some(order)) = (is_object(result), order) {
-                    self.pages(&[Va(result)], order, false, cpu, registers);
+                    self.pages(&[Va(result)], order, false, registers, moment);
                 }
             }
             Role::PageBulkAlloc => {
                 let filled = self.state().pending.remove(&registers.rsp);
                 match filled.map(|filled| Filled(filled).pages(self, result)) {
-                    Some(Ok(pages)) => self.pages(&pages, 0, true, cpu, registers),
+                    Some(Ok(pages)) => self.pages(&pages, 0, true, registers, moment),
                     Some(Err(_)) => self.lost(),
                     None => {}
                 }
@@ -187,24 +206,48 @@ impl Recorder {
         state.pending.insert(registers.rsp, value);
     }
 
-    fn slab_alloc(&self, role: Role, cpu: usize, registers: &Registers) {
+    fn slab_alloc(&self, role: Role, registers: &Registers, moment: Moment<'_>) {
         let address = Va(registers.rax);
         match self.linux.cache_of(&self.ram, address) {
+            // The page was a large allocation's, which its own hook has seen, and is a slab only now.
+            Ok(Some(_)) if role == Role::Kmalloc && self.is_large(address) => {}
             Ok(Some(cache)) => {
-                let origin = self.origin(cpu, registers);
-                self.record_slab(address, cache, &origin);
+                let origin = self.origin(registers, moment);
+                if self.record_slab(address, cache, &origin).is_err() {
+                    self.doubt(address, moment);
+                }
             }
             // Larger than the largest cache: the hook of large allocations has it already.
             Ok(None) if role == Role::Kmalloc => {}
-            Ok(None) | Err(_) => self.lost(),
+            Ok(None) | Err(_) => self.doubt(address, moment),
         }
     }
 
-    fn record_slab(&self, address: Va, cache: Va, origin: &Origin) {
-        match self.linux.cache_object_size(&self.ram, cache) {
-            Ok(size) => self.state().registry.alloc(&origin.event(address, size, Kind::Slab, cache)),
-            Err(_) => self.lost(),
+    /// An object without a cache: lost, or, of an earlier moment, freed since together with its page, if all is well.
+    fn doubt(&self, address: Va, moment: Moment<'_>) {
+        match moment {
+            Moment::Now { .. } => self.lost(),
+            Moment::Past(_) => drop(self.state().doubtful.insert(address.0, None)),
         }
+    }
+
+    fn is_large(&self, address: Va) -> bool {
+        self.state().registry.get(address).is_some_and(|object| object.kind == Kind::Large)
+    }
+
+    /// After a pass over the ring to `done`, when it had got as far as `head` already: allocations in doubt that were not
+    /// freed by then are lost.
+    pub fn settle(&self, done: u64, head: u64) {
+        let state = &mut *self.state();
+        let before = state.doubtful.len();
+        state.doubtful.retain(|_, free_before| done < *free_before.get_or_insert(head));
+        state.registry.counters.dropped += (before - state.doubtful.len()) as u64;
+    }
+
+    fn record_slab(&self, address: Va, cache: Va, origin: &Origin) -> Result<(), MemoryError> {
+        let size = self.linux.cache_object_size(&self.ram, cache)?;
+        self.state().registry.alloc(&origin.event(address, size, Kind::Slab, cache));
+        Ok(())
     }
 
     /// How many of the objects of a bulk call are looked at.
@@ -215,18 +258,21 @@ impl Recorder {
         count.min(MAX_BULK)
     }
 
-    fn bulk_alloc(&self, array: Va, count: u64, cpu: usize, registers: &Registers) {
-        let origin = self.origin(cpu, registers);
+    fn bulk_alloc(&self, array: Va, count: u64, registers: &Registers, moment: Moment<'_>) {
+        let origin = self.origin(registers, moment);
         for index in 0..self.bulk(count) {
             let object = self.linux.read_u64(&self.ram, array + index * 8);
-            match object.and_then(|o| Ok((o, self.linux.cache_of(&self.ram, Va(o))?))) {
-                Ok((object, Some(cache))) => self.record_slab(Va(object), cache, &origin),
-                Ok((_, None)) | Err(_) => self.lost(),
+            let recorded = object.map(Va).and_then(|object| {
+                let cache = self.linux.cache_of(&self.ram, object)?;
+                cache.map(|cache| self.record_slab(object, cache, &origin)).transpose()
+            });
+            if !matches!(recorded, Ok(Some(()))) {
+                self.lost();
             }
         }
     }
 
-    fn block(&self, role: Role, size: u64, cpu: usize, registers: &Registers) {
+    fn block(&self, role: Role, size: u64, registers: &Registers, moment: Moment<'_>) {
         let ram = self.ram.ranges().iter().map(|range| range.len).sum();
         // Device memory may begin anywhere in a page; what is unmapped is the page.
         let is_device = role == Role::Ioremap;
@@ -236,15 +282,15 @@ impl Recorder {
         }
         let inside = if is_device { registers.rax % PAGE_SIZE } else { 0 };
         let Some((kind, size)) = block_of(role, size.saturating_add(inside), ram) else { return self.lost() };
-        let origin = self.origin(cpu, registers);
+        let origin = self.origin(registers, moment);
         self.state().registry.alloc(&origin.event(Va(registers.rax - inside), size, kind, Va(0)));
     }
 
     /// Records blocks of pages by their `struct page`s. `only_new`: those that are live already stay as they are.
-    fn pages(&self, pages: &[Va], order: u64, only_new: bool, cpu: usize, registers: &Registers) {
+    fn pages(&self, pages: &[Va], order: u64, only_new: bool, registers: &Registers, moment: Moment<'_>) {
         let places = self.linux.page_places(&self.ram);
         let (Ok(places), Some(size)) = (places, block_size(order)) else { return self.lost() };
-        let origin = self.origin(cpu, registers);
+        let origin = self.origin(registers, moment);
         for &page in pages {
             let Some(address) = places.block(page, size) else {
                 self.lost();
@@ -272,8 +318,11 @@ impl Recorder {
     }
 
     /// The return address of the function just entered; 0 when it cannot be read.
-    fn caller(&self, registers: &Registers) -> Va {
-        self.linux.read_va(&self.ram, Va(registers.rsp)).unwrap_or_default()
+    fn caller(&self, registers: &Registers, moment: Moment<'_>) -> Va {
+        match moment {
+            Moment::Now { .. } => self.linux.read_va(&self.ram, Va(registers.rsp)).unwrap_or_default(),
+            Moment::Past(record) => record.caller(),
+        }
     }
 
     /// `caller` is asked for real objects only: NULL is freed often.
@@ -281,6 +330,11 @@ impl Recorder {
         if is_object(address) {
             let caller = caller();
             let state = &mut *self.state();
+            if state.doubtful.remove(&address).is_some() {
+                state.registry.counters.allocs += 1;
+                state.registry.counters.frees += 1;
+                return;
+            }
             if let Some(object) = state.registry.free(Va(address)) {
                 state.freed_by.note(object.stack, caller);
             }
@@ -324,18 +378,21 @@ impl Recorder {
     }
 
     /// Who allocates: context, time and backtrace.
-    fn origin(&self, cpu: usize, registers: &Registers) -> Origin {
-        let (comm, pid) = self.linux.allocating_comm_and_pid(&self.ram, cpu).unwrap_or_default();
-        let mut origin = Origin {
-            comm,
-            pid,
-            jiffies: self.linux.jiffies(&self.ram).unwrap_or(0),
-            stack: [Va(0); MAX_FRAMES],
-            depth: 0,
+    fn origin(&self, registers: &Registers, moment: Moment<'_>) -> Origin {
+        let (linux, ram) = (&self.linux, &self.ram);
+        let ((comm, pid), jiffies) = match moment {
+            Moment::Now { cpu } => {
+                (linux.allocating_comm_and_pid(ram, cpu).unwrap_or_default(), linux.jiffies(ram).unwrap_or(0))
+            }
+            Moment::Past(record) => (linux.recorded_comm_and_pid(record), record.word(record::JIFFIES)),
         };
+        let mut origin = Origin { comm, pid, jiffies, stack: [Va(0); MAX_FRAMES], depth: 0 };
         let modules = self.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let read = self.linux.word_reader(&self.ram);
-        let trace = self.unwinder().unwind(&*modules, &Start::running(registers), read, &mut origin.stack);
+        let (unwinder, start, stack) = (self.unwinder(), Start::running(registers), &mut origin.stack);
+        let trace = match moment {
+            Moment::Now { .. } => unwinder.unwind(&*modules, &start, linux.word_reader(ram), stack),
+            Moment::Past(record) => unwinder.unwind(&*modules, &start, |va| record.stack(va), stack),
+        };
         origin.depth = trace.len;
         origin
     }

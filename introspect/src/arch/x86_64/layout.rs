@@ -10,6 +10,10 @@ pub const PAGE_STRUCTS_5: Va = Va(0xffd4_0000_0000_0000);
 pub const DIRECT_MAP_4: Va = Va(0xffff_8880_0000_0000);
 /// `struct page` array, 4 levels, where the kernel has no variable `vmemmap_base`.
 pub const PAGE_STRUCTS_4: Va = Va(0xffff_ea00_0000_0000);
+/// The ring of the tracer: the first GiB of the hole below the kernel's text, which Linux leaves to nobody.
+pub const TRACER_RING: Va = Va(0xffff_ffff_0000_0000);
+/// The stubs of the tracer, in the last MiB of the hole: a jump from all of the kernel's text reaches them.
+pub const TRACER_CODE: Va = Va(0xffff_ffff_7ff0_0000);
 /// `__START_KERNEL_map`: the link address of physical address 0.
 pub const KERNEL_MAP: Va = Va(0xffff_ffff_8000_0000);
 

@@ -8,7 +8,7 @@ mod vectors;
 
 use iced_x86::{Decoder, DecoderOptions};
 
-pub use paging::{AddressSpace, Leaf, MAX_ENTRIES};
+pub use paging::{AddressSpace, Leaf, MAX_ENTRIES, gigabyte_leaf};
 pub use registers::{CpuState, Registers};
 pub use vectors::widest;
 

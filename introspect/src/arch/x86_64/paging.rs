@@ -42,6 +42,16 @@ pub struct Leaf {
     pub special: bool,
 }
 
+/// An entry that maps the GiB at `pa` for the kernel alone: to read and run, or to read and write. Accessed and dirty bits
+/// are set, so that the processor has nothing to write.
+pub fn gigabyte_leaf(pa: Pa, writable: bool) -> u64 {
+    const WRITABLE: u64 = 1 << 1;
+    const ACCESSED_DIRTY: u64 = 3 << 5;
+    const NO_EXECUTE: u64 = 1 << 63;
+    let rights = if writable { WRITABLE | NO_EXECUTE } else { 0 };
+    pa.0 | PRESENT | LARGE | ACCESSED_DIRTY | rights
+}
+
 impl Leaf {
     /// Where `va` is; None outside the leaf.
     pub fn translate(&self, va: Va) -> Option<Pa> {
@@ -112,6 +122,26 @@ impl AddressSpace {
         let mut b = [0; 8];
         self.read(memory, va, &mut b)?;
         Ok(u64::from_le_bytes(b))
+    }
+
+    /// Where the entry is that maps the GiB at `va`, and what it holds.
+    ///
+    /// # Errors
+    /// There is no table for it.
+    pub fn gigabyte_entry(&self, memory: &impl PhysicalMemory, va: Va) -> Result<(Pa, u64), MemoryError> {
+        let (mut table, mut shift) = (self.root, self.va_bits());
+        loop {
+            shift -= LEVEL_BITS;
+            let at = table + ((va.0 >> shift) & ((1 << LEVEL_BITS) - 1)) * 8;
+            let entry = memory.read_u64(at)?;
+            if shift == LARGEST_SHIFT {
+                return Ok((at, entry));
+            }
+            if entry & PRESENT == 0 {
+                return Err(MemoryError::NotMapped { va });
+            }
+            table = Pa(entry & ADDRESS);
+        }
     }
 
     /// Visits every mapping that meets `[start, start + len)`, ascending, until `visit` breaks. Holes are skipped at

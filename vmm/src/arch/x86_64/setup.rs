@@ -55,6 +55,15 @@ fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, HostError> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm_error("Cannot ask KVM for CPUID"))
 }
 
+/// True when the guest's processors have pages of one GiB (Pdpe1gb, AMD APM volume 3, appendix E).
+pub fn has_gigabyte_pages(kvm: &Kvm) -> bool {
+    const LEAF8001_EDX_PDPE1GB: u32 = 1 << 26;
+    supported_cpuid(kvm).is_ok_and(|table| {
+        let features = table.as_slice().iter().find(|entry| entry.function == 0x8000_0001);
+        features.is_some_and(|entry| entry.edx & LEAF8001_EDX_PDPE1GB != 0)
+    })
+}
+
 /// Creates the vCPUs, the first at the kernel's entry, the others waiting to be started by it.
 ///
 /// # Errors

@@ -1,0 +1,122 @@
+//! What a stub writes down of one event: the layout of a slot in the ring, and the way back.
+//!
+//! A ring is a page of shared words and a power of two of slots. A stub takes the next position from [`HEAD`], waits while
+//! that is not below [`LIMIT`], fills the slot of that position and writes position + 1 to [`SEQUENCE`] last of all.
+
+use crate::memory::Va;
+
+/// Shared word: positions given out so far.
+pub const HEAD: u64 = 0;
+/// Shared word: the first position whose slot is not free yet. In a line of its own.
+pub const LIMIT: u64 = 0x80;
+/// First slot, behind the shared words.
+pub const SLOTS: u64 = 0x1000;
+/// Bytes of a slot.
+pub const SLOT_LEN: usize = 1024;
+
+/// u64: position + 1 once the slot is filled.
+pub const SEQUENCE: usize = 0;
+/// u32: number of the hook.
+pub const HOOK: usize = 8;
+/// u32: `preempt_count` of the CPU.
+pub const PREEMPT_COUNT: usize = 12;
+/// u64: address of the return address on the stack.
+pub const RSP: usize = 16;
+/// u64: first argument; entries only.
+pub const RDI: usize = 24;
+/// u64: second argument; entries only.
+pub const RSI: usize = 32;
+/// u64: the result; returns only, as all that follows but the stack's first word.
+pub const RAX: usize = 40;
+/// u64.
+pub const RBP: usize = 48;
+/// u64: `jiffies_64`.
+pub const JIFFIES: usize = 56;
+/// u32.
+pub const PID: usize = 64;
+/// u32: `softirq_disable_cnt` of the task, where it has that.
+pub const SOFTIRQS: usize = 68;
+/// u32: words of the stack.
+pub const WORDS: usize = 72;
+/// 16 bytes.
+pub const COMM: usize = 80;
+/// Words of the stack, the return address first.
+pub const STACK: usize = 96;
+/// Most words of the stack.
+pub const MAX_WORDS: usize = (SLOT_LEN - STACK) / 8;
+
+/// A filled slot.
+#[derive(Debug, Clone, Copy)]
+pub struct Record(pub [u8; SLOT_LEN]);
+
+impl Record {
+    fn u32(&self, at: usize) -> u32 {
+        u32::from_le_bytes(self.0[at..at + 4].try_into().expect("4 bytes"))
+    }
+
+    /// The word at an offset of this module.
+    pub fn word(&self, at: usize) -> u64 {
+        u64::from_le_bytes(self.0[at..at + 8].try_into().expect("8 bytes"))
+    }
+
+    /// Number of the hook.
+    pub fn hook(&self) -> u32 {
+        self.u32(HOOK)
+    }
+
+    /// `preempt_count` and `softirq_disable_cnt`.
+    pub fn counts(&self) -> (u32, u32) {
+        (self.u32(PREEMPT_COUNT), self.u32(SOFTIRQS))
+    }
+
+    /// `comm` and `pid` of the running task.
+    pub fn task(&self) -> ([u8; 16], i32) {
+        (self.0[COMM..COMM + 16].try_into().expect("16 bytes"), self.u32(PID).cast_signed())
+    }
+
+    /// The return address.
+    pub fn caller(&self) -> Va {
+        Va(self.word(STACK))
+    }
+
+    /// Words of the stack that were written down.
+    pub fn words(&self) -> usize {
+        (self.u32(WORDS) as usize).min(MAX_WORDS)
+    }
+
+    /// The word of the stack at `va`; None when it was not written down.
+    pub fn stack(&self, va: Va) -> Option<u64> {
+        let offset = va.0.wrapping_sub(self.word(RSP));
+        let words = self.words() as u64;
+        let at = STACK + usize::try_from(offset).ok()?;
+        (offset.is_multiple_of(8) && offset / 8 < words).then(|| self.word(at))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stack_is_read_within_what_was_written_down() {
+        let mut record = Record([0; SLOT_LEN]);
+        let mut put = |at: usize, value: u64| record.0[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        put(RSP, 0xffff_c900_0000_1008);
+        put(WORDS, 2);
+        put(STACK, 0x11);
+        put(STACK + 8, 0x22);
+        put(STACK + 16, 0x33);
+        let read = |offset: u64| record.stack(Va(0xffff_c900_0000_1000 + offset));
+        assert_eq!([8, 16, 24, 0, 12].map(read), [Some(0x11), Some(0x22), None, None, None]);
+        assert_eq!(record.caller(), Va(0x11));
+    }
+
+    #[test]
+    fn a_damaged_number_of_words_ends_with_the_slot() {
+        let mut record = Record([0; SLOT_LEN]);
+        record.0[WORDS..WORDS + 4].fill(0xff);
+        assert_eq!(record.stack(Va(8 * (MAX_WORDS as u64 - 1))), Some(0));
+        assert_eq!(record.stack(Va(8 * MAX_WORDS as u64)), None);
+        assert_eq!(record.stack(Va(u64::MAX)), None);
+    }
+}

@@ -1,0 +1,254 @@
+//! Every stub of every tested kernel, carried out beside the code whose place it takes.
+
+use crate::processor::{Next, Processor};
+use anyhow::{Context, Result, bail, ensure};
+use guest_profiles::hooks::{self, Tracked};
+use iced_x86::{Decoder, DecoderOptions, Instruction, Register};
+use introspect::arch::layout::{TRACER_CODE, TRACER_RING};
+use introspect::hooks::record::{self, Record, SLOT_LEN, SLOTS};
+use introspect::hooks::{Jump, Plan, Planned, Stub, StubPoint, Surroundings, Writer, plan};
+use introspect::kernel::Kernel;
+use introspect::memory::Va;
+use std::collections::BTreeMap;
+
+const COUNT: u64 = 16;
+const TASK: u64 = 0xffff_8880_0100_0000;
+const STACK: u64 = 0xffff_c900_0001_0000;
+const STACK_LEN: u64 = 0x4000;
+const GS: u64 = 0xffff_8880_3ec0_0000;
+const JIFFIES: u64 = 0xffff_ffff_8260_5900;
+/// A system-call's work: its flags, all of them set that arithmetic sets, and interrupts on.
+const FLAGS: u64 = 0xad7;
+const HOOK: u32 = 0x1234;
+const CALLER: u64 = 0xffff_ffff_8112_3456;
+
+fn surroundings(softirq_disable_cnt: Option<u64>) -> Surroundings {
+    Surroundings {
+        current: 0x1fbc0,
+        preempt_count: 0x1fbc8,
+        softirq_disable_cnt,
+        comm: 0xbb0,
+        pid: 0x970,
+        stack: 0x20,
+        stack_size: STACK_LEN,
+        jiffies: Va(JIFFIES),
+    }
+}
+
+fn writer(trap: &[u8], softirqs: Option<u64>) -> Writer {
+    Writer { ring: TRACER_RING, slots: COUNT, trap: trap.to_vec(), surroundings: surroundings(softirqs) }
+}
+
+/// A vCPU with `rsp` on the return address, `taken` positions given out.
+fn processor(rsp: u64, taken: u64, around: &Surroundings) -> Processor {
+    let mut memory = BTreeMap::new();
+    let mut give = |start: u64, bytes: u64, value: &dyn Fn(u64) -> u64| {
+        for at in (start..start + bytes).step_by(8) {
+            memory.insert(at, value(at));
+        }
+    };
+    // Own stack, and a page of a CPU's with nothing behind it.
+    give(STACK, STACK_LEN, &|at| at ^ 0x5a5a);
+    give(GS - 0x1000, 0x1000, &|at| at ^ 0xa5a5);
+    give(TASK, 0x2000, &|at| at.wrapping_mul(0x9e37_79b9));
+    give(TRACER_RING.0, SLOTS + COUNT * SLOT_LEN as u64, &|_| 0xdead_dead_dead_dead);
+    memory.insert(TRACER_RING.0 + record::HEAD, taken);
+    memory.insert(TRACER_RING.0 + record::LIMIT, COUNT);
+    memory.insert(TASK + around.stack, STACK);
+    memory.insert(TASK + around.comm, u64::from_le_bytes(*b"exercise"));
+    memory.insert(TASK + around.comm + 8, u64::from_le_bytes(*b".sh\0\0\0\0\0"));
+    memory.insert(TASK + around.pid, 77);
+    memory.insert(GS + around.current, TASK);
+    memory.insert(GS + around.preempt_count, 0x8000_0000);
+    memory.insert(JIFFIES, 0x1_0000_4321);
+    memory.insert(rsp, CALLER);
+    let mut registers = [0; 16];
+    for (k, register) in registers.iter_mut().enumerate() {
+        *register = (0x1111_1111_1111_1111 * k as u64) ^ 0x70;
+    }
+    let mut processor =
+        Processor { registers, flags: FLAGS, gs: GS, memory, written: Vec::new(), open: false };
+    processor.registers[Register::RSP as usize - Register::RAX as usize] = rsp;
+    processor
+}
+
+/// Runs code from `start` until it leaves it; where to.
+fn leave(
+    processor: &mut Processor,
+    code: &[u8],
+    start: u64,
+    mut trap: impl FnMut(&mut Processor),
+) -> Result<u64> {
+    let mut ip = start;
+    for _ in 0..1000 {
+        let offset = ip.wrapping_sub(start) as usize;
+        if offset >= code.len() {
+            return Ok(ip);
+        }
+        let i = Decoder::with_ip(64, &code[offset..], ip, DecoderOptions::NONE).decode();
+        ensure!(!i.is_invalid(), "no instruction at {offset:#x}");
+        ip = match processor.step(&i).with_context(|| format!("at {offset:#x}: {:?}", i.mnemonic()))? {
+            Next::On => i.next_ip(),
+            Next::To(target) => target,
+            Next::Trap => {
+                trap(processor);
+                i.next_ip()
+            }
+        };
+    }
+    bail!("it does not end")
+}
+
+/// The same without the stub: `displaced`, one after the other.
+fn straight(processor: &mut Processor, displaced: &[Instruction]) -> Result<u64> {
+    let mut ip = 0;
+    for i in displaced {
+        ip = match processor.step(i)? {
+            Next::On => i.next_ip(),
+            Next::To(target) => target,
+            Next::Trap => bail!("a trap is displaced"),
+        };
+    }
+    Ok(ip)
+}
+
+/// What a record says, at `position`.
+fn record_at(processor: &Processor, position: u64) -> Record {
+    let at = TRACER_RING.0 + SLOTS + position % COUNT * SLOT_LEN as u64;
+    let mut record = Record([0; SLOT_LEN]);
+    for (k, word) in record.0.chunks_exact_mut(8).enumerate() {
+        word.copy_from_slice(&processor.memory[&(at + 8 * k as u64)].to_le_bytes());
+    }
+    record
+}
+
+/// The stub does what the code does whose place it takes, and besides that fills one slot, its sequence last.
+fn check(
+    stub: &Stub,
+    point: StubPoint,
+    displaced: &[Instruction],
+    around: &Surroundings,
+    rsp: u64,
+) -> Result<()> {
+    let before = processor(rsp, 3, around);
+    let (mut by_stub, mut by_code) = (before.clone(), before.clone());
+    let left = leave(&mut by_stub, &stub.code, stub.start.0, |_| unreachable!("there is room"))?;
+    let goes_on = straight(&mut by_code, displaced)?;
+    ensure!(left == goes_on, "the stub goes on at {left:#x}, the code at {goes_on:#x}");
+    ensure!(by_stub.registers == by_code.registers, "registers: {:x?}", by_stub.registers);
+    ensure!(by_stub.flags == by_code.flags, "flags {:#x}, not {:#x}", by_stub.flags, by_code.flags);
+    let is_ring = |at: &u64| (TRACER_RING.0..TRACER_RING.0 + SLOTS + COUNT * SLOT_LEN as u64).contains(at);
+    let below = |at: &u64| *at < by_code.get(Register::RSP).unwrap_or(0).min(rsp) && *at >= rsp - 0x100;
+    for (at, word) in &by_stub.memory {
+        ensure!(
+            by_code.memory[at] == *word || is_ring(at) || below(at),
+            "memory at {at:#x}: {word:#x}, not {:#x}",
+            by_code.memory[at]
+        );
+    }
+    let ring: Vec<u64> = by_stub.written.iter().copied().filter(is_ring).collect();
+    let slot = TRACER_RING.0 + SLOTS + 3 * SLOT_LEN as u64;
+    ensure!(ring.first() == Some(&TRACER_RING.0) && ring.last() == Some(&slot), "order: {ring:x?}");
+    let inside = |at: &u64| (slot..slot + SLOT_LEN as u64).contains(at);
+    ensure!(ring[1..].iter().all(inside), "written outside of the slot: {ring:x?}");
+    ensure!(ring[1..ring.len() - 1].iter().all(|at| *at != slot), "published early");
+    ensure!(by_stub.memory[&TRACER_RING.0] == 4, "the position is not taken");
+    check_record(&record_at(&by_stub, 3), point, &before, rsp)
+}
+
+fn check_record(record: &Record, point: StubPoint, before: &Processor, rsp: u64) -> Result<()> {
+    ensure!(record.word(record::SEQUENCE) == 4 && record.hook() == HOOK, "head of the record");
+    ensure!(record.word(record::RSP) == rsp && record.caller().0 == CALLER, "stack pointer and caller");
+    if point != StubPoint::Return {
+        let arguments = (record.word(record::RDI), record.word(record::RSI));
+        ensure!(arguments == (before.get(Register::RDI)?, before.get(Register::RSI)?), "arguments");
+        return Ok(());
+    }
+    let (rax, rbp) = (record.word(record::RAX), record.word(record::RBP));
+    ensure!((rax, rbp) == (before.get(Register::RAX)?, before.get(Register::RBP)?), "result");
+    ensure!(record.word(record::JIFFIES) == 0x1_0000_4321, "time");
+    ensure!(record.task() == (*b"exercise.sh\0\0\0\0\0", 77) && record.counts().0 == 0x8000_0000, "context");
+    let own = STACK..STACK + STACK_LEN;
+    let end = if own.contains(&rsp) { own.end } else { GS };
+    let words = ((end - rsp) / 8).min(record::MAX_WORDS as u64);
+    for k in 0..words {
+        let at = Va(rsp + 8 * k);
+        ensure!(record.stack(at) == before.memory.get(&at.0).copied(), "stack at {at}");
+    }
+    ensure!(record.stack(Va(rsp + 8 * words)).is_none(), "more than {words} words of stack");
+    Ok(())
+}
+
+/// Where a stub has no free slot it traps, with the position in rax, and goes on as if nothing had been.
+fn check_full(stub: &Stub, displaced: &[Instruction], around: &Surroundings, rsp: u64) -> Result<()> {
+    let before = processor(rsp, COUNT + 2, around);
+    let (mut by_stub, mut by_code) = (before.clone(), before);
+    let mut asked = 0;
+    leave(&mut by_stub, &stub.code, stub.start.0, |processor| {
+        asked += 1;
+        assert_eq!(processor.get(Register::RAX).unwrap(), COUNT + 2);
+        // At first in vain, as when it was woken for nothing.
+        let limit = if asked == 1 { COUNT + 2 } else { COUNT + 3 };
+        processor.memory.insert(TRACER_RING.0 + record::LIMIT, limit);
+    })?;
+    straight(&mut by_code, displaced)?;
+    ensure!(asked == 2, "asked {asked} times for a slot");
+    ensure!((by_stub.registers, by_stub.flags) == (by_code.registers, by_code.flags), "registers");
+    ensure!(record_at(&by_stub, COUNT + 2).word(record::SEQUENCE) == COUNT + 3, "not written down");
+    Ok(())
+}
+
+/// Jumps and their stubs in the forms a running kernel has: with the image's bytes, and a return that was patched.
+fn live_forms(kernel: &Kernel, jump: Jump) -> Result<Vec<Vec<u8>>> {
+    let image = kernel.image.bytes_at(jump.va(), jump.len()).context("no code")?.to_vec();
+    Ok(match jump {
+        Jump::Entry { .. } => vec![image],
+        Jump::Return { .. } => vec![image, vec![0xc3, 0xcc, 0xcc, 0xcc, 0xcc]],
+    })
+}
+
+fn hook_stubs(kernel: &Kernel, planned: &Planned) -> Result<u32> {
+    let Ok(jump) = planned.jump else { return Ok(0) };
+    let point = match jump {
+        Jump::Entry { va, len } => StubPoint::Entry(va + len as u64),
+        Jump::Return { .. } => StubPoint::Return,
+    };
+    let mut stubs = 0;
+    for live in live_forms(kernel, jump)? {
+        let displaced = jump.displaced(kernel, 0, &live)?;
+        for (trap, softirqs) in [(&[0xcc][..], None), (&[0xe6, 0xe4][..], Some(0x9a4))] {
+            let writer = writer(trap, softirqs);
+            let stub = writer.stub(HOOK, point, &displaced, TRACER_CODE + 64)?;
+            let trap_at = (stub.trap - stub.start) as usize;
+            ensure!(stub.code[trap_at..].starts_with(trap), "no trap at {}", stub.trap);
+            // Deep in the task's stack, near its top, and on a stack of the CPU's.
+            for rsp in [STACK + 0x2008, STACK + STACK_LEN - 0x48, GS - 0x88] {
+                check(&stub, point, &displaced, &writer.surroundings, rsp)?;
+            }
+            check_full(&stub, &displaced, &writer.surroundings, STACK + 0x2008)?;
+            stubs += 1;
+        }
+    }
+    Ok(stubs)
+}
+
+/// The stubs of a kernel; and most of its hooks have one.
+pub fn of_kernel(image: &std::path::Path) -> Result<()> {
+    let kernel = Kernel::open(image)?;
+    let Plan { traps, .. } = plan(&kernel, &hooks::builtin(), &Tracked::ALL, 2);
+    let mut by_trap = Vec::new();
+    let mut stubs = 0;
+    for planned in &traps {
+        let what = || format!("{} ({})", planned.function, if planned.entry { "entry" } else { "return" });
+        stubs += hook_stubs(&kernel, planned).with_context(what)?;
+        if let Err(why) = &planned.jump {
+            by_trap.push(format!("{}: {why}", what()));
+        }
+    }
+    println!("{stubs} stubs; by trap: {by_trap:#?}");
+    for wanted in ["kfree (entry)", "kmem_cache_free (entry)"] {
+        ensure!(!by_trap.iter().any(|hook| hook.starts_with(wanted)), "{wanted} has none: {by_trap:#?}");
+    }
+    ensure!(by_trap.len() * 2 < traps.len(), "most hooks have no stub: {by_trap:#?}");
+    Ok(())
+}

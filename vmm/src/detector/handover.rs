@@ -1,0 +1,77 @@
+//! From traps to the ring, as soon as the guest allows.
+
+use super::Detector;
+use anyhow::Result;
+use introspect::memory::Va;
+use std::ops::Range;
+use std::time::Duration;
+
+/// How often the ring is read while little happens, and while much does.
+const IDLE: Duration = Duration::from_millis(10);
+const BUSY: Duration = Duration::from_millis(1);
+/// So many events in one step are much.
+const MUCH: u64 = 1000;
+/// Between two attempts to hand hooks over, for as long as the guest stands in some of them: each pauses it.
+const FIRST_RETRY: Duration = Duration::from_millis(50);
+const LAST_RETRY: Duration = Duration::from_secs(10);
+
+impl Detector {
+    /// Hands hooks over to the ring when the guest is up, and reads the ring, until the machine has ended. For a thread of
+    /// its own. `verbose`: says how far it got.
+    pub fn serve_ring(&self, verbose: bool) {
+        let Some(ring) = self.parts.traps.ring() else { return };
+        let (mut wait, mut retry) = (Duration::ZERO, FIRST_RETRY);
+        let mut events = 0;
+        while self.parts.guest.outcome().is_none() {
+            if wait.is_zero() && self.parts.traps.to_move() > 0 {
+                match self.hand_over() {
+                    Ok(true) => {
+                        if verbose {
+                            self.say_handed_over();
+                        }
+                        wait = retry;
+                        retry = (retry * 2).min(LAST_RETRY);
+                    }
+                    Ok(false) => wait = FIRST_RETRY,
+                    Err(error) => {
+                        eprintln!("kleak-vmm: warning: The ring is not used: {error:#}");
+                        return;
+                    }
+                }
+            }
+            ring.drain();
+            let before = std::mem::replace(&mut events, ring.status().events);
+            let step = if events - before > MUCH { BUSY } else { IDLE };
+            std::thread::sleep(step);
+            wait = wait.saturating_sub(step);
+        }
+        ring.drain();
+    }
+
+    /// One attempt; false while it is too early.
+    fn hand_over(&self) -> Result<bool> {
+        let parts = &self.parts;
+        if !parts.linux.is_up(parts.guest.ram())? {
+            return Ok(false);
+        }
+        let mut paused = parts.guest.pause()?;
+        let memory = &paused.memory();
+        let busy = self.allocator.busy(&parts.linux, memory, &parts.recorder, paused.cpus())?;
+        // Whoever was interrupted between the bytes of a jump to be has that address on a stack, however it is unwound.
+        let held = self.allocator.on_stacks(&parts.linux, memory, paused.cpus())?;
+        let free = |function: &str, bytes: Range<Va>| {
+            !busy.contains(function) && !held.iter().any(|va| bytes.contains(va) && *va != bytes.start)
+        };
+        parts.traps.hand_over(&mut paused, free)?;
+        Ok(true)
+    }
+
+    fn say_handed_over(&self) {
+        let traps = &self.parts.traps;
+        let (moved, left, all) = (traps.moved(), traps.to_move(), traps.count());
+        eprintln!("kleak-vmm: {moved} of {all} hooks write to the ring, {left} wait until nobody is in them");
+        for why in traps.stuck() {
+            eprintln!("kleak-vmm: one stays a trap: {why}");
+        }
+    }
+}

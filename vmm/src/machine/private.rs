@@ -1,0 +1,87 @@
+//! Memory that the guest's processors reach and the guest knows nothing of: no RAM in its map, never scanned, never saved.
+
+use anyhow::{Context, bail};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
+
+/// Pages of the host, zero at first.
+pub struct PrivatePages {
+    host: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping lives as long as the value and is accessed through atomics only.
+unsafe impl Send for PrivatePages {}
+// SAFETY: as above.
+unsafe impl Sync for PrivatePages {}
+
+impl PrivatePages {
+    /// `len` bytes, whole pages.
+    ///
+    /// # Errors
+    /// The host has no memory.
+    pub fn new(len: usize) -> anyhow::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new anonymous mapping touches nothing that is there.
+        let host = unsafe {
+            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
+        if host == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error()).context("Cannot map memory for the tracer");
+        }
+        match NonNull::new(host.cast()) {
+            Some(host) => Ok(Self { host, len }),
+            None => bail!("Memory for the tracer is mapped at address 0"),
+        }
+    }
+
+    /// Bytes.
+    #[allow(clippy::len_without_is_empty, reason = "never empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Where it is mapped here.
+    pub(super) fn host(&self) -> u64 {
+        self.host.as_ptr() as u64
+    }
+
+    /// The aligned word at `offset`.
+    ///
+    /// # Panics
+    /// Outside the mapping, or not aligned.
+    pub fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8) && offset + 8 <= self.len, "no word at {offset:#x}");
+        // SAFETY: inside the mapping and aligned.
+        unsafe { AtomicU64::from_ptr(self.host.as_ptr().add(offset).cast()) }
+    }
+
+    /// Copies from `offset` on, word by word.
+    ///
+    /// # Panics
+    /// As [`PrivatePages::word`].
+    pub fn read(&self, offset: usize, buf: &mut [u8]) {
+        for (k, bytes) in buf.chunks_exact_mut(8).enumerate() {
+            bytes.copy_from_slice(&self.word(offset + 8 * k).load(Relaxed).to_le_bytes());
+        }
+    }
+
+    /// Copies to `offset`, byte by byte.
+    ///
+    /// # Panics
+    /// Outside the mapping.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset <= self.len && bytes.len() <= self.len - offset, "no room at {offset:#x}");
+        for (k, &byte) in bytes.iter().enumerate() {
+            // SAFETY: inside the mapping.
+            unsafe { AtomicU8::from_ptr(self.host.as_ptr().add(offset + k)) }.store(byte, Relaxed);
+        }
+    }
+}
+
+impl Drop for PrivatePages {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`, and nobody borrows it any more.
+        unsafe { libc::munmap(self.host.as_ptr().cast(), self.len) };
+    }
+}
