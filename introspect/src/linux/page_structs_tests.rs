@@ -4,7 +4,7 @@ use super::synthetic::*;
 use crate::linux::ModuleMap;
 use crate::memory::{PAGE_SIZE, Va};
 use crate::registry::{AllocEvent, Kind, Registry};
-use crate::scan::{ScanInput, Treatments, path, scan};
+use crate::scan::{CacheTypes, ScanInput, Treatments, path, scan};
 
 /// A large kmalloc of three pages, which has four.
 const OBJECT: u64 = HEAP + 0x4_0000;
@@ -55,6 +55,8 @@ fn leaks_of(mut guest: Guest) -> Vec<u64> {
         min_age_ms: 0,
         stack: true,
         slab: true,
+        types: &CacheTypes::default(),
+        typed: false,
     };
     let found = scan(&input).expect("a scan").leaks;
     let held = path(&input, DIRECT_MAP + OBJECT).expect("a path");
