@@ -84,7 +84,7 @@ impl Target {
         let kernel = if is_kernels(va) { of_kernel() } else { None };
         kernel.or_else(|| {
             let root = paused.cpus().get(cpu)?.root;
-            AddressSpace { root, levels: linux.space.levels }.translate(memory, va).ok()
+            AddressSpace { root, ..linux.space }.translate(memory, va).ok()
         })
     }
 
