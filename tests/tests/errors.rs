@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         test("an_unknown_option", || expect(&["run", "--frobnicate"], 2, &["--frobnicate"])),
         test("ctl_without_a_machine", no_machine),
         test("a_socket_in_use_is_refused", socket_in_use),
+        test("an_address_in_use_is_no_place_for_gdb", address_in_use),
         test("without_permission_on_kvm", no_permission),
         test("inspect_refuses_what_run_refuses", inspect_text),
     ])
@@ -117,6 +118,17 @@ fn socket_in_use() -> Result<()> {
         run_kernel(&kernel("6.1-cloud")?.vmlinuz, &["--control", socket.to_str().context("path")?])?;
     ensure!(matches!(finished.code, Some(2 | 4)), "{finished:?}");
     check(&finished, finished.code.unwrap_or(0), &["busy.sock", "in use"])
+}
+
+fn address_in_use() -> Result<()> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?.to_string();
+    let kernel = kernel("6.1-cloud")?.vmlinuz;
+    check(&run_kernel(&kernel, &["--gdb", &address])?, 2, &["debugger", &address, "in use"])?;
+    let wrong = run_kernel(&kernel, &["--gdb", "1234"])?;
+    wrong.expect_code(2)?;
+    ensure!(wrong.stderr.contains("expected HOST:PORT"), "{}", wrong.stderr);
+    Ok(())
 }
 
 /// As another user, without the lab: /dev/kvm is there and closed, or not there at all.

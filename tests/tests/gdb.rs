@@ -267,9 +267,17 @@ fn interrupted(debugged: &Debugged) -> Result<()> {
     Ok(())
 }
 
-/// A debugger that is killed while it has the machine stopped; the console is told why `resume` does not help.
+/// A debugger that is killed while it has the machine stopped, and its breakpoint stands in the code; the console is told why
+/// `resume` does not help.
 fn vanishes(debugged: &Debugged) -> Result<()> {
-    let commands = ["echo HAS IT\\n", "python import time; time.sleep(1000)"].map(str::to_owned);
+    let commands = [
+        "set breakpoint always-inserted on",
+        &format!("break *{:#x}", debugged.symbol("version_proc_show")?.0),
+        "continue",
+        "echo HAS IT\\n",
+        "python import time; time.sleep(1000)",
+    ]
+    .map(str::to_owned);
     let mut gdb = debugged.command(&commands).stdout(Stdio::piped()).spawn().context("Cannot run gdb")?;
     let mut lines = BufReader::new(gdb.stdout.take().context("stdout")?).lines();
     while !lines.next().context("gdb ended")??.contains("HAS IT") {}

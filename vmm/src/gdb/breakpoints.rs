@@ -2,8 +2,8 @@
 
 use super::target::{Target, is_kernels, thread};
 use crate::arch::{DEBUG_POINTS, Point, PointKind};
-use crate::machine::{TrapHandler, TrapInstruction};
-use anyhow::{Context, Result, bail, ensure};
+use crate::machine::TrapHandler;
+use anyhow::{Context, Result, ensure};
 use gdbstub::stub::MultiThreadStopReason;
 use gdbstub::target::TargetResult;
 use gdbstub::target::ext::breakpoints::{
@@ -43,11 +43,11 @@ impl Target {
         }
         let trap = self.parts.instruction.bytes();
         let len = instruction_len(&code).with_context(|| format!("no instruction begins at {va}"))?;
-        if self.parts.instruction == TrapInstruction::Pio && len < trap.len() {
-            bail!(
-                "the instruction at {va} is one byte long, and traps take two on this host: take the one before it"
-            );
-        }
+        let (has, takes) = (len, trap.len());
+        ensure!(
+            has >= takes,
+            "the instruction at {va} has {has} byte, and a trap takes {takes} on this host: take the one before it"
+        );
         let mut paused = self.parts.guest.pause()?;
         let overlaps = |(other, bytes): &(Pa, Vec<u8>)| {
             other.0 < at.0 + trap.len() as u64 && at.0 < other.0 + bytes.len() as u64

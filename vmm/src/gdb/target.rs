@@ -61,8 +61,12 @@ impl Target {
         }
     }
 
-    /// Takes everything of the debugger's out of the guest and lets it run.
+    /// Takes everything of the debugger's out of the guest and lets it run. All vCPUs stop for that: each has to forget what the
+    /// processor watches for it.
     pub fn leave(&mut self) {
+        if let Err(error) = self.parts.guest.debugger_stops() {
+            eprintln!("kleak-vmm: warning: gdb: The machine does not stop: {error:#}");
+        }
         let all: Vec<Va> = self.planted.keys().copied().collect();
         for va in all {
             self.unplant(va);
@@ -84,7 +88,7 @@ impl Target {
         let kernel = if is_kernels(va) { of_kernel() } else { None };
         kernel.or_else(|| {
             let root = paused.cpus().get(cpu)?.root;
-            AddressSpace { root, levels: linux.space.levels }.translate(memory, va).ok()
+            AddressSpace { root, ..linux.space }.translate(memory, va).ok()
         })
     }
 
