@@ -33,7 +33,7 @@ fn build_files(cache: &Cache, headers: &Headers, files: &[(String, Vec<u8>)], na
 }
 
 /// Our own modules.
-pub const OWN: [&str; 6] = ["breaking", "churn", "clean", "growing", "leaky", "storm"];
+pub const OWN: [&str; 7] = ["breaking", "churn", "clean", "growing", "leaky", "patch", "storm"];
 
 /// One of [`OWN`].
 ///

@@ -1,12 +1,16 @@
 //! The guest's own tracers on the functions we trap, and modules that come and go: neither breaks the guest, nor is an event
 //! missed.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use guest_profiles::hooks::{Tracked, builtin};
+use introspect::hooks::plan;
+use introspect::kernel::Kernel;
+use serde_json::Value;
 use std::process::ExitCode;
-use tests::{Guest, kernel, long_test, module, no_kernel_complaint};
+use tests::{Client, Guest, RUN_TIMEOUT, kernel, long_test, module, no_kernel_complaint, test};
 
 fn main() -> ExitCode {
-    let mut trials = Vec::new();
+    let mut trials = vec![test("a_lost_trap_is_made_good_6.1-cloud", lost_trap)];
     for line in ["6.1-cloud", "6.12-cloud"] {
         trials.push(long_test(format!("ftrace_and_kprobes_{line}"), move || traced(line)));
         trials.push(long_test(format!("a_hundred_modules_{line}"), move || modules(line)));
@@ -79,4 +83,57 @@ fn modules(line: &str) -> Result<()> {
     ))?;
     let finished = guest.boot(0)?;
     check(&guest, &finished.stdout, &["modules"])
+}
+
+/// The module `patch` overwrites the trap in `kfree`: nothing is seen to be freed any more, until a scan finds out.
+fn lost_trap() -> Result<()> {
+    // `out imm8, al`: the traps of port writes.
+    const LEN: usize = 2;
+    let package = kernel("6.1-cloud")?;
+    let image = Kernel::open(&package.vmlinuz)?;
+    let plan = plan(&image, &builtin(), &[Tracked::Slab], LEN);
+    let site = &plan.traps.iter().find(|trap| trap.function == "kfree").context("no trap in kfree")?.site;
+    let bytes = u16::from_le_bytes(*site.original.first_chunk().context("two bytes")?);
+    let mut guest = Guest::new(&package, 2)?;
+    guest.option("--trap", "pio").cmdline("nokaslr").file(&module(&package, "patch")?, "/patch.ko").script(
+        &format!(
+            "echo READY; read -r go; insmod /patch.ko at={} bytes={bytes:#x} length={LEN} && echo PATCHED
+         read -r go; rmmod patch; sleep 2; echo GONE; read -r go",
+            site.va
+        ),
+    )?;
+    let mut session = guest.start()?;
+    session.wait_for("\nREADY", RUN_TIMEOUT)?;
+    let mut client = Client::of(&guest)?;
+    let exact = |reply: &str| reply.contains("missing 0, stale 0");
+    let before = client.ask("audit")?;
+    ensure!(exact(&before), "{before}");
+    session.type_line("go")?;
+    session.wait_for("\nPATCHED", RUN_TIMEOUT)?;
+    let missed = client.ask("audit")?;
+    ensure!(!exact(&missed), "nothing was missed: {missed}");
+    let found = client.ask("scan")?;
+    ensure!(found.contains(" 0 new"), "{found}");
+    let after = client.ask("audit")?;
+    ensure!(exact(&after), "{after}");
+    session.type_line("go")?;
+    session.wait_for("\nGONE", RUN_TIMEOUT)?;
+    let found = client.ask("scan")?;
+    ensure!(found.contains(" 0 new"), "{found}");
+    let last = client.ask("audit")?;
+    ensure!(exact(&last), "what the trap planted again should have seen: {last}");
+    let status: Value = serde_json::from_str(&client.ask("json status")?)?;
+    ensure!(status["traps_rearmed"] == 1 && status["events_dropped"] == 0, "{status:#}");
+    drop(client);
+    session.type_line("go")?;
+    let finished = session.finish()?;
+    finished.expect_code(0)?;
+    let said = finished.stderr.lines().filter(|line| line.contains("overwrote the traps at"));
+    let said: Vec<&str> = said.collect();
+    ensure!(
+        matches!(said[..], [line] if line.contains(&site.va.to_string()) && line.contains("made good")),
+        "{}",
+        finished.stderr
+    );
+    no_kernel_complaint(&finished.stdout)
 }

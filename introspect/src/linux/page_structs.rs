@@ -226,6 +226,11 @@ impl Linux {
         (block(slab >> PAGE_SHIFT) == block(frame)).then(|| at..at + 8)
     }
 
+    /// True for the first frame of a compound page, such as a large kmalloc's.
+    pub fn is_compound(&self, structs: &PageStructs<'_>, frame: u64) -> bool {
+        structs.from(frame).is_some_and(|page| le64(page, self.pages.flags) & self.pages.head != 0)
+    }
+
     /// Where frames and their `struct page`s are.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! Closing a gap: what was allocated and freed while nobody looked, from the guest's own metadata.
 
-use super::{AllocEvent, Kind, Paint, Registry};
+use super::{AllocEvent, Kind, Object, Paint, Registry};
 use crate::memory::Va;
 use rustc_hash::FxHashSet;
 
@@ -14,23 +14,29 @@ pub struct Gap {
 }
 
 impl Registry {
-    /// Makes the objects of some `kinds` those that `found` lists. New ones have no backtrace, so they are gray: scanned,
-    /// never reported. What came and went in between leaves no trace, and needs none. No event is counted.
-    pub fn reconcile<'e>(&mut self, kinds: &[Kind], found: impl IntoIterator<Item = AllocEvent<'e>>) -> Gap {
+    /// Makes the objects of some `kinds` those that `found` lists, and keeps of others what `may_be` there. New ones have no
+    /// backtrace, so they are gray: scanned, never reported. What came and went in between leaves no trace, and needs none.
+    /// No event is counted.
+    pub fn reconcile<'e>(
+        &mut self,
+        kinds: &[Kind],
+        found: impl IntoIterator<Item = AllocEvent<'e>>,
+        may_be: impl Fn(&Object) -> bool,
+    ) -> Gap {
         let counters = self.counters;
         let mut gap = Gap::default();
         let mut there: FxHashSet<Va> = FxHashSet::default();
         for event in found {
             there.insert(event.address);
-            let same = |known: super::Object| known.kind == event.kind && known.cache == event.cache;
+            let same = |known: Object| known.kind == event.kind && known.cache == event.cache;
             if !self.get(event.address).is_some_and(same) {
                 self.alloc(&event);
                 self.paint(event.address, Paint::Gray);
                 gap.added += 1;
             }
         }
-        let gone = |o: &super::Object| kinds.contains(&o.kind) && !there.contains(&o.address);
-        let gone: Vec<Va> = self.objects().filter(gone).map(|o| o.address).collect();
+        let stays = |o: &Object| if kinds.contains(&o.kind) { there.contains(&o.address) } else { may_be(o) };
+        let gone: Vec<Va> = self.objects().filter(|o| !stays(o)).map(|o| o.address).collect();
         for address in gone {
             self.free(address);
             gap.removed += 1;
@@ -78,8 +84,9 @@ mod tests {
             event(0x3000, slab, 2),
             event(0x6000, slab, 2),
         ];
-        let gap = registry.reconcile(&[slab, vmalloc], found);
-        assert_eq!(gap, Gap { added: 2, removed: 2 });
+        let may_be = |object: &Object| object.address != Va(0x7000);
+        let gap = registry.reconcile(&[slab, vmalloc], found, may_be);
+        assert_eq!(gap, Gap { added: 2, removed: 3 });
         let mut left: Vec<_> =
             registry.objects().map(|o| (o.address.0, o.kind, o.cache.0, o.paint == Paint::Gray)).collect();
         left.sort_unstable_by_key(|&(address, ..)| address);
@@ -89,8 +96,8 @@ mod tests {
             (0x5000, large, 0, false),
             (0x6000, slab, 2, true),
         ];
-        assert_eq!(left, expected, "a large kmalloc is in no metadata");
+        assert_eq!(left, expected, "a large kmalloc is in no list");
         assert_eq!(registry.counters, before);
-        assert_eq!(registry.reconcile(&[slab, vmalloc], found), Gap::default());
+        assert_eq!(registry.reconcile(&[slab, vmalloc], found, may_be), Gap::default());
     }
 }

@@ -26,8 +26,8 @@ use introspect::linux::pages::{PageMap, Use};
 use introspect::linux::percpu::PercpuChunk;
 use introspect::linux::slab::SlabMap;
 use introspect::linux::vmalloc::Area;
-use introspect::memory::{PAGE_SIZE, Va};
-use introspect::registry::{AllocEvent, Audit, Gap, Kind, Paint, Truth};
+use introspect::memory::{PAGE_SHIFT, PAGE_SIZE, Va};
+use introspect::registry::{AllocEvent, Audit, Gap, Kind, Object, Paint, Truth};
 use introspect::report::Order;
 use introspect::scan::{CacheTypes, ScanInput, ScanResult, Treatments, scan};
 use quiet::Allocator;
@@ -462,18 +462,27 @@ impl Detector {
         Ok(events)
     }
 
-    /// Brings the registry up to date after a trap was lost: what the metadata tell of it. A large kmalloc is in none.
+    /// Brings the registry up to date after a trap was lost, as far as the metadata tell: no list has large kmallocs, but
+    /// where there is one, the kernel has a compound page.
     fn close_gap(&self) -> Result<(Paused<'_>, Gap)> {
         const KINDS: [(Tracked, Kind); 3] =
             [(Tracked::Slab, Kind::Slab), (Tracked::Vmalloc, Kind::Vmalloc), (Tracked::Percpu, Kind::Percpu)];
         let paused = self.pause_when_quiet()?;
         let memory = &paused.memory();
-        let boot = self.parts.linux.boot_objects(memory)?;
+        let linux = &self.parts.linux;
+        let boot = linux.boot_objects(memory)?;
         let kinds: Vec<Kind> =
             KINDS.iter().filter(|(what, _)| self.tracks(*what)).map(|(_, kind)| *kind).collect();
         let found = self.found(memory)?.into_iter();
         let found = found.filter(|event| event.kind != Kind::Page && !boot.contains(&event.address));
-        let gap = self.parts.recorder.state().registry.reconcile(&kinds, found);
+        let (pages, structs) = (linux.page_map(memory)?, linux.page_structs(memory)?);
+        let direct = linux.direct_map_base(memory)?;
+        let may_be = |object: &Object| {
+            let frame = (object.address - direct) >> PAGE_SHIFT;
+            object.kind != Kind::Large
+                || pages.get(frame) == Use::Kernel && linux.is_compound(&structs, frame)
+        };
+        let gap = self.parts.recorder.state().registry.reconcile(&kinds, found, may_be);
         Ok((paused, gap))
     }
 }
