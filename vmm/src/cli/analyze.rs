@@ -5,7 +5,7 @@ use super::values;
 use super::{ExitCode, Failure, check, ctl};
 use crate::console::{Request, Target, execute};
 use crate::regress::Looked;
-use crate::run::{RuleFiles, reports};
+use crate::run::{self, RuleFiles, reports};
 use crate::saved::{Opening, open};
 use anyhow::{Context, Result};
 use clap::ArgAction;
@@ -20,6 +20,9 @@ pub struct AnalyzeOptions {
     /// Kernel image: bzImage or vmlinux ELF [default: the snapshot's own; a vmcore has none]
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
+    /// Structure layouts of a kernel without BTF, as for run [default: the snapshot's own]
+    #[arg(long, value_name = "FILE")]
+    pub types: Option<PathBuf>,
     /// Print the reply to a console command instead of the report; repeatable
     #[arg(long = "command", short = 'c', value_name = "COMMAND")]
     pub commands: Vec<String>,
@@ -73,6 +76,7 @@ pub fn analyze(options: &AnalyzeOptions) -> Result<ExitCode> {
     let rule_files = RuleFiles::read(options.profile.as_deref(), &options.suppressions)?;
     let opening = Opening {
         kernel: options.kernel.clone(),
+        types: run::types_file(options.types.as_deref())?,
         rule_files,
         order: options.sort.into(),
         track: options.track.clone(),

@@ -1,10 +1,12 @@
 //! `kleak-vmm inspect`.
 
 use super::{CtlOptions, ExitCode, Failure, InspectOptions, check, ctl, print};
+use crate::run;
 use anyhow::Context;
 use guest_profiles::annotations::{Action, Annotation};
 use guest_profiles::hooks::Tracked;
 use introspect::hooks::{self, Gap};
+use introspect::image::KernelImage;
 use introspect::inspect::Inspection;
 use introspect::kernel::Kernel;
 use introspect::scan::has_function;
@@ -54,10 +56,11 @@ struct Traps {
 pub fn inspect(options: &InspectOptions) -> anyhow::Result<ExitCode> {
     let Some(path) = &options.kernel else { return live(options) };
     check::input_file(path, "kernel", "give the path of a bzImage or of a vmlinux")?;
-    let kernel = Kernel::open(path).with_context(|| {
-        // The error below names the file.
-        Failure::usage("").hint("give an x86-64 bzImage or a vmlinux ELF with kallsyms in it")
-    })?;
+    let types = run::types_file(options.types.as_deref())?;
+    // The error below names the file.
+    let unusable = || Failure::usage("").hint("give an x86-64 bzImage or a vmlinux ELF with kallsyms in it");
+    let image = KernelImage::open(path).with_context(unusable)?;
+    let kernel = run::recover(image, types).with_context(unusable)?;
     let hooks = HookPart { int3: traps(&kernel, 1), pio: traps(&kernel, 2) };
     let output = Output { image: Inspection::of(&kernel), hooks, annotations: annotations(&kernel) };
     print(&if options.json { serde_json::to_string(&output)? + "\n" } else { text(&output) })?;

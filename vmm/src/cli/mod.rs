@@ -90,6 +90,9 @@ pub struct InspectOptions {
     /// With --live: its control socket [default: that of the only virtual machine running]
     #[arg(long, value_name = "SOCK", requires = "live")]
     pub control: Option<PathBuf>,
+    /// Structure layouts of a kernel without BTF, as for run
+    #[arg(long, value_name = "FILE")]
+    pub types: Option<PathBuf>,
     /// One line of JSON instead of text
     #[arg(long)]
     pub json: bool,

@@ -37,6 +37,8 @@ pub struct Facts {
     pub tracked: Vec<Tracked>,
     /// Where it ran.
     pub host: HostFacts,
+    /// Structure layouts that the kernel image does not have.
+    pub types: Option<Vec<u8>>,
     /// Its guest profile and suppressions.
     pub rule_files: RuleFiles,
     /// Scans until then.

@@ -33,6 +33,8 @@ const MAX_VMCOREINFO: usize = PAGE_SIZE as usize;
 pub struct Opening {
     /// The kernel image; a snapshot has its own.
     pub kernel: Option<PathBuf>,
+    /// A file of structure layouts; a snapshot has its own.
+    pub types: Option<Vec<u8>>,
     /// Guest profile and suppressions; what is not given of them is as it was.
     pub rule_files: RuleFiles,
     /// What is looked for in a core without a tracker's state.
@@ -101,6 +103,7 @@ fn snapshot(
         }
     };
     let facts = Facts {
+        types: opening.types.clone().or(facts.types),
         rule_files: RuleFiles {
             profile: opening.rule_files.profile.clone().or(facts.rule_files.profile),
             suppressions: match opening.rule_files.suppressions.is_empty() {
@@ -148,6 +151,7 @@ fn foreign(file: File, core: &Vmcore, opening: &Opening) -> Result<Opened> {
         cpus: core.cpus.clone(),
         tracked: opening.track.clone(),
         host,
+        types: opening.types.clone(),
         rule_files: opening.rule_files.clone(),
         scans: 0,
         // Nobody knows when anything was allocated.
@@ -170,7 +174,7 @@ fn foreign(file: File, core: &Vmcore, opening: &Opening) -> Result<Opened> {
 
 /// Everything but what was tracked.
 fn parts(ram: GuestRam, image: KernelImage, facts: &Facts) -> Result<Parts> {
-    let kernel = Arc::new(Kernel::recover(image)?);
+    let kernel = Arc::new(Kernel::recover_with(image, facts.types.clone())?);
     let linux =
         Arc::new(Linux::new(kernel, facts.placement).context("Cannot find the kernel's data structures")?);
     check_kernel(&linux, &ram)?;
