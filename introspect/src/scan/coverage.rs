@@ -6,14 +6,16 @@
 //! pages that are not read only the size is known.
 
 use super::mark::{Marker, Origin, Witness};
+use super::roots::Region;
 use super::{Frozen, RootStatistics, ScanInput, heap, read_roots, unreached};
 use crate::accounting::{Cell, Column, Role, Table};
 use crate::linux::pages::Use;
-use crate::memory::FrozenMemory;
+use crate::memory::{FrozenMemory, Pa};
 use crate::registry::Kind;
 use rustc_hash::FxHashMap;
 use serde_json::{Value, json};
 use std::fmt::Write;
+use std::ops::Range;
 
 /// Result of [`coverage()`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +41,10 @@ pub struct RootShare {
     pub statistics: RootStatistics,
     /// Objects it was the first to refer to.
     pub first: u64,
+    /// Guest physical addresses between which it lies, in so many pieces; None for registers.
+    pub place: Option<(Range<Pa>, usize)>,
+    /// Why it is a root.
+    pub reason: &'static str,
 }
 
 /// Memory that is not read.
@@ -88,7 +94,13 @@ pub fn coverage<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<Cov
         // The registers come last.
         let is_region = number < frozen.roots.regions.len();
         let first = outside.get(&Origin::Region(number)).copied().unwrap_or(0);
-        RootShare { statistics, first: if is_region { first } else { registers } }
+        let region = frozen.roots.regions.get(number);
+        RootShare {
+            statistics,
+            first: if is_region { first } else { registers },
+            place: region.map(|region| (region.span(), region.extents.len())),
+            reason: region.map_or("what CPUs work with", Region::reason),
+        }
     });
     let roots = roots.collect();
     marker.run();
@@ -175,10 +187,25 @@ impl Coverage {
             Column::new("bytes", Role::Amount),
             Column::new("references", Role::Amount),
             Column::new("first", Role::Amount),
+            Column::new("pieces", Role::Amount),
+            Column::new("from", Role::Fact),
+            Column::new("to", Role::Fact),
+            Column::new("reason", Role::Fact),
         ];
         let mut table = Table::new(columns, 2);
-        let row = |RootShare { statistics: s, first }: &RootShare| {
-            vec![Cell::Text(s.name.clone()), s.bytes.into(), s.references.into(), (*first).into()]
+        let row = |RootShare { statistics: s, first, place, reason }: &RootShare| {
+            let (span, pieces) = place.clone().unwrap_or((Pa(0)..Pa(0), 0));
+            let address = |pa: Pa| if pieces == 0 { Cell::Absent } else { Cell::Text(pa.to_string()) };
+            vec![
+                Cell::Text(s.name.clone()),
+                s.bytes.into(),
+                s.references.into(),
+                (*first).into(),
+                (pieces as u64).into(),
+                address(span.start),
+                address(span.end),
+                (*reason).into(),
+            ]
         };
         table.rows = self.roots.iter().map(row).collect();
         table

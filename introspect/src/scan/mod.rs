@@ -41,6 +41,7 @@ pub mod possible;
 mod referrers;
 pub mod refs;
 mod refs_text;
+mod region;
 pub mod roots;
 mod structures;
 #[cfg(test)]

@@ -8,6 +8,7 @@
 use super::dead_words::DeadWords;
 use super::exception_stacks::exception_stacks;
 use super::guest::{Extent, GuestMemory};
+pub use super::region::Region;
 use crate::arch::CpuState;
 use crate::linux::pages::{PageMap, Use};
 use crate::linux::tasks::Task;
@@ -20,15 +21,6 @@ const CACHED_STACKS: u64 = 2;
 
 /// Uses of pages that hold no roots; slab pages are read object by object.
 const UNREAD_USES: [Use; 6] = [Use::Free, Use::User, Use::PageTable, Use::Text, Use::Slab, Use::None];
-
-/// A part of the roots, named for statistics.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Region {
-    /// What it is.
-    pub name: String,
-    /// Where it is; every extent starts at a multiple of 8.
-    pub extents: Vec<Extent>,
-}
 
 /// Memory next to the roots that is no root.
 #[derive(Debug, Clone, PartialEq, Eq)]
