@@ -17,8 +17,9 @@ pub(super) struct Lookup<'a> {
 
 impl<'a> Lookup<'a> {
     pub fn new(kernel: &'a Kernel, slide: u64) -> anyhow::Result<Self> {
-        let types =
-            kernel.types.as_ref().context("The kernel image has no BTF, so its structures cannot be read")?;
+        let types = kernel.types.as_ref().context(
+            "The kernel image has no BTF, so its structures cannot be read without a file of types",
+        )?;
         Ok(Self { image: &kernel.image, types, symbols: &kernel.symbols, slide })
     }
 
