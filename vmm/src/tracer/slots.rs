@@ -201,6 +201,40 @@ mod tests {
         assert!(guest.drain().is_empty());
     }
 
+    proptest::proptest! {
+        /// Positions are taken, filled in any order, and read, again and again.
+        #[test]
+        fn every_record_is_read_once_and_as_soon_as_it_is_there(steps in proptest::collection::vec(0_u8..24, 0..400)) {
+            let guest = Filling::new();
+            let (mut head, mut open, mut filled, mut taken) = (0, Vec::new(), Vec::new(), 0);
+            for step in steps {
+                match step {
+                    0..8 => {
+                        open.push(head);
+                        head += 1;
+                        guest.reserve(head);
+                    }
+                    8..16 if !open.is_empty() => {
+                        let position = open[usize::from(step - 8) % open.len()];
+                        if position < guest.0.limit() {
+                            guest.fill(position);
+                            open.retain(|other| *other != position);
+                            filled.push(position);
+                        }
+                    }
+                    _ => {
+                        filled.sort_unstable();
+                        taken += filled.len() as u64;
+                        proptest::prop_assert_eq!(guest.drain(), std::mem::take(&mut filled));
+                        proptest::prop_assert_eq!(guest.0.taken(), taken);
+                        let first = open.first().copied().unwrap_or(head);
+                        proptest::prop_assert_eq!(guest.0.limit(), first + COUNT);
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn records_are_read_while_they_are_written() {
         let guest = Filling::new();
