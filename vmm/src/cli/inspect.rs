@@ -4,7 +4,7 @@ use super::{ExitCode, Failure, InspectOptions, check, print};
 use crate::run;
 use anyhow::Context;
 use guest_profiles::hooks::Tracked;
-use introspect::hooks::{self, Gap, Planned};
+use introspect::hooks::{self, Gap};
 use introspect::image::KernelImage;
 use introspect::inspect::Inspection;
 use introspect::kernel::Kernel;
@@ -25,7 +25,6 @@ struct Output {
 struct HookPart {
     int3: Traps,
     pio: Traps,
-    ring: Jumps,
 }
 
 #[derive(Serialize)]
@@ -33,14 +32,6 @@ struct Traps {
     functions: BTreeSet<String>,
     traps: usize,
     not_tracked: Vec<Gap>,
-}
-
-/// What `--tracer ring` makes of the traps.
-#[derive(Serialize)]
-struct Jumps {
-    jumps: usize,
-    /// Functions in which traps stay, and why.
-    stay_traps: BTreeSet<String>,
 }
 
 /// Prints what can be recovered from a kernel image.
@@ -54,20 +45,10 @@ pub fn inspect(options: &InspectOptions) -> anyhow::Result<ExitCode> {
     let unusable = || Failure::usage("").hint("give an x86-64 bzImage or a vmlinux ELF with kallsyms in it");
     let image = KernelImage::open(&options.kernel).with_context(unusable)?;
     let kernel = run::recover(image, types).with_context(unusable)?;
-    let hooks = HookPart { int3: traps(&kernel, 1), pio: traps(&kernel, 2), ring: jumps(&kernel) };
+    let hooks = HookPart { int3: traps(&kernel, 1), pio: traps(&kernel, 2) };
     let output = Output { image: Inspection::of(&kernel), hooks };
     print(&if options.json { serde_json::to_string(&output)? + "\n" } else { text(&output) })?;
     Ok(ExitCode::Success)
-}
-
-/// Hooks that a jump can serve, whatever the trap before it.
-fn jumps(kernel: &Kernel) -> Jumps {
-    let plan = hooks::plan(kernel, &guest_profiles::hooks::builtin(), &Tracked::ALL, 1);
-    let stays = |planned: &Planned| Some(format!("{}: {}", planned.function, planned.jump.as_ref().err()?));
-    Jumps {
-        jumps: plan.traps.iter().filter(|planned| planned.jump.is_ok()).count(),
-        stay_traps: plan.traps.iter().filter_map(stays).collect(),
-    }
 }
 
 /// Traps of an instruction of `len` bytes.
@@ -93,16 +74,6 @@ fn text(output: &Output) -> String {
         for gap in &traps.not_tracked {
             let _ = writeln!(text, "not tracked   {name}: {}: {}", gap.cover, gap.why);
         }
-    }
-    let ring = &output.hooks.ring;
-    let _ = writeln!(
-        text,
-        "hooks         ring: {} jumps, {} places stay traps",
-        ring.jumps,
-        ring.stay_traps.len()
-    );
-    for why in &ring.stay_traps {
-        let _ = writeln!(text, "stays a trap  {why}");
     }
     text
 }
