@@ -4,6 +4,7 @@ mod guests;
 mod processor;
 mod stubs;
 
+use libtest_mimic::Trial;
 use std::process::ExitCode;
 use tests::{kernel, long_test, test};
 
@@ -23,5 +24,11 @@ fn main() -> ExitCode {
         trials.push(long_test(format!("stubs_{line}"), move || stubs::of_kernel(&kernel(line)?.vmlinuz)));
         trials.push(long_test(format!("clean_{line}_2cpu"), move || guests::clean(line, 2)));
     }
-    tests::main(trials)
+    // `run` does not offer the ring yet.
+    let offered = |trial: &Trial| trial.name().starts_with("stubs_");
+    let trials = trials.into_iter().map(|trial| match offered(&trial) {
+        true => trial,
+        false => trial.with_kind("needs --tracer ring").with_ignored_flag(true),
+    });
+    tests::main(trials.collect())
 }

@@ -5,7 +5,7 @@ use crate::run;
 use anyhow::Context;
 use guest_profiles::annotations::{Action, Annotation};
 use guest_profiles::hooks::Tracked;
-use introspect::hooks::{self, Gap, Planned};
+use introspect::hooks::{self, Gap};
 use introspect::image::KernelImage;
 use introspect::inspect::Inspection;
 use introspect::kernel::Kernel;
@@ -40,7 +40,6 @@ struct AnnotationPart {
 struct HookPart {
     int3: Traps,
     pio: Traps,
-    ring: Jumps,
 }
 
 #[derive(Serialize)]
@@ -48,14 +47,6 @@ struct Traps {
     functions: BTreeSet<String>,
     traps: usize,
     not_tracked: Vec<Gap>,
-}
-
-/// What `--tracer ring` makes of the traps.
-#[derive(Serialize)]
-struct Jumps {
-    jumps: usize,
-    /// Functions in which traps stay, and why.
-    stay_traps: BTreeSet<String>,
 }
 
 /// Prints what can be recovered from a kernel image.
@@ -70,7 +61,7 @@ pub fn inspect(options: &InspectOptions) -> anyhow::Result<ExitCode> {
     let unusable = || Failure::usage("").hint("give an x86-64 bzImage or a vmlinux ELF with kallsyms in it");
     let image = KernelImage::open(path).with_context(unusable)?;
     let kernel = run::recover(image, types).with_context(unusable)?;
-    let hooks = HookPart { int3: traps(&kernel, 1), pio: traps(&kernel, 2), ring: jumps(&kernel) };
+    let hooks = HookPart { int3: traps(&kernel, 1), pio: traps(&kernel, 2) };
     let output = Output { image: Inspection::of(&kernel), hooks, annotations: annotations(&kernel) };
     print(&if options.json { serde_json::to_string(&output)? + "\n" } else { text(&output) })?;
     Ok(ExitCode::Success)
@@ -81,16 +72,6 @@ fn live(options: &InspectOptions) -> anyhow::Result<ExitCode> {
     let words: &[&str] = if options.json { &["json", "roots"] } else { &["roots"] };
     let command = words.iter().map(|&word| word.to_owned()).collect();
     ctl::ctl(&CtlOptions { control: options.control.clone(), command })
-}
-
-/// Hooks that a jump can serve, whatever the trap before it.
-fn jumps(kernel: &Kernel) -> Jumps {
-    let plan = hooks::plan(kernel, &guest_profiles::hooks::builtin(), &Tracked::ALL, 1);
-    let stays = |planned: &Planned| Some(format!("{}: {}", planned.function, planned.jump.as_ref().err()?));
-    Jumps {
-        jumps: plan.traps.iter().filter(|planned| planned.jump.is_ok()).count(),
-        stay_traps: plan.traps.iter().filter_map(stays).collect(),
-    }
 }
 
 /// Traps of an instruction of `len` bytes.
@@ -131,16 +112,6 @@ fn text(output: &Output) -> String {
         for gap in &traps.not_tracked {
             let _ = writeln!(text, "not tracked   {name}: {}: {}", gap.cover, gap.why);
         }
-    }
-    let ring = &output.hooks.ring;
-    let _ = writeln!(
-        text,
-        "hooks         ring: {} jumps, {} places stay traps",
-        ring.jumps,
-        ring.stay_traps.len()
-    );
-    for why in &ring.stay_traps {
-        let _ = writeln!(text, "stays a trap  {why}");
     }
     for rule in output.annotations.iter().filter(|rule| rule.applies) {
         let by = rule.function.as_ref().or(rule.cache.as_ref()).map_or("", String::as_str);

@@ -8,5 +8,6 @@ pub mod breakpoint;
 mod handover;
 mod recorder;
 pub mod ring;
+mod slots;
 
 pub use recorder::{Recorder, State};

@@ -1,31 +1,24 @@
-//! The ring: events that stubs in the guest wrote down, read in the order of their positions.
-//!
-//! A free takes its position before the guest gives the memory back, an allocation after it was made: the order of
-//! positions is that of events on any one piece of memory. A position whose slot is not filled yet is passed over: what
-//! it will say has not happened yet, so nothing behind it can depend on it. What does depend on it takes its position after
-//! the slot was filled, and a pass ends at the positions that were taken when it began.
+//! The ring in the guest: its memory, its stubs, and what their records say.
 
 use super::recorder::{Moment, Recorder};
+use super::slots::Slots;
 use crate::arch::layout;
 use crate::machine::{Machine, PrivatePages, TrapInstruction, TrapOutcome};
 use anyhow::{Result, ensure};
 use guest_profiles::hooks::Role;
 use introspect::arch::Registers;
 use introspect::arch::layout::{TRACER_CODE, TRACER_RING};
-use introspect::hooks::record::{self, HEAD, LIMIT, Record, SLOT_LEN, SLOTS};
+use introspect::hooks::record::{self, Record};
 use introspect::hooks::{Instruction, JUMP_LEN, Plan, Stub, StubPoint, Writer};
 use introspect::linux::Linux;
 use introspect::memory::{Pa, Va};
 use rustc_hash::FxHashSet;
-use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 /// Slots: what may happen until the host looks.
 const COUNT: u64 = 8192;
-/// Slots are given back to the guest by so many.
-const BATCH: u64 = 256;
 /// Bytes for stubs.
 const CODE_LEN: usize = 0x1_0000;
 /// Stubs begin in lines of their own.
@@ -50,14 +43,6 @@ struct Hook {
     ip: u64,
 }
 
-/// How far events were read.
-struct Reading {
-    /// All before were.
-    tail: u64,
-    /// And these.
-    beyond: BTreeSet<u64>,
-}
-
 /// Stubs written so far.
 #[derive(Default)]
 struct Code {
@@ -79,13 +64,11 @@ pub struct Ring {
     recorder: Arc<Recorder>,
     writer: Writer,
     hooks: Vec<Hook>,
-    slots: Arc<PrivatePages>,
+    slots: Slots,
     code: Arc<PrivatePages>,
     written: Mutex<Code>,
     /// Addresses of the traps in stubs.
     requests: RwLock<FxHashSet<u64>>,
-    reading: Mutex<Reading>,
-    events: AtomicU64,
     waits: AtomicU64,
 }
 
@@ -102,11 +85,10 @@ impl Ring {
         instruction: TrapInstruction,
     ) -> Result<Self> {
         ensure!(machine.has_gigabyte_pages(), "The processor has no pages of one GiB");
-        let slots = Arc::new(PrivatePages::new(SLOTS as usize + COUNT as usize * SLOT_LEN)?);
+        let slots = Slots::new(COUNT)?;
         let code = Arc::new(PrivatePages::new(CODE_LEN)?);
-        machine.add_private(layout::TRACER_RING, &slots)?;
+        machine.add_private(layout::TRACER_RING, slots.pages())?;
         machine.add_private(layout::TRACER_CODE + TRACER_CODE.0 % GIB, &code)?;
-        slots.word(LIMIT as usize).store(COUNT, Ordering::Release);
         let slide = linux.placement.slide;
         let hooks = plan.traps.iter().map(|planned| Hook {
             role: planned.role,
@@ -127,8 +109,6 @@ impl Ring {
             code,
             written: Mutex::default(),
             requests: RwLock::default(),
-            reading: Mutex::new(Reading { tail: 0, beyond: BTreeSet::new() }),
-            events: AtomicU64::new(0),
             waits: AtomicU64::new(0),
         })
     }
@@ -161,7 +141,7 @@ impl Ring {
     pub(super) fn make_room(&self, registers: &mut Registers) -> TrapOutcome {
         self.waits.fetch_add(1, Ordering::Relaxed);
         self.drain();
-        if registers.rax < self.limit() {
+        if registers.rax < self.slots.limit() {
             registers.rip += self.writer.trap.len() as u64;
             return TrapOutcome::Resume;
         }
@@ -170,76 +150,25 @@ impl Ring {
 
     /// Reads all events that were complete when it was called.
     pub fn drain(&self) {
-        let mut reading = lock(&self.reading);
-        let reading = &mut *reading;
-        // Nothing is behind a slot that waits to be free.
-        let head = self.head().min(reading.tail.saturating_add(COUNT));
-        if head == reading.tail {
-            return;
+        // The stack behind the return address is there at returns only.
+        let has_stack = |hook: u32| self.hooks.get(hook as usize).is_some_and(|hook| !hook.entry);
+        let done = self.slots.drain(has_stack, |record| self.record(record));
+        if let Some(done) = done {
+            self.recorder.settle(done, self.slots.head());
         }
-        for position in reading.tail..head {
-            if reading.beyond.contains(&position) {
-                continue;
-            }
-            let Some(record) = self.filled(position) else { continue };
-            self.record(&record);
-            if position != reading.tail {
-                reading.beyond.insert(position);
-                continue;
-            }
-            reading.tail += 1;
-            while reading.beyond.remove(&reading.tail) {
-                reading.tail += 1;
-            }
-            if reading.tail.is_multiple_of(BATCH) {
-                self.give_back(reading.tail);
-            }
-        }
-        self.give_back(reading.tail);
-        self.recorder.settle(reading.tail, self.head());
     }
 
     /// For `status`.
     pub fn status(&self) -> RingStatus {
-        let events = self.events.load(Ordering::Relaxed);
+        let events = self.slots.taken();
         RingStatus {
             events,
-            lag: self.head().saturating_sub(events),
+            lag: self.slots.head().saturating_sub(events),
             waits: self.waits.load(Ordering::Relaxed),
         }
     }
 
-    fn head(&self) -> u64 {
-        self.slots.word(HEAD as usize).load(Ordering::Acquire)
-    }
-
-    fn limit(&self) -> u64 {
-        self.slots.word(LIMIT as usize).load(Ordering::Relaxed)
-    }
-
-    fn give_back(&self, tail: u64) {
-        self.slots.word(LIMIT as usize).store(tail + COUNT, Ordering::Release);
-    }
-
-    /// The record of a position, when it is complete.
-    fn filled(&self, position: u64) -> Option<Record> {
-        let at = SLOTS as usize + (position % COUNT) as usize * SLOT_LEN;
-        let sequence = self.slots.word(at + record::SEQUENCE).load(Ordering::Acquire);
-        if sequence != position + 1 {
-            return None;
-        }
-        let mut record = Record([0; SLOT_LEN]);
-        // The stack behind the return address is there at returns only.
-        self.slots.read(at, &mut record.0[..record::STACK + 8]);
-        if self.hooks.get(record.hook() as usize).is_some_and(|hook| !hook.entry) {
-            let end = record::STACK + 8 * record.words();
-            self.slots.read(at + record::STACK, &mut record.0[record::STACK..end]);
-        }
-        Some(record)
-    }
-
     fn record(&self, record: &Record) {
-        self.events.fetch_add(1, Ordering::Relaxed);
         let Some(hook) = self.hooks.get(record.hook() as usize) else {
             // The guest wrote where only stubs should.
             self.recorder.state().registry.counters.dropped += 1;

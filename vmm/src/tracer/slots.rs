@@ -1,0 +1,261 @@
+//! Slots that stubs fill and that are read in the order of their positions.
+//!
+//! A free takes its position before the guest gives the memory back, an allocation after it was made: the order of
+//! positions is that of events on any one piece of memory. A position whose slot is not filled yet is passed over: what
+//! it will say has not happened yet, so nothing behind it can depend on it. What does depend on it takes its position after
+//! the slot was filled, and a pass ends at the positions that were taken when it began.
+
+use crate::machine::PrivatePages;
+use anyhow::Result;
+use introspect::hooks::record::{self, HEAD, LIMIT, Record, SLOT_LEN, SLOTS};
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Slots are given back to the guest by so many.
+const BATCH: u64 = 256;
+
+/// How far they were read.
+#[derive(Default)]
+struct Reading {
+    /// All before were.
+    tail: u64,
+    /// And these.
+    beyond: BTreeSet<u64>,
+}
+
+/// See the module.
+pub(super) struct Slots {
+    pages: Arc<PrivatePages>,
+    count: u64,
+    reading: Mutex<Reading>,
+    taken: AtomicU64,
+}
+
+impl Slots {
+    /// `count` empty slots.
+    pub fn new(count: u64) -> Result<Self> {
+        let pages = Arc::new(PrivatePages::new(SLOTS as usize + count as usize * SLOT_LEN)?);
+        let slots = Self { pages, count, reading: Mutex::default(), taken: AtomicU64::new(0) };
+        slots.give_back(0);
+        Ok(slots)
+    }
+
+    /// Where they are.
+    pub fn pages(&self) -> &Arc<PrivatePages> {
+        &self.pages
+    }
+
+    /// Positions given out.
+    pub fn head(&self) -> u64 {
+        self.pages.word(HEAD as usize).load(Ordering::Acquire)
+    }
+
+    /// The first position without a free slot.
+    pub fn limit(&self) -> u64 {
+        self.pages.word(LIMIT as usize).load(Ordering::Relaxed)
+    }
+
+    /// Records read.
+    pub fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
+    }
+
+    /// Hands every record that was complete when it was called to `take`, once; `has_stack` says of a hook whether its records
+    /// have more of the stack than one word. The position before which all were taken; None when there was nothing to do.
+    pub fn drain(&self, has_stack: impl Fn(u32) -> bool, mut take: impl FnMut(&Record)) -> Option<u64> {
+        let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        let Reading { tail, beyond } = &mut *reading;
+        // Behind are those that wait for a free slot.
+        let head = self.head().min(tail.saturating_add(self.count));
+        if head == *tail {
+            return None;
+        }
+        for position in *tail..head {
+            if position < *tail || beyond.contains(&position) {
+                continue;
+            }
+            let Some(record) = self.filled(position, &has_stack) else { continue };
+            take(&record);
+            self.taken.fetch_add(1, Ordering::Relaxed);
+            beyond.insert(position);
+            while beyond.remove(tail) {
+                *tail += 1;
+                if tail.is_multiple_of(BATCH) {
+                    self.give_back(*tail);
+                }
+            }
+        }
+        self.give_back(*tail);
+        Some(*tail)
+    }
+
+    fn give_back(&self, tail: u64) {
+        self.pages.word(LIMIT as usize).store(tail.saturating_add(self.count), Ordering::Release);
+    }
+
+    /// The record of a position, when it is complete.
+    fn filled(&self, position: u64, has_stack: impl Fn(u32) -> bool) -> Option<Record> {
+        let at = SLOTS as usize + (position % self.count) as usize * SLOT_LEN;
+        let sequence = self.pages.word(at + record::SEQUENCE).load(Ordering::Acquire);
+        if sequence != position + 1 {
+            return None;
+        }
+        let mut record = Record([0; SLOT_LEN]);
+        self.pages.read(at, &mut record.0[..record::STACK + 8]);
+        if has_stack(record.hook()) {
+            let end = record::STACK + 8 * record.words();
+            self.pages.read(at + record::STACK, &mut record.0[record::STACK..end]);
+        }
+        Some(record)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COUNT: u64 = 8;
+
+    /// A guest that fills slots, each with its position as the first argument.
+    struct Filling(Slots);
+
+    impl Filling {
+        fn new() -> Self {
+            Self(Slots::new(COUNT).unwrap())
+        }
+
+        fn reserve(&self, upto: u64) {
+            self.0.pages.word(HEAD as usize).store(upto, Ordering::Release);
+        }
+
+        fn fill(&self, position: u64) {
+            let at = SLOTS as usize + (position % COUNT) as usize * SLOT_LEN;
+            self.0.pages.word(at + record::RDI).store(position, Ordering::Relaxed);
+            self.0.pages.word(at + record::SEQUENCE).store(position + 1, Ordering::Release);
+        }
+
+        fn drain(&self) -> Vec<u64> {
+            let mut taken = Vec::new();
+            self.0.drain(|_| false, |record| taken.push(record.word(record::RDI)));
+            taken
+        }
+    }
+
+    #[test]
+    fn records_come_once_and_in_order_round_after_round() {
+        let guest = Filling::new();
+        for first in (0..40).step_by(5) {
+            guest.reserve(first + 5);
+            (first..first + 5).rev().for_each(|position| guest.fill(position));
+            assert_eq!(guest.drain(), (first..first + 5).collect::<Vec<_>>());
+            assert!(guest.drain().is_empty());
+            assert_eq!(guest.0.limit(), first + 5 + COUNT);
+        }
+        assert_eq!(guest.0.taken(), 40);
+    }
+
+    #[test]
+    fn a_slot_that_is_not_filled_is_passed_over_and_keeps_its_place() {
+        let guest = Filling::new();
+        guest.reserve(4);
+        [1, 3].into_iter().for_each(|position| guest.fill(position));
+        assert_eq!((guest.drain(), guest.0.limit()), (vec![1, 3], COUNT));
+        guest.fill(2);
+        assert_eq!((guest.drain(), guest.0.limit()), (vec![2], COUNT), "the first still holds all back");
+        guest.fill(0);
+        assert_eq!((guest.drain(), guest.0.limit()), (vec![0], 4 + COUNT));
+    }
+
+    #[test]
+    fn what_lies_behind_a_late_slot_is_not_read_again() {
+        let guest = Filling::new();
+        guest.reserve(6);
+        [1, 2, 4].into_iter().for_each(|position| guest.fill(position));
+        assert_eq!(guest.drain(), [1, 2, 4]);
+        [0, 3].into_iter().for_each(|position| guest.fill(position));
+        assert_eq!(guest.drain(), [0, 3]);
+        guest.fill(5);
+        assert_eq!(guest.drain(), [5]);
+        assert_eq!(guest.0.taken(), 6);
+    }
+
+    #[test]
+    fn what_waits_for_a_free_slot_is_not_read_before_it_is_there() {
+        let guest = Filling::new();
+        guest.reserve(COUNT + 3);
+        (1..COUNT).for_each(|position| guest.fill(position));
+        assert_eq!(guest.drain().len() as u64, COUNT - 1);
+        guest.fill(0);
+        assert_eq!(guest.drain(), [0]);
+        guest.fill(COUNT);
+        assert_eq!(guest.drain(), [COUNT]);
+    }
+
+    #[test]
+    fn a_damaged_head_costs_one_round() {
+        let guest = Filling::new();
+        guest.reserve(u64::MAX);
+        guest.fill(0);
+        assert_eq!(guest.drain(), [0]);
+        assert!(guest.drain().is_empty());
+    }
+
+    proptest::proptest! {
+        /// Positions are taken, filled in any order, and read, again and again.
+        #[test]
+        fn every_record_is_read_once_and_as_soon_as_it_is_there(steps in proptest::collection::vec(0_u8..24, 0..400)) {
+            let guest = Filling::new();
+            let (mut head, mut open, mut filled, mut taken) = (0, Vec::new(), Vec::new(), 0);
+            for step in steps {
+                match step {
+                    0..8 => {
+                        open.push(head);
+                        head += 1;
+                        guest.reserve(head);
+                    }
+                    8..16 if !open.is_empty() => {
+                        let position = open[usize::from(step - 8) % open.len()];
+                        if position < guest.0.limit() {
+                            guest.fill(position);
+                            open.retain(|other| *other != position);
+                            filled.push(position);
+                        }
+                    }
+                    _ => {
+                        filled.sort_unstable();
+                        taken += filled.len() as u64;
+                        proptest::prop_assert_eq!(guest.drain(), std::mem::take(&mut filled));
+                        proptest::prop_assert_eq!(guest.0.taken(), taken);
+                        let first = open.first().copied().unwrap_or(head);
+                        proptest::prop_assert_eq!(guest.0.limit(), first + COUNT);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn records_are_read_while_they_are_written() {
+        let guest = Filling::new();
+        const ALL: u64 = 1000;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for position in 0..ALL {
+                    guest.reserve(position + 1);
+                    while position >= guest.0.limit() {
+                        std::thread::yield_now();
+                    }
+                    guest.fill(position);
+                }
+            });
+            let mut next = 0;
+            while next < ALL {
+                for position in guest.drain() {
+                    assert_eq!(position, next);
+                    next += 1;
+                }
+            }
+        });
+    }
+}
