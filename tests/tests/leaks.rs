@@ -210,6 +210,11 @@ fn held(line: &str) -> Result<()> {
     guest.ctl("scan")?;
     lost_tree(&guest, &guest.json("report")?)?;
     every_root_refers(&guest.json("roots")?)?;
+    let possible = guest.json("possible")?;
+    let rows = possible["possible"].as_array().context("possible")?;
+    let site = |row: &&Value| row["site"].as_str().is_some_and(|site| site.starts_with("leaky_interior+"));
+    let row = rows.iter().find(site).with_context(|| format!("no leaky_interior: {possible:#}"))?;
+    ensure!(row["objects"] == 1 && row["others"] == 0 && row["offsets"] == "0x28", "{row}");
     // Without stacks what only a stack holds is reported, and so its address known.
     guest.ctl("stack=off")?;
     guest.ctl("scan")?;
@@ -272,7 +277,13 @@ fn every_root_refers(reply: &Value) -> Result<()> {
         number("roots", "task stacks", "first")? > 0 && number("roots", "data", "first")? > 0,
         "{reply:#}"
     );
-    for name in ["free pages", "page tables", "text and read-only data", "task stacks, not in use"] {
+    for name in [
+        "free pages",
+        "page tables",
+        "text and read-only data",
+        "task stacks, not in use",
+        "exception stacks, not in use",
+    ] {
         ensure!(number("not_read", name, "bytes")? > 0, "{name}: {reply:#}");
     }
     number("not_read", "dead words of sleeping tasks' stacks", "references")?;

@@ -11,6 +11,7 @@ use crate::accounting::{Cell, Column, Role, Table};
 use crate::memory::FrozenMemory;
 use crate::registry::{Kind, Object, Paint, StackId};
 use rustc_hash::FxHashMap;
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 /// Low bits of pointers that hold flags.
@@ -59,7 +60,7 @@ impl Held {
     }
 }
 
-/// Finds such objects; those come first that are unlike most of their origin.
+/// Finds such objects; those come first that are unlike most of their origin, and of equals the youngest.
 ///
 /// # Errors
 /// As [`super::scan`].
@@ -101,7 +102,7 @@ pub fn possible<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<Vec
     }
     found.sort_by_key(|group| {
         let likeness = group.objects.len() as u64 * 1000 / (group.objects.len() as u64 + group.others);
-        (likeness, group.objects[0].sequence)
+        (likeness, Reverse(group.objects[0].sequence))
     });
     Ok(found)
 }

@@ -228,7 +228,7 @@ proptest! {
                 if block.start == area.0 {
                     return area.1.contains(&offset);
                 }
-                let shape = typed.get(&block.start).filter(|_| block.start % 8 == 0);
+                let shape = typed.get(&block.start).filter(|_| block.start.is_multiple_of(8));
                 shape.is_none_or(|&shape| shapes[shape].get(offset as usize / 8) == Some(&true))
             };
             if no_scan.contains(&block.start) {

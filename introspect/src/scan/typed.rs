@@ -40,13 +40,16 @@ impl Shape {
     }
 }
 
+/// Names of a cache and a structure.
+type Key = (String, String);
+
 /// What is known of types, for one kernel.
 #[derive(Debug, Default)]
 pub struct CacheTypes {
     rows: Vec<CacheType>,
     not_pointers: FxHashSet<String>,
     /// By cache name and structure; None where the structure cannot be used.
-    known: Mutex<FxHashMap<(String, String), Option<Arc<Shape>>>>,
+    known: Mutex<FxHashMap<Key, Option<Arc<Shape>>>>,
 }
 
 impl CacheTypes {

@@ -35,6 +35,7 @@ impl Detector {
             let mut table = possible::table(&found, &|object| {
                 calls::site(input.registry.stacks.get(object.stack), object.sequence, &symbolize)
             });
+            let rows = table.json();
             table.truncate(SHOWN);
             let objects: usize = found.iter().map(|group| group.objects.len()).sum();
             let text = format!(
@@ -42,7 +43,7 @@ impl Detector {
                 table.text(),
                 found.len()
             );
-            let json = json!({ "possible": table.json(), "objects": objects, "omitted": table.omitted });
+            let json = json!({ "possible": rows, "objects": objects });
             Ok(Answer { text, json })
         })
     }
