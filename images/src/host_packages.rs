@@ -49,6 +49,7 @@ pub const ALL: &[HostPackage] = &[
         ..package("libc6-dev", &[], "static programs for the guest", Purpose::Guests)
     },
     package("e2fsprogs", &["mkfs.ext4", "e2fsck", "debugfs"], "a file system on a disk", Purpose::Tests),
+    package("valgrind", &["valgrind"], "counting the instructions of hot loops", Purpose::Tests),
     package("tmux", &["tmux"], "a terminal to test the live view in", Purpose::Tests),
     package("gdb", &["gdb"], "debugging a guest", Purpose::Tests),
     package("libxml2-utils", &["xmllint"], "checking JUnit results by their schema", Purpose::Tests),

@@ -8,7 +8,6 @@ use introspect::registry::{AllocEvent, Kind, MAX_FRAMES, Registry};
 use introspect::scan::index::{Block, Index};
 use introspect::scan::mark::{Contents, Marker};
 use std::hint::black_box;
-use std::time::Instant;
 
 const OBJECTS: usize = 1_000_000;
 const DIRECT: u64 = 0xffff_8880_0000_0000;
@@ -18,28 +17,44 @@ const ROOTS: usize = 64 << 20;
 const SIZES: [u64; 16] = [64, 64, 96, 128, 192, 192, 256, 512, 512, 1024, 1024, 2048, 4096, 4096, 8192, 8192];
 /// Places of a kernel that allocate. Nine of ten events come from a hundredth of them.
 const STACKS: usize = 20_000;
+/// Events are made up before they are measured, so many at a time.
+const BURST: usize = 10_000;
+const BURSTS: usize = 100;
 /// Best of so many.
 const ROUNDS: usize = 3;
 
+/// `heap` and `registry`, or those named on the command line.
 fn main() {
-    let heap = Heap::new();
-    read_bandwidth_and_scan(&heap);
-    drop(heap);
-    registry();
+    let named: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let wanted = |name: &str| named.is_empty() || named.iter().any(|one| one == name);
+    if wanted("heap") {
+        read_bandwidth_and_scan(&Heap::new());
+    }
+    if wanted("registry") {
+        registry();
+    }
 }
 
 fn say(name: &str, value: f64, unit: &str) {
     println!("{{\"name\":\"{name}\",\"value\":{value},\"unit\":\"{unit}\"}}");
 }
 
-/// Seconds that the fastest of [`ROUNDS`] takes.
+/// Seconds of processor time that the fastest of [`ROUNDS`] takes: what else runs on the machine shall not count.
 fn fastest(mut work: impl FnMut()) -> f64 {
     let seconds = (0..ROUNDS).map(|_| {
-        let start = Instant::now();
+        let start = processor_time();
         work();
-        start.elapsed().as_secs_f64()
+        processor_time() - start
     });
     seconds.fold(f64::INFINITY, f64::min)
+}
+
+/// Seconds that this thread has had a processor.
+fn processor_time() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a place for the answer.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
 /// Splitmix64: the same heap in every run.
@@ -146,7 +161,9 @@ fn registry() {
     let stacks: Vec<[Va; MAX_FRAMES]> = (0..STACKS)
         .map(|_| std::array::from_fn(|_| Va(0xffff_ffff_8100_0000 + numbers.next() % (16 << 20))))
         .collect();
-    let mut live: Vec<Va> = (0..OBJECTS as u64).map(|n| Va(DIRECT + n * 256)).collect();
+    // Slabs of a page, as those of kmalloc-192.
+    let place_of = |n: u64| Va(DIRECT + n / 21 * 4096 + n % 21 * 192);
+    let mut live: Vec<Va> = (0..OBJECTS as u64).map(place_of).collect();
     let mut registry = Registry::default();
     let event = |address, stack: usize| AllocEvent {
         address,
@@ -166,16 +183,27 @@ fn registry() {
         registry.alloc(&event(address, numbers.below(STACKS)));
     }
     say("bytes_per_object", registry.memory() as f64 / OBJECTS as f64, "bytes");
-    const PAIRS: usize = 1_000_000;
-    let mut fresh = DIRECT + OBJECTS as u64 * 256;
-    let seconds = fastest(|| {
-        for _ in 0..PAIRS {
-            let victim = numbers.below(OBJECTS);
-            registry.free(live[victim]);
-            live[victim] = Va(fresh);
-            fresh += 256;
-            registry.alloc(&event(live[victim], place(&mut numbers)));
+    let mut fresh = OBJECTS as u64;
+    let mut pairs = vec![(Va(0), Va(0), 0); BURST];
+    let mut best = f64::INFINITY;
+    for _ in 0..ROUNDS {
+        let mut seconds = 0.0;
+        for _ in 0..BURSTS {
+            // What is freed comes from anywhere, and what is allocated is new.
+            for pair in &mut pairs {
+                let victim = &mut live[numbers.below(OBJECTS)];
+                *pair = (*victim, place_of(fresh), place(&mut numbers));
+                *victim = place_of(fresh);
+                fresh += 1;
+            }
+            let start = processor_time();
+            for &(old, new, stack) in &pairs {
+                registry.free(old);
+                registry.alloc(&event(new, stack));
+            }
+            seconds += processor_time() - start;
         }
-    });
-    say("registry_ops", PAIRS as f64 / seconds, "pairs/s");
+        best = best.min(seconds);
+    }
+    say("registry_ops", (BURST * BURSTS) as f64 / best, "pairs/s");
 }

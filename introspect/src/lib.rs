@@ -13,6 +13,8 @@ pub mod callee_saved;
 pub mod hooks;
 pub mod image;
 pub mod inspect;
+#[cfg(test)]
+mod instructions;
 pub mod kernel;
 pub mod linux;
 pub mod memory;

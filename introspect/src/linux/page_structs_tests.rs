@@ -57,6 +57,7 @@ fn leaks_of(mut guest: Guest) -> Vec<u64> {
         slab: true,
         types: &CacheTypes::default(),
         typed: false,
+        threads: 1,
     };
     let found = scan(&input).expect("a scan").leaks;
     let held = path(&input, DIRECT_MAP + OBJECT).expect("a path");

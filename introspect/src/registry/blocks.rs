@@ -11,14 +11,15 @@ use std::collections::BTreeMap;
 /// See the module.
 #[derive(Default)]
 pub(super) struct Blocks {
-    by_start: BTreeMap<Va, Record>,
+    /// Sizes and records.
+    by_start: BTreeMap<Va, (u64, Record)>,
 }
 
 impl Blocks {
     /// Enters a block; true when one or more that met it had to go.
-    pub fn insert(&mut self, record: Record) -> bool {
-        let met = self.remove(record.address(), u64::from(record.size));
-        self.by_start.insert(record.address(), record);
+    pub fn insert(&mut self, start: Va, size: u64, record: Record) -> bool {
+        let met = self.remove(start, size);
+        self.by_start.insert(start, (size, record));
         met
     }
 
@@ -26,53 +27,48 @@ impl Blocks {
     pub fn remove(&mut self, start: Va, size: u64) -> bool {
         let end = Va(start.0.saturating_add(size));
         let mut met = false;
-        while let Some((from, record)) = self.last_before(end).filter(|(_, record)| end_of(record) > start) {
+        while let Some((&from, &(size, record))) = self.by_start.range(..end).next_back() {
+            let to = from + size;
+            if to <= start {
+                break;
+            }
             met = true;
-            let to = end_of(&record);
             self.by_start.remove(&from);
             if from < start {
-                self.by_start.insert(from, record.part(from, (start - from) as u32));
+                self.by_start.insert(from, (start - from, record));
             }
             if to > end {
-                self.by_start.insert(end, record.part(end, (to - end) as u32));
+                self.by_start.insert(end, (to - end, record));
             }
         }
         met
     }
 
-    /// The block that starts at `start`.
-    pub fn get(&self, start: Va) -> Option<&Record> {
-        self.by_start.get(&start)
+    /// Size and record of the block that starts at `start`.
+    pub fn get(&self, start: Va) -> Option<(u64, &Record)> {
+        self.by_start.get(&start).map(|(size, record)| (*size, record))
     }
 
     /// The block that starts at `start`.
     pub fn get_mut(&mut self, start: Va) -> Option<&mut Record> {
-        self.by_start.get_mut(&start)
+        self.by_start.get_mut(&start).map(|(_, record)| record)
     }
 
     /// The block that `va` is in.
-    pub fn containing(&self, va: Va) -> Option<&Record> {
-        let (_, record) = self.by_start.range(..=va).next_back()?;
-        (end_of(record) > va).then_some(record)
+    pub fn containing(&self, va: Va) -> Option<(Va, u64, &Record)> {
+        let (&start, (size, record)) = self.by_start.range(..=va).next_back()?;
+        (va - start < *size).then_some((start, *size, record))
     }
 
     /// All, ascending.
-    pub fn iter(&self) -> impl Iterator<Item = &Record> {
-        self.by_start.values()
+    pub fn iter(&self) -> impl Iterator<Item = (Va, u64, &Record)> {
+        self.by_start.iter().map(|(&start, (size, record))| (start, *size, record))
     }
 
     /// Bytes of host memory, but for the nodes' unused places.
     pub fn memory(&self) -> usize {
-        self.by_start.len() * size_of::<(Va, Record)>()
+        self.by_start.len() * size_of::<(Va, u64, Record)>()
     }
-
-    fn last_before(&self, end: Va) -> Option<(Va, Record)> {
-        self.by_start.range(..end).next_back().map(|(start, record)| (*start, *record))
-    }
-}
-
-fn end_of(record: &Record) -> Va {
-    record.address() + u64::from(record.size)
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Live objects of the guest and where each was allocated.
 //!
-//! Built for events: an allocation or a free touches one place of a table of 32-byte records ([`table`],
-//! [`record`]); backtraces, task names and caches are each stored once. Scans freeze their own index over it
-//! ([`crate::scan`]).
+//! Built for events: an allocation or a free of a slab object touches one of its page's 24-byte records ([`slabs`],
+//! [`record`]); backtraces, task names and caches are each stored once. Everything else, some thousand objects, is in a
+//! plain map. Scans freeze their own index over it ([`crate::scan`]).
 //!
 //! Blocks of the page allocator are kept apart ([`blocks`]): slabs, large kmallocs and vmalloc blocks are made of them,
 //! so that they and other objects have the same addresses; and they may be given back in parts.
@@ -14,7 +14,7 @@ mod intern;
 mod reconcile;
 mod record;
 mod saved;
-mod table;
+mod slabs;
 #[cfg(test)]
 mod tests;
 
@@ -25,11 +25,12 @@ pub use saved::{MAX_DEVICE, SavedRegistry};
 
 use crate::memory::Va;
 use blocks::Blocks;
+use hashbrown::HashMap;
 use intern::Interner;
-use record::{CACHE_BITS, COMM_BITS, New, OVERSIZE, Record};
-use rustc_hash::FxHashMap;
+use record::{CACHE_BITS, COMM_BITS, New, Record};
+use rustc_hash::FxBuildHasher;
 use serde::{Deserialize, Serialize};
-use table::Table;
+use slabs::{Slabs, Stored};
 
 /// Number of frames kept of a backtrace (kmemleak's MAX_TRACE).
 pub const MAX_FRAMES: usize = 16;
@@ -172,10 +173,10 @@ pub struct Registry {
     pub stacks: StackDepot,
     /// Counters.
     pub counters: Counters,
-    records: Table,
+    slabs: Slabs,
     blocks: Blocks,
-    /// Sizes of objects too large for their record, by address.
-    oversize: FxHashMap<Va, u64>,
+    /// Sizes and records of objects of other kinds, and of slab objects that [`Slabs`] refused, by address.
+    others: HashMap<Va, (u64, Record), FxBuildHasher>,
     comms: Interner<[u8; 16], COMM_BITS>,
     caches: Interner<Va, CACHE_BITS>,
     /// Events seen; every allocation and free takes the next number.
@@ -191,7 +192,6 @@ impl Registry {
         let stack = &event.stack[..event.stack.len().min(MAX_FRAMES)];
         let record = Record::new(&New {
             address: event.address,
-            size: u32::try_from(event.size).unwrap_or(OVERSIZE),
             kind: event.kind,
             stack: self.stacks.intern(stack),
             sequence: self.sequence,
@@ -200,31 +200,22 @@ impl Registry {
             cache: self.caches.intern(event.cache),
             comm: self.comms.intern(event.comm),
         });
-        if event.kind == Kind::Page {
-            self.counters.overwrites += u64::from(self.blocks.insert(record));
-            return;
-        }
-        if self.records.insert(record).is_some() {
-            self.counters.overwrites += 1;
-        }
-        if record.size == OVERSIZE {
-            self.oversize.insert(event.address, event.size);
-        }
+        let replaced = match event.kind {
+            Kind::Page => self.blocks.insert(event.address, event.size, record),
+            kind => self.insert(event.address, event.size, kind, record),
+        };
+        self.counters.overwrites += u64::from(replaced);
     }
 
     /// Records a free by start address; returns what it was.
     pub fn free(&mut self, address: Va) -> Option<Object> {
         self.sequence += 1;
-        let Some(record) = self.records.remove(address) else {
+        let Some((size, record)) = self.remove(address) else {
             self.counters.unknown_frees += 1;
             return None;
         };
         self.counters.frees += 1;
-        let object = self.object(&record);
-        if record.size == OVERSIZE {
-            self.oversize.remove(&address);
-        }
-        Some(object)
+        Some(self.object(address, size, &record))
     }
 
     /// Records that the pages of `size` bytes from `start` on are given back; what else their block has stays. Pages never
@@ -236,8 +227,9 @@ impl Registry {
 
     /// Object starting at `address`: of a block of pages and what lies in it, the latter.
     pub fn get(&self, address: Va) -> Option<Object> {
-        let record = self.records.get(address).or_else(|| self.blocks.get(address));
-        record.map(|record| self.object(record))
+        let other = || self.others.get(&address).map(|(size, record)| (*size, record));
+        let found = self.slabs.get(address).or_else(other).or_else(|| self.blocks.get(address));
+        found.map(|(size, record)| self.object(address, size, record))
     }
 
     /// Object whose memory contains `address`: of a block of pages and what lies in it, the latter. Looks at every object:
@@ -249,7 +241,7 @@ impl Registry {
 
     /// The block of pages whose memory contains `address`.
     pub fn block_with(&self, address: Va) -> Option<Object> {
-        self.blocks.containing(address).map(|record| self.object(record))
+        self.blocks.containing(address).map(|(start, size, record)| self.object(start, size, record))
     }
 
     /// Changes the treatment of the object starting at `address`; false when there is none.
@@ -267,19 +259,22 @@ impl Registry {
         self.change(address, Record::set_reported);
     }
 
-    /// Every live object but blocks of pages, in no order.
+    /// Every live object but blocks of pages: slab objects, ascending, and then all others, ascending.
     pub fn objects(&self) -> impl Iterator<Item = Object> + '_ {
-        self.records.iter().map(|r| self.object(r))
+        let mut others: Vec<_> =
+            self.others.iter().map(|(&va, (size, record))| (va, *size, record)).collect();
+        others.sort_unstable_by_key(|&(va, ..)| va);
+        self.slabs.iter().chain(others).map(|(va, size, record)| self.object(va, size, record))
     }
 
     /// Every block of pages, whoever has it: a cache's slabs, page cache and user memory are among them. Ascending.
     pub fn blocks(&self) -> impl Iterator<Item = Object> + '_ {
-        self.blocks.iter().map(|r| self.object(r))
+        self.blocks.iter().map(|(start, size, record)| self.object(start, size, record))
     }
 
     /// Number of live objects, blocks of pages not among them.
     pub fn len(&self) -> usize {
-        self.records.len()
+        self.slabs.len() + self.others.len()
     }
 
     /// True when nothing is live.
@@ -294,9 +289,9 @@ impl Registry {
 
     /// Forgets every object (`off`). Backtraces stay, because reports still name them, and so do the counters.
     pub fn clear(&mut self) {
-        self.records = Table::default();
+        self.slabs = Slabs::default();
         self.blocks = Blocks::default();
-        self.oversize = FxHashMap::default();
+        self.others = HashMap::default();
     }
 
     /// Events seen so far: the sequence number of the newest.
@@ -306,19 +301,37 @@ impl Registry {
 
     /// Bytes of host memory held, backtraces included.
     pub fn memory(&self) -> usize {
-        self.records.memory() + self.blocks.memory() + self.stacks.memory()
+        let others = self.others.allocation_size();
+        self.slabs.memory() + others + self.blocks.memory() + self.stacks.memory()
+    }
+
+    /// Stores a record; true when it replaces one of the same address.
+    fn insert(&mut self, address: Va, size: u64, kind: Kind, record: Record) -> bool {
+        let size_in_slab = u32::try_from(size).ok().filter(|&size| kind == Kind::Slab && size > 0);
+        match size_in_slab.map_or(Stored::Refused, |size| self.slabs.insert(address, size, record)) {
+            Stored::Replaced => true,
+            Stored::New => !self.others.is_empty() && self.others.remove(&address).is_some(),
+            Stored::Refused => {
+                let in_slab = self.slabs.remove(address).is_some();
+                self.others.insert(address, (size, record)).is_some() || in_slab
+            }
+        }
+    }
+
+    fn remove(&mut self, address: Va) -> Option<(u64, Record)> {
+        self.slabs.remove(address).or_else(|| self.others.remove(&address))
     }
 
     fn change(&mut self, address: Va, change: impl FnOnce(&mut Record)) -> bool {
-        let record = self.records.get_mut(address).or_else(|| self.blocks.get_mut(address));
+        let Self { slabs, others, blocks, .. } = self;
+        let record = slabs
+            .get_mut(address)
+            .or_else(|| others.get_mut(&address).map(|(_, record)| record))
+            .or_else(|| blocks.get_mut(address));
         record.map(change).is_some()
     }
 
-    fn object(&self, record: &Record) -> Object {
-        let size = match record.size {
-            OVERSIZE => self.oversize.get(&record.address()).copied().unwrap_or(u64::from(OVERSIZE)),
-            size => u64::from(size),
-        };
-        record.object(size, self.caches.get(record.cache_id()))
+    fn object(&self, address: Va, size: u64, record: &Record) -> Object {
+        record.object(address, size, self.caches.get(record.cache_id()))
     }
 }

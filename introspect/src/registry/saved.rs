@@ -1,13 +1,15 @@
 //! The registry as it goes into a file, and back. What comes back is untrusted: an object that no registry could hold is
 //! left out and counted as a dropped event.
 
-use super::record::{New, OVERSIZE, Record};
+use super::record::{New, Record};
 use super::{Counters, Kind, MAX_FRAMES, Object, Registry, StackId};
 use crate::memory::Va;
 use serde::{Deserialize, Serialize};
 
 /// More than the device memory of any machine, bytes.
 pub const MAX_DEVICE: u64 = 1 << 46;
+/// Of an address; all zeros or all ones even with five-level paging.
+const TOP_BYTE: u32 = 56;
 
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,7 +61,6 @@ impl Registry {
         }
         let mut record = Record::new(&New {
             address: object.address,
-            size: u32::try_from(object.size).unwrap_or(OVERSIZE),
             kind: object.kind,
             stack: object.stack,
             sequence: object.sequence,
@@ -75,16 +76,16 @@ impl Registry {
         if object.reported {
             record.set_reported();
         }
-        if record.is_vacant() || record.address() != object.address {
+        let canonical = matches!(object.address.0 >> TOP_BYTE, 0 | 0xff);
+        if !canonical || record.object(object.address, object.size, object.cache) != *object {
             return false;
         }
-        if object.kind == Kind::Page {
-            return record.size != OVERSIZE && !self.blocks.insert(record);
+        match object.kind {
+            Kind::Page => {
+                object.size <= u64::from(u32::MAX) && !self.blocks.insert(object.address, object.size, record)
+            }
+            kind => !self.insert(object.address, object.size, kind, record),
         }
-        if record.size == OVERSIZE {
-            self.oversize.insert(object.address, object.size);
-        }
-        self.records.insert(record).is_none()
     }
 }
 

@@ -57,6 +57,8 @@ pub struct Index {
     sparse_slot: u32,
     slots: u32,
     windows: Windows,
+    /// Some objects overlap.
+    overlap: bool,
 }
 
 /// One page of the direct map that holds (a part of) an object: 24 bytes, so that the descriptors of a heap of
@@ -117,6 +119,7 @@ impl Index {
             sparse_slot: 0,
             slots: 0,
             windows: Windows::new([0..0, 0..0, 0..0], [0..0, 0..0]),
+            overlap: blocks.windows(2).any(|two| two[0].end() > two[1].start),
         };
         let mut slots = Vec::with_capacity(blocks.len());
         let outside = [&blocks[..inside.start], &blocks[inside.end..]];
@@ -146,6 +149,12 @@ impl Index {
     /// and per-CPU cookies.
     pub fn windows(&self) -> &Windows {
         &self.windows
+    }
+
+    /// True for a word that points into this object, and for sure into no other.
+    #[inline]
+    pub fn is_inside(&self, word: u64, block: Block) -> bool {
+        word.wrapping_sub(block.start) < block.size && !self.overlap
     }
 
     /// The object `word` points into, if the slot is taken.

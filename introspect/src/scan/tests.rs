@@ -8,6 +8,7 @@ use super::trail::Trail;
 use super::typed::Shape;
 use super::words::{Windows, any_candidates, candidates};
 use super::{HEAD_BYTES, fingerprint};
+use crate::instructions;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -203,14 +204,21 @@ proptest! {
         let no_scan: BTreeSet<u64> = no_scan.iter().map(|i| i.get(&blocks).start).collect();
         let area = (area.0.get(&blocks).start, area.1 * 8..(area.1 + area.2) * 8);
         let (index, slots) = index(&blocks);
-        let mut marker = Marker::new(&index, &memory, &slots, ());
-        no_scan.iter().for_each(|&va| marker.set_no_scan(va));
-        marker.set_special(area.0, Special { areas: Some(vec![area.1.clone()]), ..Special::default() });
-        marker.set_shapes(&known);
-        typed.iter().for_each(|(&va, &shape)| marker.set_shape(va, shape as u8));
         let bytes: Vec<u8> = roots.iter().flat_map(|w| w.to_le_bytes()).collect();
-        marker.root(&bytes);
-        marker.run();
+        let [(marker, references), (together, of_all)] = [1, 3].map(|threads| {
+            let mut marker = Marker::new(&index, &memory, &slots, ());
+            marker.share(threads, 0);
+            no_scan.iter().for_each(|&va| marker.set_no_scan(va));
+            marker.set_special(area.0, Special { areas: Some(vec![area.1.clone()]), ..Special::default() });
+            marker.set_shapes(&known);
+            typed.iter().for_each(|(&va, &shape)| marker.set_shape(va, shape as u8));
+            let parts: Vec<&[u8]> = bytes.chunks(8).collect();
+            let references = marker.roots(&parts);
+            marker.run();
+            (marker, references)
+        });
+        prop_assert_eq!(references, roots.iter().filter(|&&w| naive_find(&blocks, w).is_some()).count() as u64);
+        prop_assert_eq!((of_all, together.bytes, together.dropped), (references, marker.bytes, marker.dropped));
 
         let mut reached = BTreeSet::new();
         let mut work: Vec<Block> = roots.iter().filter_map(|&w| naive_find(&blocks, w)).collect();
@@ -236,6 +244,7 @@ proptest! {
         }
         for block in &blocks {
             prop_assert_eq!(marker.is_reached(block.start), reached.contains(block), "{:x?}", block);
+            prop_assert_eq!(together.is_reached(block.start), reached.contains(block), "{:x?} by three", block);
             let mut found = BTreeSet::new();
             marker.references(block.start, |r| { found.insert(r.target); });
             let expected: BTreeSet<_> = contents(block).into_iter().filter(|b| b != block).collect();
@@ -432,6 +441,48 @@ fn chains_begin_at_gray_objects_and_never_at_black_ones() {
     assert!(marker.is_reached(DIRECT + 128) && !marker.is_reached(DIRECT + 192));
 }
 
+/// Enough objects that several threads find the same ones at the same time, over and over.
+#[test]
+fn several_threads_mark_each_object_once() {
+    let blocks: Vec<Block> = (0..SPACE / 16).map(|n| Block { start: DIRECT + n * 16, size: 16 }).collect();
+    let mut memory = Flat::new();
+    let mut number = 1_u64;
+    for block in &blocks {
+        for word in [0, 8] {
+            number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            memory.put(block.start + word, blocks[(number >> 33) as usize % (blocks.len() / 2)].start);
+        }
+    }
+    let (index, slots) = index(&blocks);
+    let roots: Vec<u8> = blocks[..40].iter().flat_map(|block| block.start.to_le_bytes()).collect();
+    let mark = |threads| {
+        let mut marker = Marker::new(&index, &memory, &slots, ());
+        marker.share(threads, 0);
+        let references = marker.roots(&[&roots]);
+        marker.run();
+        let reached: Vec<bool> = blocks.iter().map(|block| marker.is_reached(block.start)).collect();
+        (references, marker.bytes, reached)
+    };
+    let alone = mark(1);
+    let count = alone.2.iter().filter(|&&reached| reached).count() as u64;
+    assert_eq!((alone.0, alone.1), (40, 320 + 16 * count));
+    assert!(count > 1000 && count <= blocks.len() as u64 / 2, "{count}");
+    (0..50).for_each(|_| assert_eq!(mark(4), alone));
+}
+
+/// Objects that overlap because a free was missed: the later one is found through the earlier one's own words, too.
+#[test]
+fn an_object_in_another_is_reached_from_its_contents() {
+    let blocks = [Block { start: DIRECT, size: 128 }, Block { start: DIRECT + 64, size: 32 }];
+    let mut memory = Flat::new();
+    memory.put(DIRECT + 8, DIRECT + 72);
+    let (index, slots) = index(&blocks);
+    let mut marker = Marker::new(&index, &memory, &slots, ());
+    marker.root_word(DIRECT);
+    marker.run();
+    assert!(marker.is_reached(DIRECT + 64));
+}
+
 /// Lends a buffer that starts at address 0, in pieces of 16 bytes.
 struct Buffer(Vec<u8>);
 
@@ -456,5 +507,40 @@ fn checksum_is_the_kernels_and_the_head_is_short() {
         let bytes = &buffer.0[start as usize..(start + size) as usize];
         assert_eq!(head, &bytes[..bytes.len().min(HEAD_BYTES)]);
         assert_eq!(checksum, kernel_crc32(bytes), "{start} {size}");
+    }
+}
+
+/// A chain of objects of 64 bytes of which each refers to four, in as much memory as they need.
+struct Chain(Vec<u8>);
+
+impl Contents for Chain {
+    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8])) {
+        let at = (va - DIRECT) as usize;
+        visit(va, &self.0[at..at + len as usize]);
+    }
+}
+
+fn mark_chain(objects: u64) {
+    let blocks: Vec<Block> = (0..objects).map(|n| Block { start: DIRECT + n * 64, size: 64 }).collect();
+    let mut words = Vec::new();
+    for n in 0..objects {
+        words.extend((1..=4).map(|step| blocks[((n + step * step) % objects) as usize].start));
+        words.extend([0, 17, n, u64::MAX]);
+    }
+    let memory = Chain(words.iter().flat_map(|word| word.to_le_bytes()).collect());
+    let (index, slots) = Index::new(&blocks, &(DIRECT..DIRECT + objects * 64));
+    let mut marker = Marker::new(&index, &memory, &slots, ());
+    marker.root_word(DIRECT);
+    marker.run();
+    assert_eq!(marker.bytes, objects * 64);
+}
+
+/// With freezing the index, and making the heap, in the profile of tests, which optimises little: 4,700 when this was written.
+#[test]
+fn marking_an_object_takes_few_instructions() {
+    let name = "scan::tests::marking_an_object_takes_few_instructions";
+    if let Some(instructions) = instructions::per_item(name, 5_000, mark_chain) {
+        println!("{instructions:.0} instructions");
+        assert!((100.0..8000.0).contains(&instructions), "{instructions} instructions for an object");
     }
 }

@@ -127,7 +127,10 @@ impl Detector {
     }
 
     /// Pauses the machine and looks at what a scan would look at.
-    fn look<T>(&self, look: impl FnOnce(&ScanInput<'_, FrozenRam<'_>>) -> Result<T>) -> Result<T> {
+    ///
+    /// # Errors
+    /// It cannot be paused, or its clock cannot be read; and those of `look`.
+    pub fn look<T>(&self, look: impl FnOnce(&ScanInput<'_, FrozenRam<'_>>) -> Result<T>) -> Result<T> {
         let mut work = self.work();
         let paused = self.parts.guest.pause()?;
         self.refresh_treatments(&mut work);

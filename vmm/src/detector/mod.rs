@@ -34,6 +34,7 @@ use quiet::Allocator;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How often a quiet moment of the allocator is looked for, and how long the guest runs in between.
@@ -267,7 +268,13 @@ impl Detector {
             slab: self.tracks(Tracked::Slab),
             types: &self.types,
             typed: work.options.typed,
+            threads: thread::available_parallelism().map_or(1, usize::from),
         })
+    }
+
+    /// What it works with.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
     }
 
     /// Pauses the machine for a scan. Traps that were lost are planted again, and what was missed meanwhile is made good as
