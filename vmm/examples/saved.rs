@@ -10,6 +10,7 @@ use introspect::scan::{ScanInput, ScanResult, scan};
 use introspect::unwind::SleepingFrame;
 use kleak_vmm::detector::Detector;
 use kleak_vmm::saved::{Opening, open};
+use kleak_vmm::tracer::Moment;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -93,12 +94,12 @@ fn events(detector: &Detector) -> Result<()> {
         let start = Instant::now();
         for (n, victim) in victims.iter().enumerate() {
             let registers = Registers { rdi: victim.0, ..stacks[n % stacks.len()] };
-            recorder.entered(Role::Free, 0, &registers);
+            recorder.entered(Role::Free, 0, &registers, Moment::Now { cpu: 0 });
         }
         let freed = start.elapsed();
         for (n, victim) in victims.iter().enumerate() {
             let registers = Registers { rax: victim.0, ..stacks[n % stacks.len()] };
-            recorder.returned(Role::SlabAlloc, 0, &registers);
+            recorder.returned(Role::SlabAlloc, &registers, Moment::Now { cpu: 0 });
         }
         free = free.min(freed.as_secs_f64());
         alloc = alloc.min((start.elapsed() - freed).as_secs_f64());

@@ -10,4 +10,4 @@ mod recorder;
 pub mod ring;
 mod slots;
 
-pub use recorder::{Recorder, State};
+pub use recorder::{Moment, Recorder, State};
