@@ -74,6 +74,7 @@ mod tests {
             (0x3000, slab, 1),
             (0x4000, vmalloc, 0),
             (0x5000, large, 0),
+            (0x7000, large, 0),
         ] {
             registry.alloc(&event(address, kind, cache));
         }
