@@ -25,18 +25,21 @@ macro_rules! address {
         }
         impl Add<u64> for $name {
             type Output = Self;
+            #[inline]
             fn add(self, bytes: u64) -> Self {
                 Self(self.0.wrapping_add(bytes))
             }
         }
         impl Sub<u64> for $name {
             type Output = Self;
+            #[inline]
             fn sub(self, bytes: u64) -> Self {
                 Self(self.0.wrapping_sub(bytes))
             }
         }
         impl Sub for $name {
             type Output = u64;
+            #[inline]
             fn sub(self, other: Self) -> u64 {
                 self.0.wrapping_sub(other.0)
             }

@@ -331,6 +331,7 @@ impl Registry {
         record.map(change).is_some()
     }
 
+    #[inline]
     fn object(&self, address: Va, size: u64, record: &Record) -> Object {
         record.object(address, size, self.caches.get(record.cache_id()))
     }

@@ -69,15 +69,18 @@ impl Record {
         self.what & (TAKEN | OFFSET) == TAKEN | offset
     }
 
+    #[inline]
     pub(super) fn is_vacant(&self) -> bool {
         self.what & TAKEN == 0
     }
 
     /// Where in its page the object starts.
+    #[inline]
     pub(super) fn offset(&self) -> u64 {
         self.what & OFFSET
     }
 
+    #[inline]
     pub(super) fn cache_id(&self) -> u32 {
         (self.origin >> JIFFIES_BITS) as u32 & ((1 << CACHE_BITS) - 1)
     }
