@@ -2,8 +2,13 @@
 
 use images::lab::Lab;
 
+use std::env::consts::ARCH;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
 use crate::cli::Failure;
-use crate::cli::options::LabChoice;
+use crate::cli::options::{LabChoice, RunOptions};
 use crate::probe::{Probe, ProbeError};
 
 /// Where a virtual machine is to run.
@@ -22,12 +27,7 @@ pub fn decide(
     wish: LabChoice,
     probe: impl FnOnce() -> Result<Probe, ProbeError>,
 ) -> Result<Decision, Failure> {
-    let wished = match wish {
-        LabChoice::Svm => Some(Lab::Svm),
-        LabChoice::Vmx => Some(Lab::Vmx),
-        LabChoice::Auto | LabChoice::Never => None,
-    };
-    if let Some(lab) = wished {
+    if let Some(lab) = wished(wish) {
         return Ok(Decision::Lab(lab, None));
     }
     let (reason, hint) = match probe() {
@@ -39,20 +39,58 @@ pub fn decide(
     };
     match wish {
         LabChoice::Never => Err(Failure::host(format!("No usable KVM: {reason}")).hint(hint)),
-        _ => Ok(Decision::Lab(Lab::Svm, Some(reason))),
+        _ => Ok(Decision::Lab(own_lab(), Some(reason))),
     }
+}
+
+/// The lab that was asked for.
+fn wished(wish: LabChoice) -> Option<Lab> {
+    match wish {
+        LabChoice::Svm => Some(Lab::Svm),
+        LabChoice::Vmx => Some(Lab::Vmx),
+        LabChoice::Arm => Some(Lab::Arm),
+        LabChoice::Auto | LabChoice::Never => None,
+    }
+}
+
+/// The lab where guests of this host's architecture go by themselves.
+pub fn own_lab() -> Lab {
+    let mut labs = Lab::ALL.into_iter();
+    labs.find(|lab| lab.arch() == ARCH).unwrap_or(Lab::Svm)
+}
+
+/// The lab of another architecture that the guest needs, and why where the user did not ask for it. All else of the guest
+/// is looked at there: this program knows its own architecture's kernels only.
+pub fn foreign(options: &RunOptions) -> Option<(Lab, Option<&'static str>)> {
+    match wished(options.lab) {
+        Some(lab) => (lab.arch() != ARCH).then_some((lab, None)),
+        None if options.lab == LabChoice::Never || ARCH == Lab::Arm.arch() => None,
+        None => is_arm64(&options.kernel_path()).then_some((Lab::Arm, Some("the kernel is for arm64"))),
+    }
+}
+
+/// The architecture of the guest, as Rust names it.
+pub fn guest_arch(options: &RunOptions) -> &'static str {
+    foreign(options).map_or(ARCH, |(lab, _)| lab.arch())
+}
+
+/// Whether the file is an Image for arm64 (Documentation/arch/arm64/booting.rst, "Call the kernel image").
+fn is_arm64(kernel: &Path) -> bool {
+    let mut head = [0; 64];
+    let read = File::open(kernel).and_then(|mut file| file.read_exact(&mut head));
+    read.is_ok() && head[56..60] == *b"ARM\x64"
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::TrapInstruction;
     use crate::probe::{Outcome, Probe};
 
     fn probe(mips: f64) -> Probe {
         let works = Outcome::Works { exit_ns: 1000 };
         Probe {
-            int3: works.clone(),
-            pio: works.clone(),
+            traps: TrapInstruction::ALL.iter().map(|trap| (*trap, works.clone())).collect(),
             hardware_breakpoint: Some(works),
             ring0_mips: Ok(mips),
             sync_regs: true,

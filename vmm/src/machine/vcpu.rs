@@ -4,7 +4,7 @@ use super::control::{Control, Kicker, Outcome, Snapshot, Verdict};
 use super::recent::Recent;
 use super::{TrapHandler, TrapInstruction, TrapOutcome};
 use crate::arch::{self, Next, Platform};
-use introspect::memory::Va;
+use introspect::arch::Registers;
 use kvm_ioctls::VcpuFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -51,8 +51,7 @@ impl Vcpu {
                     unsafe { flag.as_ref() }.store(0, SeqCst);
                     match self.control.checkpoint(self.index, || self.snapshot(&exits)) {
                         Verdict::Enter => {}
-                        // Tells the guest's soft-lockup watchdog; EINVAL when the guest has no kvm clock.
-                        Verdict::Resume => drop(self.fd.kvmclock_ctrl()),
+                        Verdict::Resume => arch::resumed(&self.fd),
                         Verdict::End => break,
                     }
                 }
@@ -96,29 +95,33 @@ impl Vcpu {
         }
     }
 
-    /// Offers a trap to the handler. The hot path: registers come and go in the shared page, without a system call.
+    /// Offers a trap to the handler. The hot path.
     fn trap(&mut self, instruction: TrapInstruction) -> Step {
-        let mut registers = arch::shared_registers(&mut self.fd);
-        let site = self.traps.as_ref().and_then(|handler| {
-            // KVM leaves RIP on the instruction where it handled the exit itself, and behind it where its instruction
-            // emulator did.
-            let candidates = [registers.rip, registers.rip.wrapping_sub(instruction.len() as u64)];
-            let site = candidates.into_iter().find(|&rip| handler.is_site(Va(rip)))?;
-            Some((handler, site))
-        });
-        if let Some((handler, site)) = site {
-            registers.rip = site;
-            if handler.trap(self.index, &mut registers) == TrapOutcome::Resume {
-                // On the next entry KVM takes these registers first; it then skips the `out` only if RIP still is where
-                // it was at the exit.
-                arch::set_shared_registers(&mut self.fd, &registers);
-                return Step::Enter;
-            }
+        let found =
+            arch::trap_registers(&mut self.fd).and_then(|registers| self.offer(&registers, instruction));
+        match found {
+            Ok(true) => return Step::Enter,
+            Ok(false) => {}
+            Err(error) => return Step::End(Outcome::Error(format!("Cannot handle a trap: {error:#}"))),
         }
-        match arch::reflect(&self.fd, instruction) {
+        match arch::reflect(&mut self.fd, instruction) {
             Ok(()) => Step::Enter,
             Err(error) => Step::End(Outcome::Error(format!("Cannot hand a breakpoint back: {error:#}"))),
         }
+    }
+
+    /// Whether it was one of the handler's, and the guest goes on where that wants it to.
+    fn offer(&mut self, before: &Registers, instruction: TrapInstruction) -> anyhow::Result<bool> {
+        let Some(handler) = &self.traps else { return Ok(false) };
+        let mut places = arch::trap_places(before, instruction).into_iter();
+        let Some(site) = places.find(|&place| handler.is_site(place)) else { return Ok(false) };
+        let mut registers = *before;
+        registers.set_ip(site);
+        if handler.trap(self.index, &mut registers) != TrapOutcome::Resume {
+            return Ok(false);
+        }
+        arch::set_trap_registers(&mut self.fd, before, &registers)?;
+        Ok(true)
     }
 
     fn snapshot(&self, exits: &Recent<arch::ExitRecord>) -> Snapshot {

@@ -7,6 +7,7 @@ mod watch;
 pub use guest::profile;
 pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS};
 
+use crate::boot;
 use crate::cli::options::{RunOptions, TracerChoice};
 use crate::cli::{ExitCode, Failure, check};
 use crate::console::guest_port::SETTLE;
@@ -30,6 +31,9 @@ use std::time::Duration;
 /// Bad input, a host that cannot, a guest that failed: a [`Failure`] with the contract's exit code.
 pub fn run(options: &RunOptions) -> Result<ExitCode> {
     check::check(options)?;
+    if let Some((lab, reason)) = lab::foreign(options) {
+        return lab::run_command(options, &[], lab, reason);
+    }
     // Before anything is decided or prepared: what the user gave is what goes wrong most often.
     let image = guest::image(options)?;
     let drivers = guest::drivers(options, &image)?;
@@ -48,8 +52,8 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
         cmdline: guest::cmdline(options),
         mem_bytes: options.mem_bytes,
         cpus: usize::from(options.cpus),
-        // A vmlinux has no relocations: it stays where it is linked, unless the user insists.
-        kaslr: options.kaslr.unwrap_or(options.kaslr_enabled() && kernel.image.relocations.is_some()),
+        // A kernel that cannot be moved stays where it is, unless the user insists.
+        kaslr: options.kaslr.unwrap_or(options.kaslr_enabled() && boot::can_randomise(&kernel.image)),
         disks: options.disks.iter().map(|disk| (disk.path.clone(), disk.read_only)).collect(),
         ..Config::new(&kernel.image)
     };
@@ -77,7 +81,7 @@ fn track(
     let recorder = Arc::new(Recorder::new(Arc::clone(linux), machine.ram().clone())?);
     let instruction = match options.tracer {
         // None will be planted: a host without a trap that works may still boot.
-        TracerChoice::Off => TrapInstruction::Int3,
+        TracerChoice::Off => TrapInstruction::ALL[0],
         TracerChoice::Auto | TracerChoice::Breakpoint => choose_trap(options, probe)?,
     };
     say_placement(options, machine, instruction);
@@ -99,7 +103,7 @@ fn track(
     let host = HostFacts {
         kvm: kvm_name(),
         tracer: if tracing { "breakpoint" } else { "off" }.to_owned(),
-        trap: trap_name(instruction).to_owned(),
+        trap: instruction.name().to_owned(),
         lab: lab::inside(),
     };
     let parts = Parts {
@@ -129,7 +133,7 @@ fn say_placement(options: &RunOptions, machine: &Machine, instruction: TrapInstr
             "kleak-vmm: the kernel is {:#x} above its link address, {} levels of page tables; traps by {}",
             placement.slide,
             placement.levels,
-            trap_name(instruction)
+            instruction.name()
         );
     }
 }
@@ -149,13 +153,6 @@ fn say_plan(options: &RunOptions, plan: &Plan) {
                 eprintln!("kleak-vmm: {:?} at the {point} of {}, {}", trap.role, trap.function, trap.site.va);
             }
         }
-    }
-}
-
-fn trap_name(instruction: TrapInstruction) -> &'static str {
-    match instruction {
-        TrapInstruction::Int3 => "int3",
-        TrapInstruction::Pio => "pio",
     }
 }
 

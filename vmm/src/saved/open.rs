@@ -169,7 +169,7 @@ fn parts(ram: GuestRam, image: KernelImage, facts: &Facts) -> Result<Parts> {
     let guest = Arc::new(Guest::saved(ram.clone(), cpus, facts.placement));
     let recorder = Arc::new(Recorder::new(Arc::clone(&linux), ram.clone())?);
     // Nothing will be trapped; the plan tells which functions are the allocator's.
-    let instruction = TrapInstruction::Int3;
+    let instruction = TrapInstruction::ALL[0];
     let plan = plan(&linux.kernel, &guest_profiles::hooks::builtin(), &facts.tracked, instruction.len());
     let traps =
         Breakpoints::plant(Arc::clone(&recorder), Arc::clone(&linux), ram, &Plan::default(), instruction)?;

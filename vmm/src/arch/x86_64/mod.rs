@@ -7,11 +7,19 @@ pub mod layout;
 mod platform;
 mod registers;
 mod setup;
+mod trap;
 
 pub use counter::counter_khz;
-pub use exits::{ExitRecord, Next};
+pub use exits::ExitRecord;
 pub use platform::Platform;
 pub use registers::{
-    cpu_state, describe_failure, enable_traps, is_reset, reflect, set_shared_registers, shared_registers,
+    cpu_state, describe_failure, enable_traps, is_reset, reflect, resumed, set_trap_registers, trap_places,
+    trap_registers,
 };
-pub use setup::{check_capabilities, create_vcpus};
+pub use setup::{assemble, check_capabilities};
+pub use trap::{TRAP_PORT, TrapChoice, TrapInstruction};
+
+/// What the guest calls its console.
+pub const CONSOLE: &str = "ttyS0";
+/// The guest's serial port to the detector.
+pub const GUEST_PORT: &str = "/dev/ttyS1";

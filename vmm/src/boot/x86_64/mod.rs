@@ -10,6 +10,7 @@ use crate::arch::layout::{ACPI, CMDLINE, CMDLINE_LEN, GDT, MMIO_HOLE, PAGE_TABLE
 use crate::machine::{Config, GuestRam};
 use anyhow::{Context, ensure};
 use boot_params::Header;
+use introspect::image::KernelImage;
 use introspect::linux::Placement;
 use introspect::memory::{PAGE_SIZE, Pa, RamRange};
 
@@ -32,6 +33,11 @@ pub struct Loaded {
     pub data_selector: u16,
     /// Where the kernel is.
     pub placement: Placement,
+}
+
+/// True when the kernel can be moved to a random address: a vmlinux has no relocations and stays where it is linked.
+pub fn can_randomise(image: &KernelImage) -> bool {
+    image.relocations.is_some()
 }
 
 /// Fills guest memory: kernel, initramfs, command line, tables.

@@ -1,0 +1,28 @@
+//! The arm64 machine: what KVM is asked for, the vCPUs' first state, devices, exits.
+
+mod counter;
+mod exits;
+mod gic;
+pub mod layout;
+mod one_reg;
+mod platform;
+mod registers;
+mod setup;
+mod trap;
+
+pub use counter::counter_khz;
+pub use exits::ExitRecord;
+pub use gic::Gic;
+pub(crate) use one_reg::Reg;
+pub use platform::Platform;
+pub use registers::{
+    cpu_state, describe_failure, enable_traps, is_reset, reflect, resumed, set_trap_registers, trap_places,
+    trap_registers,
+};
+pub use setup::{assemble, check_capabilities};
+pub use trap::{TrapChoice, TrapInstruction};
+
+/// What the guest calls its console.
+pub const CONSOLE: &str = "ttyAMA0";
+/// The guest's serial port to the detector.
+pub const GUEST_PORT: &str = "/dev/ttyAMA1";
