@@ -8,7 +8,7 @@ use super::memory::{FrozenRam, GuestRam};
 use introspect::arch::CpuState;
 use introspect::linux::Placement;
 use introspect::memory::{MemoryError, Pa};
-use std::sync::{Arc, Mutex, MutexGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLockWriteGuard};
 use std::time::Duration;
 
 /// Longest wait for a vCPU to stop. Under full emulation one KVM_RUN may take long; on hardware it is microseconds.
@@ -18,7 +18,7 @@ pub struct Guest {
     ram: GuestRam,
     pub(super) control: Arc<Control>,
     pub(super) console: Arc<ConsoleLog>,
-    placement: Placement,
+    placement: OnceLock<Placement>,
     /// Serialises pauses.
     pausing: Mutex<()>,
 }
@@ -28,14 +28,14 @@ impl Guest {
         ram: GuestRam,
         control: Arc<Control>,
         console: Arc<ConsoleLog>,
-        placement: Placement,
+        placement: OnceLock<Placement>,
     ) -> Self {
         Self { ram, control, console, placement, pausing: Mutex::new(()) }
     }
 
     /// One that was saved: it has ended, and stands as it stood.
     pub fn saved(ram: GuestRam, cpus: Vec<CpuState>, placement: Placement) -> Self {
-        Self::new(ram, Arc::new(Control::saved(cpus)), Arc::default(), placement)
+        Self::new(ram, Arc::new(Control::saved(cpus)), Arc::default(), placement.into())
     }
 
     /// Guest RAM.
@@ -43,9 +43,13 @@ impl Guest {
         &self.ram
     }
 
-    /// Where the kernel was put.
-    pub fn placement(&self) -> Placement {
-        self.placement
+    /// Where the kernel is; None before [`super::Machine::settle`].
+    pub fn placement(&self) -> Option<Placement> {
+        self.placement.get().copied()
+    }
+
+    pub(super) fn place(&self, placement: Placement) {
+        self.placement.get_or_init(|| placement);
     }
 
     /// Number of vCPUs.

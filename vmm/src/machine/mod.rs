@@ -27,19 +27,21 @@ pub use memory::{FrozenRam, GuestRam, WriteError};
 
 pub use crate::arch::TrapInstruction;
 use crate::arch::{self, Platform};
-use crate::boot;
+use crate::boot::{self, Loaded};
 use crate::devices::{Disk, SerialPort, SerialSink};
 use anyhow::{Context, bail, ensure};
 use console_log::Watched;
 use control::{Control, Snapshot, kick_signal};
 use introspect::arch::Registers;
 use introspect::image::KernelImage;
+use introspect::kernel::Kernel;
+use introspect::linux::Placement;
 use introspect::memory::Va;
 use kvm_ioctls::{Kvm, VmFd};
 use std::fmt::Write;
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vcpu::Vcpu;
@@ -153,6 +155,7 @@ pub struct Devices<'a> {
 pub struct Machine {
     guest: Arc<Guest>,
     platform: Arc<Platform>,
+    loaded: Loaded,
     cmdline: String,
     waiting: Mutex<Vec<Vcpu>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -212,8 +215,9 @@ impl Machine {
         });
         let machine = Self {
             waiting: Mutex::new(vcpus.collect()),
-            guest: Arc::new(Guest::new(ram, control, console, loaded.placement)),
+            guest: Arc::new(Guest::new(ram, control, console, OnceLock::new())),
             platform,
+            loaded,
             cmdline: config.cmdline,
             threads: Mutex::default(),
             _vm: vm,
@@ -244,6 +248,22 @@ impl Machine {
     pub fn announce(&self, line: &str) {
         let gap = if self.guest.console.is_within_line() { "\r\n" } else { "" };
         self.serial(0).show(format!("{gap}{line}\r\n").as_bytes());
+    }
+
+    /// Says where the kernel runs. One that moves itself has gone so far that it knows, on its boot CPU alone, and has
+    /// allocated nothing yet. Before [`Machine::start`].
+    ///
+    /// # Errors
+    /// The kernel does not get that far, or the machine was started before.
+    pub fn settle(&self, kernel: &Kernel) -> anyhow::Result<Placement> {
+        if let Some(placement) = self.guest.placement() {
+            return Ok(placement);
+        }
+        let mut vcpus = lock(&self.waiting);
+        let boot = vcpus.first_mut().context("The machine was started before")?;
+        let placement = boot::settle(&mut boot.fd, &self.platform, self.guest.ram(), &self.loaded, kernel)?;
+        self.guest.place(placement);
+        Ok(placement)
     }
 
     /// Lets the guest run. With `traps`, exits of that instruction go to the handler; breakpoints are asked of KVM

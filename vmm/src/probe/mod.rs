@@ -5,6 +5,8 @@
 //! an `int3` with an internal error; QEMU's SVM never intercepts `int3`, so that the guest takes the #BP itself.
 
 mod deadline;
+
+pub(crate) use deadline::Deadline;
 #[cfg(target_arch = "aarch64")]
 #[path = "aarch64.rs"]
 mod guest;

@@ -58,7 +58,8 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
         ..Config::new(&kernel.image)
     };
     let machine = Arc::new(Machine::new(config)?);
-    let linux = Linux::new(Arc::clone(&kernel), machine.placement());
+    let placement = machine.settle(&kernel).context("Cannot tell where the kernel is")?;
+    let linux = Linux::new(Arc::clone(&kernel), placement);
     let linux = Arc::new(linux.context("Cannot find the kernel's data structures")?);
     let (detector, traps) = track(options, &machine, &linux, &probe)?;
     let session = Session::new(options, machine, detector)?;
@@ -128,13 +129,9 @@ fn track(
 /// With -v: where the kernel is and how it is trapped.
 fn say_placement(options: &RunOptions, machine: &Machine, instruction: TrapInstruction) {
     if options.verbose > 0 {
-        let placement = machine.placement();
-        eprintln!(
-            "kleak-vmm: the kernel is {:#x} above its link address, {} levels of page tables; traps by {}",
-            placement.slide,
-            placement.levels,
-            instruction.name()
-        );
+        let slide = machine.placement().map_or(0, |placement| placement.slide);
+        let traps = instruction.name();
+        eprintln!("kleak-vmm: the kernel is {slide:#x} above its link address; traps by {traps}");
     }
 }
 

@@ -1,5 +1,6 @@
 //! The arm64 machine: what KVM is asked for, the vCPUs' first state, devices, exits.
 
+mod cache;
 mod counter;
 mod exits;
 mod gic;
@@ -10,6 +11,7 @@ mod registers;
 mod setup;
 mod trap;
 
+pub use cache::synchronise_code;
 pub use counter::counter_khz;
 pub use exits::ExitRecord;
 pub use gic::Gic;

@@ -2,15 +2,16 @@
 //! tree to a random virtual address, which shows only once it runs.
 
 mod fdt;
+mod settle;
 
 pub(crate) use fdt::write_tree;
+pub use settle::settle;
 
 use super::random::random;
 use crate::arch::layout::{FDT_MAX, RAM};
 use crate::machine::{Config, GuestRam};
 use anyhow::{Context, ensure};
 use introspect::image::KernelImage;
-use introspect::linux::Placement;
 use introspect::memory::{PAGE_SIZE, Pa, RamRange};
 
 /// COMMAND_LINE_SIZE of arm64 (arch/arm64/include/uapi/asm/setup.h), less the NUL.
@@ -27,8 +28,6 @@ pub struct Loaded {
     pub initrd: Option<RamRange>,
     /// For the kernel's KASLR.
     pub kaslr_seed: Option<u64>,
-    /// Where the kernel is.
-    pub placement: Placement,
 }
 
 /// True when the kernel can be moved to a random address: every arm64 kernel may, and those that do not will not.
@@ -64,7 +63,6 @@ pub fn load(ram: &GuestRam, config: &Config<'_>) -> anyhow::Result<Loaded> {
         fdt,
         initrd: load_initrd(ram, config, end, fdt)?,
         kaslr_seed: config.kaslr.then(|| random(config.kaslr_seed)).transpose()?,
-        placement: Placement { slide: 0, phys_base: start.0, levels: 4 },
     })
 }
 

@@ -6,13 +6,16 @@ mod boot_params;
 mod kernel;
 mod tables;
 
+use crate::arch::Platform;
 use crate::arch::layout::{ACPI, CMDLINE, CMDLINE_LEN, GDT, MMIO_HOLE, PAGE_TABLES, RESET_VECTOR, ZERO_PAGE};
 use crate::machine::{Config, GuestRam};
 use anyhow::{Context, ensure};
 use boot_params::Header;
 use introspect::image::KernelImage;
+use introspect::kernel::Kernel;
 use introspect::linux::Placement;
 use introspect::memory::{PAGE_SIZE, Pa, RamRange};
+use kvm_ioctls::VcpuFd;
 
 /// How the boot vCPU starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +71,20 @@ pub fn load(ram: &GuestRam, config: &Config<'_>) -> anyhow::Result<Loaded> {
         // The image always is where it is linked to be loaded: only its virtual address moves.
         placement: Placement { slide: kernel.slide.unwrap_or(0), phys_base: 0, levels: 4 },
     })
+}
+
+/// Where the kernel is: where it was put.
+///
+/// # Errors
+/// None here.
+pub fn settle(
+    _boot: &mut VcpuFd,
+    _platform: &Platform,
+    _ram: &GuestRam,
+    loaded: &Loaded,
+    _kernel: &Kernel,
+) -> anyhow::Result<Placement> {
+    Ok(loaded.placement)
 }
 
 /// As high as the kernel takes it, out of the way of what it does early.
