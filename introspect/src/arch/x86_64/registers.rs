@@ -33,6 +33,33 @@ impl Registers {
         Va(self.rip)
     }
 
+    /// Goes on at `ip`.
+    pub fn set_ip(&mut self, ip: Va) {
+        self.rip = ip.0;
+    }
+
+    /// Integer argument `position` (0 to 5) of a function just entered (System V AMD64 ABI, 3.2.3).
+    pub fn argument(&self, position: u8) -> u64 {
+        match position {
+            0 => self.rdi,
+            1 => self.rsi,
+            2 => self.rdx,
+            3 => self.rcx,
+            4 => self.r8,
+            _ => self.r9,
+        }
+    }
+
+    /// What a function just left has returned.
+    pub fn result(&self) -> u64 {
+        self.rax
+    }
+
+    /// Where a function just entered returns to, with the stack pointer still on it.
+    pub fn return_address(&self, read_word: impl FnOnce(Va) -> Option<u64>) -> Option<Va> {
+        read_word(Va(self.rsp)).map(Va)
+    }
+
     /// Stack pointer.
     pub fn sp(&self) -> Va {
         Va(self.rsp)
