@@ -151,23 +151,31 @@ impl Breakpoints {
     /// Carries out the displaced instructions. False when memory that they need, such as the guest's stack, is not there.
     fn step_over(&self, trap: &Trap, registers: &mut Registers) -> bool {
         let mut after = *registers;
+        let mut resume = trap.resume;
+        let store = |va: Va, bytes: &[u8]| {
+            let place = self.linux.translate(&self.ram, va);
+            place.is_ok_and(|pa| self.ram.write(pa, bytes).is_ok())
+        };
         for displaced in &trap.displaced {
             let load = |va| self.linux.read_u64(&self.ram, va).ok();
             match displaced.execute(&mut after, load) {
                 Some(Step::Done) => {}
-                Some(Step::Store(va, value)) => {
-                    let Ok(pa) = self.linux.translate(&self.ram, va) else { return false };
-                    if self.ram.write(pa, &value.to_le_bytes()).is_err() {
-                        return false;
-                    }
-                }
+                Some(Step::Store(va, value)) if store(va, &value.to_le_bytes()) => {}
+                Some(Step::StorePair(va, words)) if store_pair(store, va, words) => {}
+                Some(Step::Go(va)) => resume = va,
+                Some(Step::Store(..) | Step::StorePair(..)) => return false,
                 None => return false,
             }
         }
-        after.rip = trap.resume.0;
+        after.set_ip(resume);
         *registers = after;
         true
     }
+}
+
+/// Stores two words, which may lie in different pages.
+fn store_pair(store: impl Fn(Va, &[u8]) -> bool, va: Va, words: [u64; 2]) -> bool {
+    store(va, &words[0].to_le_bytes()) && store(va + 8, &words[1].to_le_bytes())
 }
 
 impl TrapHandler for Breakpoints {
@@ -176,7 +184,7 @@ impl TrapHandler for Breakpoints {
     }
 
     fn trap(&self, cpu: usize, registers: &mut Registers) -> TrapOutcome {
-        let Some(trap) = self.traps.get(&registers.rip) else {
+        let Some(trap) = self.traps.get(&registers.ip().0) else {
             return TrapOutcome::Foreign;
         };
         self.hits.fetch_add(1, Ordering::Relaxed);
