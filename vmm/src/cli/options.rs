@@ -29,7 +29,6 @@ pub enum LabChoice {
     /// Always, with Intel's virtualisation emulated by Bochs: slower, but with breakpoint exits.
     Vmx,
     /// Always, with arm64's virtualisation emulated by QEMU: for arm64 kernels.
-    #[value(skip)]
     Arm,
 }
 

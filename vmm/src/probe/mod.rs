@@ -4,9 +4,7 @@
 //! Capabilities and vendor strings do not tell. A KVM that emulates kernel mode announces guest debugging and answers
 //! an `int3` with an internal error; QEMU's SVM never intercepts `int3`, so that the guest takes the #BP itself.
 
-mod deadline;
-
-pub(crate) use deadline::Deadline;
+pub(crate) mod deadline;
 #[cfg(target_arch = "aarch64")]
 #[path = "aarch64.rs"]
 mod guest;

@@ -72,6 +72,30 @@ impl Registers {
             self.r10, self.r11, self.r12, self.r13, self.r14, self.r15,
         ]
     }
+
+    /// All of them by name, in the order in which they are shown.
+    pub fn named(&self) -> [(&'static str, u64); 18] {
+        [
+            ("rax", self.rax),
+            ("rbx", self.rbx),
+            ("rcx", self.rcx),
+            ("rdx", self.rdx),
+            ("rsi", self.rsi),
+            ("rdi", self.rdi),
+            ("rbp", self.rbp),
+            ("rsp", self.rsp),
+            ("r8", self.r8),
+            ("r9", self.r9),
+            ("r10", self.r10),
+            ("r11", self.r11),
+            ("r12", self.r12),
+            ("r13", self.r13),
+            ("r14", self.r14),
+            ("r15", self.r15),
+            ("rip", self.rip),
+            ("rflags", self.rflags),
+        ]
+    }
 }
 
 /// Everything a scan wants to know of one paused vCPU.
@@ -91,4 +115,11 @@ pub struct CpuState {
     pub user_mode: bool,
     /// False for a vCPU that waits for its INIT/SIPI: its registers mean nothing.
     pub online: bool,
+}
+
+impl CpuState {
+    /// The registers beside the general ones by name, in the order in which they are shown.
+    pub fn named(&self) -> [(&'static str, u64); 2] {
+        [("cr3", self.root.0), ("gs_base", self.gs_base)]
+    }
 }

@@ -50,7 +50,8 @@ impl Gic {
         for (what, address) in places {
             set(&device, KVM_DEV_ARM_VGIC_GRP_ADDR, what.into(), &raw const address as u64)?;
         }
-        set(&device, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &raw const INTERRUPTS as u64)?;
+        let interrupts = INTERRUPTS;
+        set(&device, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &raw const interrupts as u64)?;
         set(&device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT.into(), 0)
     }
 

@@ -33,7 +33,6 @@ impl Reg {
     pub const SPSR_EL1: Self = core(36);
 
     // Arm ARM, D19.2: the encoding is in each register's description.
-    pub const MPIDR_EL1: Self = system(3, 0, 0, 0, 5);
     pub const SCTLR_EL1: Self = system(3, 0, 1, 0, 0);
     pub const TTBR0_EL1: Self = system(3, 0, 2, 0, 0);
     pub const TTBR1_EL1: Self = system(3, 0, 2, 0, 1);

@@ -39,8 +39,10 @@ impl Platform {
         let serial = SERIAL_SPIS.map(|spi| {
             let vm = Arc::clone(vm);
             let line = KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | (FIRST_SPI + spi);
-            // It cannot fail: the interrupt is one of the controller's.
-            Arc::new(SerialPort::new(Box::new(move |level| drop(vm.set_irq_line(line, level)))))
+            Arc::new(SerialPort::new(Box::new(move |level| {
+                // It cannot fail: the interrupt is one of the controller's.
+                let _ = vm.set_irq_line(line, level);
+            })))
         });
         let connect = |(disk, spi)| {
             let interrupt = EventFd::new(libc::EFD_NONBLOCK)?;

@@ -7,7 +7,7 @@
 use super::Loaded;
 use crate::arch::{self, Next, Platform, TrapInstruction};
 use crate::machine::GuestRam;
-use crate::probe::Deadline;
+use crate::probe::deadline::Deadline;
 use anyhow::{Context, bail, ensure};
 use introspect::kernel::Kernel;
 use introspect::linux::Placement;
