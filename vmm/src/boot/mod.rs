@@ -7,10 +7,10 @@ mod aarch64;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use aarch64::write_tree;
 #[cfg(target_arch = "aarch64")]
-pub use aarch64::{Loaded, can_randomise, load, settle};
+pub use aarch64::{Loaded, can_randomise, describe, load, settle};
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{Loaded, can_randomise, load, settle};
+pub use x86_64::{Loaded, can_randomise, describe, load, settle};
 
 mod random;

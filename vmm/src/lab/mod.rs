@@ -93,7 +93,7 @@ const KERNEL_ARGUMENTS: &str = "quiet panic=-1 oops=panic mitigations=off nokasl
 /// The helper's command line in `lab`, on a machine whose time-stamp counter has `counter_khz`, where it has one.
 fn kernel_arguments(lab: Lab, counter_khz: Option<u64>) -> String {
     let machine = match lab {
-        Lab::Svm | Lab::Vmx => "console=ttyS0 tsc=reliable no_timer_check maxcpus=1",
+        Lab::Svm | Lab::Vmx => "console=ttyS0 no5lvl tsc=reliable no_timer_check maxcpus=1",
         Lab::Arm => "console=ttyAMA0",
     };
     let counter = counter_khz.map(|khz| format!("tsc_early_khz={khz} ")).unwrap_or_default();

@@ -23,9 +23,10 @@ pub const ARM_PROGRAM: Program =
     Program { name: "QEMU", file: "qemu-system-aarch64", packages: "qemu-system-arm" };
 /// A firmware that does nothing but start a kernel, half a second faster than the default.
 const FIRMWARE: &str = "/usr/share/qemu/qboot.rom";
-/// The CPU: everything QEMU can, but no five-level page tables, which make each walk longer, and no XSAVE, which makes
-/// each exit from a guest a tenth longer.
-const CPU: &str = "max,la57=off,-xsave";
+/// The CPU: everything QEMU can, but no XSAVE, which makes each exit from a guest a tenth longer.
+const CPU: &str = "max,-xsave";
+/// The same without five-level page tables, which make each walk longer. The helper itself has four in any case.
+const CPU_OF_FOUR_LEVELS: &str = "max,-xsave,la57=off";
 /// The same for `arm`: no pointer authentication by a cipher that takes hundreds of host instructions, no 52-bit addresses,
 /// no SVE, whose registers are long.
 const ARM_CPU: &str = "max,pauth-impdef=on,lpa2=off,sve=off,sme=off";
@@ -41,7 +42,7 @@ struct Board {
 }
 
 impl Board {
-    fn of(lab: Lab, job_cpus: u8) -> Self {
+    fn of(lab: Lab, job_cpus: u8, five_levels: bool) -> Self {
         // Two for the job at least, so that the guest need not wait for its monitor.
         let cpus = job_cpus.max(2);
         match lab {
@@ -52,7 +53,11 @@ impl Board {
             },
             // And the one that the job keeps off.
             Lab::Svm | Lab::Vmx => Self {
-                options: &["-M", "q35", "-cpu", CPU],
+                options: if five_levels {
+                    &["-M", "q35", "-cpu", CPU]
+                } else {
+                    &["-M", "q35", "-cpu", CPU_OF_FOUR_LEVELS]
+                },
                 cpus: cpus + 1,
                 counter_khz: Some(counter_khz()),
             },
@@ -76,7 +81,7 @@ pub fn version() -> Option<String> {
 /// Starts the machine; also the host's end of its serial port.
 pub fn start(lab: Lab, program: &Path, machine: &Machine<'_>) -> Result<(Emulator, File)> {
     let (here, there) = UnixStream::pair().context("making the lab's line")?;
-    let board = Board::of(lab, machine.cpus);
+    let board = Board::of(lab, machine.cpus, machine.five_levels);
     let mut command = Command::new(program);
     command
         .args(board.options)

@@ -3,7 +3,7 @@
 use super::one_reg::Reg;
 use super::{Gic, Platform};
 use crate::boot::{Loaded, write_tree};
-use crate::machine::{Config, Devices, HostError, kvm_error};
+use crate::machine::{Config, Devices, FiveLevels, HostError, kvm_error};
 use anyhow::Context;
 use kvm_bindings::{
     KVM_API_VERSION, KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, PSR_A_BIT, PSR_D_BIT, PSR_F_BIT,
@@ -35,6 +35,17 @@ pub fn check_capabilities(kvm: &Kvm) -> Result<(), HostError> {
     match NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
         Some((_, name)) => Err(HostError::Unsupported(name)),
         None => Ok(()),
+    }
+}
+
+/// Levels of the page tables that the kernel is entered with: none, it makes its own.
+///
+/// # Errors
+/// Five are asked for, which is x86-64's.
+pub fn page_table_levels(_kvm: &Kvm, wanted: FiveLevels) -> Result<u8, HostError> {
+    match wanted {
+        FiveLevels::Always => Err(HostError::Unsupported("five levels of page tables (LA57)")),
+        FiveLevels::Never | FiveLevels::WherePossible => Ok(0),
     }
 }
 

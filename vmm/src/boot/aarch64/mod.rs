@@ -12,6 +12,7 @@ use crate::arch::layout::{FDT_MAX, RAM};
 use crate::machine::{Config, GuestRam};
 use anyhow::{Context, ensure};
 use introspect::image::KernelImage;
+use introspect::linux::Placement;
 use introspect::memory::{PAGE_SIZE, Pa, RamRange};
 
 /// COMMAND_LINE_SIZE of arm64 (arch/arm64/include/uapi/asm/setup.h), less the NUL.
@@ -35,11 +36,17 @@ pub fn can_randomise(_image: &KernelImage) -> bool {
     true
 }
 
+/// Where the kernel is, for people.
+pub fn describe(placement: Placement) -> String {
+    let bits = placement.translation.va_bits;
+    format!("{:#x} above its link address, addresses have {bits} bits", placement.slide)
+}
+
 /// Fills guest memory: kernel and initramfs. The device tree follows when the interrupt controller is known.
 ///
 /// # Errors
 /// One sentence on what does not fit: command line, initramfs or kernel.
-pub fn load(ram: &GuestRam, config: &Config<'_>) -> anyhow::Result<Loaded> {
+pub fn load(ram: &GuestRam, config: &Config<'_>, _levels: u8) -> anyhow::Result<Loaded> {
     ensure!(
         config.cmdline.len() <= CMDLINE_MAX,
         "The kernel command line has {} bytes, this kernel takes {CMDLINE_MAX}",

@@ -43,11 +43,16 @@ pub fn can_randomise(image: &KernelImage) -> bool {
     image.relocations.is_some()
 }
 
-/// Fills guest memory: kernel, initramfs, command line, tables.
+/// Where the kernel is, for people.
+pub fn describe(placement: Placement) -> String {
+    format!("{:#x} above its link address, {} levels of page tables", placement.slide, placement.levels)
+}
+
+/// Fills guest memory: kernel, initramfs, command line, tables with 4 or 5 `levels`.
 ///
 /// # Errors
 /// One sentence on what does not fit: command line, initramfs, kernel, or KASLR without relocations.
-pub fn load(ram: &GuestRam, config: &Config<'_>) -> anyhow::Result<Loaded> {
+pub fn load(ram: &GuestRam, config: &Config<'_>, levels: u8) -> anyhow::Result<Loaded> {
     let header = Header::of(config.image);
     let kernel = kernel::load(ram, config, &header)?;
     let initrd = load_initrd(ram, config, &header, kernel.end)?;
@@ -59,7 +64,7 @@ pub fn load(ram: &GuestRam, config: &Config<'_>) -> anyhow::Result<Loaded> {
     let zero_page = boot_params::zero_page(ram, &header, initrd, kernel.slide.is_some());
     ram.write(ZERO_PAGE, &zero_page)?;
     ram.write(GDT, &tables::gdt())?;
-    ram.write(PAGE_TABLES, &tables::identity_map())?;
+    ram.write(PAGE_TABLES, &tables::identity_map(levels))?;
     Ok(Loaded {
         entry: config.image.entry,
         boot_params: ZERO_PAGE,
@@ -69,7 +74,7 @@ pub fn load(ram: &GuestRam, config: &Config<'_>) -> anyhow::Result<Loaded> {
         code_selector: tables::CODE,
         data_selector: tables::DATA,
         // The image always is where it is linked to be loaded: only its virtual address moves.
-        placement: Placement { slide: kernel.slide.unwrap_or(0), phys_base: 0, levels: 4 },
+        placement: Placement { slide: kernel.slide.unwrap_or(0), phys_base: 0, levels },
     })
 }
 
