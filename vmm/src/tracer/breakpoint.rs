@@ -1,9 +1,10 @@
 //! The breakpoint tracer: traps in the guest's text, one exit each.
 //!
-//! The traps are written into guest memory before the first instruction runs and stay: the displaced
+//! The traps are written into guest memory before the kernel allocates anything and stay: the displaced
 //! instructions are carried out on the vCPU's registers, so no other vCPU can slip past a lifted trap.
 
 use super::Recorder;
+use crate::arch::synchronise_code;
 use crate::machine::{GuestRam, Paused, TrapHandler, TrapInstruction, TrapOutcome};
 use anyhow::{Context, Result, bail};
 use guest_profiles::hooks::Role;
@@ -40,7 +41,7 @@ pub struct Breakpoints {
 }
 
 impl Breakpoints {
-    /// Plants the traps of `plan`. The guest's image must be in memory and nothing may have run yet.
+    /// Plants the traps of `plan`. The guest's image must be in memory, and may not have changed its text yet.
     ///
     /// # Errors
     /// The image in memory is not the one the plan was made for.
@@ -66,6 +67,7 @@ impl Breakpoints {
                 );
             }
             ram.write(at, instruction.bytes())?;
+            synchronise_code(&ram, at, instruction.len());
             traps.insert(
                 va.0,
                 Trap {
@@ -125,7 +127,7 @@ impl Breakpoints {
 
     fn is_planted(&self, trap: &Trap) -> Result<bool> {
         let want = self.instruction.bytes();
-        let mut there = [0; 2];
+        let mut there = [0; 4];
         let there = &mut there[..want.len()];
         self.ram.read(trap.at, there)?;
         Ok(there == want)
@@ -142,6 +144,7 @@ impl Breakpoints {
             if !self.is_planted(trap)? {
                 lost.push(Va(va));
                 paused.write(trap.at, want)?;
+                synchronise_code(&self.ram, trap.at, want.len());
             }
         }
         self.rearmed.fetch_add(lost.len() as u64, Ordering::Relaxed);
@@ -195,6 +198,7 @@ impl TrapHandler for Breakpoints {
             // The guest overflows its stack, or reads where nothing is: let it meet its own page fault. The site stays without a trap until
             // `verify` finds and counts it.
             let _ = self.ram.write(trap.at, &trap.original);
+            synchronise_code(&self.ram, trap.at, trap.original.len());
             return TrapOutcome::Resume;
         }
         if !trap.entry {

@@ -1,5 +1,6 @@
 //! The x86-64 machine: what KVM is asked for, the vCPUs' first state, ports, exits.
 
+mod cache;
 mod counter;
 mod cpuid;
 mod exits;
@@ -9,6 +10,7 @@ mod registers;
 mod setup;
 mod trap;
 
+pub use cache::synchronise_code;
 pub use counter::counter_khz;
 pub use exits::ExitRecord;
 pub use platform::Platform;
