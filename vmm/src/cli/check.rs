@@ -82,7 +82,7 @@ fn check_disks(options: &RunOptions) -> anyhow::Result<()> {
             .hint("check --disk")
             .into());
     }
-    if let (Some((lab, _)), false) = (lab::foreign(options), options.disks.is_empty()) {
+    if let (Some(lab), false) = (lab::foreign(options), options.disks.is_empty()) {
         let what = format!("The lab {lab} has no disks on a host of another architecture");
         return Err(Failure::usage(what)
             .hint("leave --disk out, or bring what is needed with --file")

@@ -3,9 +3,6 @@
 use images::lab::Lab;
 
 use std::env::consts::ARCH;
-use std::fs::File;
-use std::io::Read;
-use std::path::Path;
 
 use crate::cli::Failure;
 use crate::cli::options::{LabChoice, RunOptions};
@@ -59,26 +56,15 @@ pub fn own_lab() -> Lab {
     labs.find(|lab| lab.arch() == ARCH).unwrap_or(Lab::Svm)
 }
 
-/// The lab of another architecture that the guest needs, and why where the user did not ask for it. All else of the guest
-/// is looked at there: this program knows its own architecture's kernels only.
-pub fn foreign(options: &RunOptions) -> Option<(Lab, Option<&'static str>)> {
-    match wished(options.lab) {
-        Some(lab) => (lab.arch() != ARCH).then_some((lab, None)),
-        None if options.lab == LabChoice::Never || ARCH == Lab::Arm.arch() => None,
-        None => is_arm64(&options.kernel_path()).then_some((Lab::Arm, Some("the kernel is for arm64"))),
-    }
+/// The lab of another architecture that was asked for. All else of the guest is looked at there: this program knows its own
+/// architecture's kernels only.
+pub fn foreign(options: &RunOptions) -> Option<Lab> {
+    wished(options.lab).filter(|lab| lab.arch() != ARCH)
 }
 
 /// The architecture of the guest, as Rust names it.
 pub fn guest_arch(options: &RunOptions) -> &'static str {
-    foreign(options).map_or(ARCH, |(lab, _)| lab.arch())
-}
-
-/// Whether the file is an Image for arm64 (Documentation/arch/arm64/booting.rst, "Call the kernel image").
-fn is_arm64(kernel: &Path) -> bool {
-    let mut head = [0; 64];
-    let read = File::open(kernel).and_then(|mut file| file.read_exact(&mut head));
-    read.is_ok() && head[56..60] == *b"ARM\x64"
+    foreign(options).map_or(ARCH, Lab::arch)
 }
 
 #[cfg(test)]

@@ -32,8 +32,8 @@ use std::time::Duration;
 /// Bad input, a host that cannot, a guest that failed: a [`Failure`] with the contract's exit code.
 pub fn run(options: &RunOptions) -> Result<ExitCode> {
     check::check(options)?;
-    if let Some((lab, reason)) = lab::foreign(options) {
-        return lab::run_command(options, &[], lab, reason);
+    if let Some(lab) = lab::foreign(options) {
+        return lab::run_command(options, &[], lab, None);
     }
     // Before anything is decided or prepared: what the user gave is what goes wrong most often.
     let image = guest::image(options)?;
