@@ -9,7 +9,7 @@ use introspect::arch::CpuState;
 use introspect::linux::Placement;
 use introspect::memory::{MemoryError, Pa};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLockWriteGuard};
 use std::time::Duration;
 
 /// Longest wait for a vCPU to stop. Under full emulation one KVM_RUN may take long; on hardware it is microseconds.
@@ -19,7 +19,7 @@ pub struct Guest {
     ram: GuestRam,
     pub(super) control: Arc<Control>,
     pub(super) console: Arc<ConsoleLog>,
-    placement: Placement,
+    placement: OnceLock<Placement>,
     /// Serialises pauses.
     pub(super) pausing: Mutex<()>,
     pauses: AtomicU64,
@@ -30,14 +30,14 @@ impl Guest {
         ram: GuestRam,
         control: Arc<Control>,
         console: Arc<ConsoleLog>,
-        placement: Placement,
+        placement: OnceLock<Placement>,
     ) -> Self {
         Self { ram, control, console, placement, pausing: Mutex::new(()), pauses: AtomicU64::new(0) }
     }
 
     /// One that was saved: it has ended, and stands as it stood.
     pub fn saved(ram: GuestRam, cpus: Vec<CpuState>, placement: Placement) -> Self {
-        Self::new(ram, Arc::new(Control::saved(cpus)), Arc::default(), placement)
+        Self::new(ram, Arc::new(Control::saved(cpus)), Arc::default(), placement.into())
     }
 
     /// Guest RAM.
@@ -45,9 +45,13 @@ impl Guest {
         &self.ram
     }
 
-    /// Where the kernel was put.
-    pub fn placement(&self) -> Placement {
-        self.placement
+    /// Where the kernel is; None before [`super::Machine::settle`].
+    pub fn placement(&self) -> Option<Placement> {
+        self.placement.get().copied()
+    }
+
+    pub(super) fn place(&self, placement: Placement) {
+        self.placement.get_or_init(|| placement);
     }
 
     /// Number of vCPUs.
