@@ -29,6 +29,8 @@ pub enum Purpose {
     Tests,
     /// Long tests.
     LongTests,
+    /// Building for arm64 on another machine.
+    Arm64,
 }
 
 /// All of them.
@@ -91,6 +93,24 @@ pub const ALL: &[HostPackage] = &[
         ..package("syslinux-common", &[], "starting the lab vmx", Purpose::LongTests)
     },
     package("xorriso", &["xorriso"], "starting the lab vmx", Purpose::LongTests),
+    HostPackage {
+        files: &["/usr/lib/rustlib/etc", "/usr/bin/rustc"],
+        ..package("rustc-web", &[], "a compiler with arm64's standard library", Purpose::Arm64)
+    },
+    HostPackage {
+        files: &["/usr/lib/rustlib/aarch64-unknown-linux-gnu"],
+        ..package("libstd-rust-web-dev:arm64", &[], "arm64's standard library", Purpose::Arm64)
+    },
+    HostPackage {
+        files: &["/usr/bin/cargo-clippy"],
+        ..package("rust-web-clippy", &[], "lints for arm64", Purpose::Arm64)
+    },
+    package("gcc-aarch64-linux-gnu", &["aarch64-linux-gnu-gcc"], "linking for arm64", Purpose::Arm64),
+    HostPackage {
+        files: &["/usr/aarch64-linux-gnu/lib/libc.a"],
+        ..package("libc6-dev-arm64-cross", &[], "linking for arm64", Purpose::Arm64)
+    },
+    package("qemu-system-arm", &["qemu-system-aarch64"], "the lab arm", Purpose::Arm64),
     package("bc", &["bc"], "building a kernel", Purpose::Oracle),
     package("bison", &["bison"], "building a kernel", Purpose::Oracle),
     package("flex", &["flex"], "building a kernel", Purpose::Oracle),

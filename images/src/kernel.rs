@@ -8,16 +8,19 @@ use anyhow::{Context, Result, ensure};
 
 use crate::cache::Cache;
 use crate::command::run;
+use crate::debian::DEFAULT_ARCH;
 
 /// The lines of stock kernels that the tests boot, by the names [`KernelPackage::fetch`] takes.
 pub const LINES: &[&str] = &["6.1-cloud", "6.1", "6.1-rt", "6.12-cloud", "6.12", "6.12-rt"];
+/// The same of arm64.
+pub const ARM64_LINES: &[&str] = &["6.1-cloud-arm64", "6.12-cloud-arm64"];
 
 /// A kernel package, unpacked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelPackage {
     /// `uname -r` in it, such as `6.1.0-47-cloud-amd64`.
     pub release: String,
-    /// The bzImage.
+    /// The bzImage; on arm64 the Image.
     pub vmlinuz: PathBuf,
     /// Its configuration.
     pub config: PathBuf,
@@ -27,19 +30,20 @@ pub struct KernelPackage {
 
 impl KernelPackage {
     /// A kernel from Debian's mirror: the newest of a line (`6.1-cloud`; see [`LINES`]), or an exact one
-    /// (`6.1.0-47-cloud`).
+    /// (`6.1.0-47-cloud`). Names that end in `-arm64` are for that architecture.
     ///
     /// # Errors
     /// The mirror has none of that name, or cannot be reached and it is not in the cache.
     pub fn fetch(cache: &Cache, name: &str) -> Result<Self> {
         let packages = cache.packages();
-        let package = match line(name) {
+        let (base, arch) = architecture(name);
+        let package = match line(base) {
             Some((version, flavour)) => {
-                packages.newest(&format!("linux-image-{version}."), &format!("{flavour}-amd64"))
+                packages.newest(&format!("linux-image-{version}."), &format!("{flavour}-{arch}"))
             }
-            None => Ok(format!("linux-image-{}-amd64", name.trim_end_matches("-amd64"))),
+            None => Ok(format!("linux-image-{base}-{arch}")),
         };
-        let fetched = package.and_then(|package| Ok((packages.fetch(&package)?, package)));
+        let fetched = package.and_then(|package| Ok((packages.fetch(&of_its_own(&package))?, package)));
         let (root, package) = fetched.with_context(|| format!("Cannot get the kernel {name}"))?;
         let release = package.trim_start_matches("linux-image-").to_owned();
         let kernel = Self {
@@ -58,10 +62,23 @@ impl KernelPackage {
     /// The mirror has it no longer, or cannot be reached.
     pub fn debug_vmlinux(&self, cache: &Cache) -> Result<PathBuf> {
         let wrong = || format!("Cannot get the debug information of {}", self.release);
-        let root =
-            cache.packages().fetch(&format!("linux-image-{}-dbg", self.release)).with_context(wrong)?;
+        let package = format!("linux-image-{}-dbg:{}", self.release, architecture(&self.release).1);
+        let root = cache.packages().fetch(&package).with_context(wrong)?;
         Ok(root.join(format!("usr/lib/debug/boot/vmlinux-{}", self.release)))
     }
+}
+
+/// A name without its architecture, and that.
+fn architecture(name: &str) -> (&str, &str) {
+    match name.strip_suffix("-arm64") {
+        Some(base) => (base, "arm64"),
+        None => (name.trim_end_matches("-amd64"), DEFAULT_ARCH),
+    }
+}
+
+/// The package with the architecture its name ends with.
+fn of_its_own(package: &str) -> String {
+    format!("{package}:{}", architecture(package).1)
 }
 
 /// Version and flavour when `name` is a line and no exact release: `6.1-cloud` is `6.1` and `-cloud`.
@@ -93,7 +110,8 @@ impl Headers {
         let release = &kernel.release;
         let wrong = || format!("Cannot get the headers of {release}");
         let packages = cache.packages();
-        let own = packages.fetch(&format!("linux-headers-{release}")).with_context(wrong)?;
+        // The build tools are the host's.
+        let own = packages.fetch(&of_its_own(&format!("linux-headers-{release}"))).with_context(wrong)?;
         let flavour = Path::new("usr/src").join(format!("linux-headers-{release}"));
         let common = common_name(&own.join(&flavour)).with_context(wrong)?;
         let kbuild = kbuild_name(&own.join(&flavour)).with_context(wrong)?;
@@ -149,6 +167,17 @@ mod tests {
         for exact in ["6.1.0-47-cloud", "6.1.0-47", "6.12.117+deb12-cloud", "6.12.117+deb12"] {
             assert_eq!(line(exact), None, "{exact}");
         }
-        assert!(LINES.iter().all(|name| line(name).is_some()));
+        assert!(LINES.iter().chain(ARM64_LINES).all(|name| line(architecture(name).0).is_some()));
+    }
+
+    #[test]
+    fn names_may_end_with_an_architecture() {
+        assert_eq!(architecture("6.1-cloud"), ("6.1-cloud", "amd64"));
+        assert_eq!(architecture("6.1.0-47-cloud-amd64"), ("6.1.0-47-cloud", "amd64"));
+        assert_eq!(architecture("6.1-cloud-arm64"), ("6.1-cloud", "arm64"));
+        assert_eq!(
+            of_its_own("linux-image-6.12.117+deb12-cloud-arm64"),
+            "linux-image-6.12.117+deb12-cloud-arm64:arm64"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! What the labs boot: a helper Linux with KVM modules, from Debian's newest 6.12 cloud kernel.
+//! What the labs boot: a helper Linux with KVM, from Debian's newest 6.12 cloud kernel of the lab's architecture.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -17,7 +17,6 @@ use crate::module_file::{WantedModule, resolve};
 const RECIPE: u32 = 3;
 /// The kernel line: its cloud flavour has what the labs need built in (virtio over PCI, serial ports).
 const KERNEL_PREFIX: &str = "linux-image-6.12.";
-const KERNEL_SUFFIX: &str = "-cloud-amd64";
 /// Where the modules are in the archive; they are to be loaded in the order of their names.
 const MODULE_FOLDER: &str = "lib/kleak";
 
@@ -28,22 +27,46 @@ pub enum Lab {
     Svm,
     /// Intel's, emulated by Bochs.
     Vmx,
+    /// arm64's, emulated by QEMU.
+    Arm,
 }
 
 impl Lab {
+    /// All there are.
+    pub const ALL: [Self; 3] = [Self::Svm, Self::Vmx, Self::Arm];
+
     /// Its name, on the command line and in reports.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Svm => "svm",
             Self::Vmx => "vmx",
+            Self::Arm => "arm",
         }
     }
 
-    /// The module the lab is for, whose file name the kernel's build derives from its source folder; and the driver of disks.
+    /// The architecture of its machine, as Rust names it.
+    pub const fn arch(self) -> &'static str {
+        match self {
+            Self::Svm | Self::Vmx => "x86_64",
+            Self::Arm => "aarch64",
+        }
+    }
+
+    /// The same as Debian names it.
+    const fn debian_arch(self) -> &'static str {
+        match self {
+            Self::Svm | Self::Vmx => "amd64",
+            Self::Arm => "arm64",
+        }
+    }
+
+    /// The module the lab is for, whose file name the kernel's build derives from its source folder (arm64 has KVM built in);
+    /// and the driver of disks.
     const fn module_files(self) -> &'static [&'static str] {
         match self {
             Self::Svm => &["kvm-amd.ko", "virtio_blk.ko"],
             Self::Vmx => &["kvm-intel.ko"],
+            Self::Arm => &["virtio_blk.ko"],
         }
     }
 }
@@ -58,7 +81,7 @@ impl FromStr for Lab {
     type Err = anyhow::Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let known = [Self::Svm, Self::Vmx].into_iter().find(|lab| lab.name() == name);
+        let known = Self::ALL.into_iter().find(|lab| lab.name() == name);
         known.with_context(|| format!("there is no lab {name:?}"))
     }
 }
@@ -67,9 +90,9 @@ impl FromStr for Lab {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LabFiles {
     /// The kernel. For QEMU a vmlinux, which it starts at its PVH entry: that saves the decompressor's second. For Bochs the
-    /// bzImage, as boot loaders take it.
+    /// bzImage, as boot loaders take it; for arm64 that is the Image.
     pub kernel: PathBuf,
-    /// An initramfs archive with the modules.
+    /// An initramfs archive with the modules; where the host's busybox is of another architecture, also with one.
     pub modules: PathBuf,
 }
 
@@ -77,7 +100,7 @@ impl LabFiles {
     fn within(lab: Lab, folder: &Path) -> Self {
         let kernel = match lab {
             Lab::Svm => "vmlinux",
-            Lab::Vmx => "vmlinuz",
+            Lab::Vmx | Lab::Arm => "vmlinuz",
         };
         Self { kernel: folder.join(kernel), modules: folder.join("modules.cpio") }
     }
@@ -101,23 +124,30 @@ pub fn prepare(lab: Lab, folder: &Path) -> Result<LabFiles> {
 fn make(lab: Lab, work: &Path) -> Result<()> {
     let download = Cache::new(work.join("download"));
     let packages = download.packages();
-    let package = packages.newest(KERNEL_PREFIX, KERNEL_SUFFIX)?;
-    let tree = packages.fetch(&package)?;
+    let arch = lab.debian_arch();
+    let package = packages.newest(KERNEL_PREFIX, &format!("-cloud-{arch}"))?;
+    let tree = packages.fetch(&format!("{package}:{arch}"))?;
     let files = LabFiles::within(lab, work);
     let packed = find(&tree.join("boot"), |name| name.starts_with("vmlinuz-"), 1)?;
     let kernel = match lab {
         Lab::Svm => KernelImage::open(&packed)?.elf,
-        Lab::Vmx => fs::read(&packed).with_context(|| format!("Cannot read {}", packed.display()))?,
+        Lab::Vmx | Lab::Arm => {
+            fs::read(&packed).with_context(|| format!("Cannot read {}", packed.display()))?
+        }
     };
     fs::write(&files.kernel, &kernel).with_context(|| format!("Cannot write {}", files.kernel.display()))?;
-    write_modules(lab, &tree.join("lib/modules"), &files.modules)
+    let busybox = match lab {
+        Lab::Svm | Lab::Vmx => None,
+        Lab::Arm => Some(packages.fetch("busybox-static:arm64")?.join("bin/busybox")),
+    };
+    write_modules(lab, &tree.join("lib/modules"), busybox.as_deref(), &files.modules)
         .with_context(|| format!("Cannot unpack the modules of {package}"))?;
     fs::remove_dir_all(download.folder())
         .with_context(|| format!("Cannot remove {}", download.folder().display()))
 }
 
-/// Writes the archive of the lab's modules and all they need.
-fn write_modules(lab: Lab, tree: &Path, archive: &Path) -> Result<()> {
+/// Writes the archive of the lab's modules and all they need, and the busybox for its guests.
+fn write_modules(lab: Lab, tree: &Path, busybox: Option<&Path>, archive: &Path) -> Result<()> {
     let wanted = lab.module_files().iter().map(|file| {
         let path = find(tree, |name| name.starts_with(file), 10)?;
         Ok(WantedModule { path, parameters: String::new() })
@@ -129,6 +159,10 @@ fn write_modules(lab: Lab, tree: &Path, archive: &Path) -> Result<()> {
         let mut content = module.content[..unsigned_len(&module.content)].to_vec();
         hide_type_information(&mut content);
         cpio.file(&format!("{MODULE_FOLDER}/{index:02}-{}.ko", module.info.name), 0o644, &content)?;
+    }
+    if let Some(busybox) = busybox {
+        let content = fs::read(busybox).with_context(|| format!("Cannot read {}", busybox.display()))?;
+        cpio.file("bin/busybox", 0o755, &content)?;
     }
     cpio.finish()?;
     Ok(())

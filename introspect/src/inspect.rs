@@ -4,7 +4,7 @@ use crate::image::{Format, KernelImage};
 use crate::kernel::Kernel;
 use crate::symbols;
 use crate::types::Btf;
-use crate::unwind::OrcTable;
+use crate::unwind::{HAS_TABLES, OrcTable};
 use serde::Serialize;
 use std::fmt;
 
@@ -146,10 +146,9 @@ impl Inspection {
             banner: image.banner.clone(),
             entry: image.entry.to_string(),
             segments: segments(image),
-            relocations: image.relocations.as_ref().map(|r| RelocationPart {
-                abs64: r.abs64.len(),
-                abs32: r.abs32.len(),
-                inverse32: r.inverse32.len(),
+            relocations: image.relocations.as_ref().map(|relocations| {
+                let [abs64, abs32, inverse32] = relocations.counts();
+                RelocationPart { abs64, abs32, inverse32 }
             }),
             symbols: SymbolPart { source: kernel.symbols.provenance(), count: kernel.symbols.len() },
             exports: ExportPart { count: plain + gpl, gpl },
@@ -171,6 +170,9 @@ fn format_name(format: &Format) -> String {
     match format {
         Format::BzImage(compression) => format!("bzImage, {compression}"),
         Format::Elf => "vmlinux ELF".to_owned(),
+        Format::Image(None) => "Image".to_owned(),
+        Format::Image(Some(compression)) => format!("Image, {compression}"),
+        Format::Zboot(compression) => format!("EFI-zboot Image, {compression}"),
     }
 }
 
@@ -197,7 +199,8 @@ fn missing(kernel: &Kernel) -> Vec<String> {
     {
         missing.push(format!("types: {error:#}"));
     }
-    if kernel.orc.is_none()
+    if HAS_TABLES
+        && kernel.orc.is_none()
         && let Err(error) = OrcTable::recover(&kernel.image, &kernel.symbols, kernel.types.as_ref())
     {
         missing.push(format!("stack tables: {error:#}"));
@@ -235,6 +238,9 @@ impl fmt::Display for Inspection {
         }
         if let Some(tables) = &self.stack_tables {
             writeln!(f, "stack tables  ORC, {} entries, encoding of {}", tables.entries, tables.encoding)?;
+        }
+        if !HAS_TABLES {
+            writeln!(f, "stacks        along frame pointers")?;
         }
         for s in &self.sections {
             writeln!(f, "section       {:<18} {:<18} {:>9} bytes", s.name, s.va, s.bytes)?;

@@ -1,19 +1,39 @@
 //! `cargo xtask build`: the release binary, static, so that the lab can run it.
 
+use crate::cross;
 use anyhow::{Context, Result, ensure};
-use std::path::PathBuf;
+use clap::Args;
+use std::env::consts::ARCH;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The architecture's glibc target; naming it keeps the flags below away from build scripts and macros.
-#[cfg(target_arch = "x86_64")]
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Options of `cargo xtask build`.
+#[derive(Args)]
+pub struct Options {
+    /// Also the binary for arm64, which `--lab arm` needs beside the other
+    #[arg(long)]
+    arm64: bool,
+}
+
+/// Builds what is asked for and prints where it is.
+pub fn run(options: &Options) -> Result<()> {
+    let own = binary()?;
+    println!("{}", own.display());
+    if options.arm64 {
+        println!("{}", beside(&own)?.display());
+    }
+    Ok(())
+}
 
 /// Builds `kleak-vmm` and returns where it is.
 ///
 /// # Errors
 /// It does not compile.
 pub fn binary() -> Result<PathBuf> {
-    build(&["--package", "kleak-vmm"], "kleak-vmm")
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--package", "kleak-vmm", "--target", &target(ARCH)]);
+    finish(&mut cargo, ARCH, "kleak-vmm")
 }
 
 /// The same for one of its examples.
@@ -21,20 +41,45 @@ pub fn binary() -> Result<PathBuf> {
 /// # Errors
 /// It does not compile.
 pub fn example(name: &str) -> Result<PathBuf> {
-    build(&["--package", "kleak-vmm", "--example", name], &format!("examples/{name}"))
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--package", "kleak-vmm", "--example", name, "--target", &target(ARCH)]);
+    finish(&mut cargo, ARCH, &format!("examples/{name}"))
 }
 
-fn build(what: &[&str], place: &str) -> Result<PathBuf> {
-    let flags = format!("target.{TARGET}.rustflags=[\"-C\",\"target-feature=+crt-static\"]");
-    let status = Command::new(env!("CARGO"))
-        .args(["build", "--release", "--target", TARGET, "--config", &flags])
-        .args(what)
-        .current_dir(images::cache::workspace())
-        .status()
-        .context("Cannot run cargo")?;
-    ensure!(status.success(), "{place} does not compile");
-    let target = std::env::var_os("CARGO_TARGET_DIR")
+/// Builds the binary for arm64 and puts it beside `own`, which may be for arm64 itself.
+///
+/// # Errors
+/// It does not compile, or its tools cannot be installed.
+pub fn beside(own: &Path) -> Result<PathBuf> {
+    if ARCH == cross::ARCH {
+        return Ok(own.to_owned());
+    }
+    let mut cargo = cross::cargo("build")?;
+    cargo.args(["--package", "kleak-vmm"]);
+    let built = finish(&mut cargo, cross::ARCH, "kleak-vmm")?;
+    let place = own.with_file_name(format!("kleak-vmm-{}", cross::ARCH));
+    // One that runs in a lab just now keeps its file.
+    let work = place.with_extension("part");
+    fs::copy(&built, &work)
+        .and_then(|_| fs::rename(&work, &place))
+        .with_context(|| format!("Cannot write {}", place.display()))?;
+    Ok(place)
+}
+
+/// An architecture's glibc target; naming it keeps the flags away from build scripts and macros.
+pub fn target(arch: &str) -> String {
+    format!("{arch}-unknown-linux-gnu")
+}
+
+/// Has cargo build what it was told for release, static; where `place` is then.
+fn finish(cargo: &mut Command, arch: &str, place: &str) -> Result<PathBuf> {
+    let target = target(arch);
+    let flags = format!("target.{target}.rustflags=[\"-C\",\"target-feature=+crt-static\"]");
+    cargo.args(["--release", "--config", &flags]).current_dir(images::cache::workspace());
+    let status = cargo.status().context("Cannot run cargo")?;
+    ensure!(status.success(), "{place} does not compile for {arch}");
+    let folder = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| images::cache::workspace().join("target"), PathBuf::from);
-    let binary = target.join(TARGET).join("release").join(place);
+    let binary = folder.join(target).join("release").join(place);
     std::path::absolute(&binary).with_context(|| format!("Cannot find {}", binary.display()))
 }

@@ -4,7 +4,7 @@ use crate::{build, setup};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use images::host_packages::Purpose;
-use images::kernel::{Headers, LINES};
+use images::kernel::{ARM64_LINES, Headers, LINES};
 use images::{Built, Cache, KernelPackage, modules, programs};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -34,6 +34,9 @@ pub fn run(options: &Options) -> Result<()> {
     if options.list {
         for line in LINES {
             println!("{line:<12} Debian's newest kernel of that line, and test modules for it");
+        }
+        for line in ARM64_LINES {
+            println!("{line:<16} the same of arm64; without modules");
         }
         println!("{:<12} the same of an exact release, such as 6.1.0-47-cloud", "RELEASE");
         for (name, what) in OTHERS {
@@ -85,7 +88,7 @@ fn prepare_kernel(cache: &Cache, name: &str) -> Result<()> {
     line("kernel", &kernel.vmlinuz);
     line("modules", &kernel.modules_dir);
     line("headers", &headers.build);
-    prepare_modules(cache, &headers)
+    if name.ends_with("-arm64") { Ok(()) } else { prepare_modules(cache, &headers) }
 }
 
 /// The binary does that itself, at the latest when it first needs the lab.

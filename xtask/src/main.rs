@@ -3,6 +3,7 @@
 mod accuracy;
 mod bench;
 mod build;
+mod cross;
 mod demo;
 mod images;
 mod setup;
@@ -31,7 +32,9 @@ enum Task {
     /// Prepare guest images: kernels, modules, initramfs
     Images(images::Options),
     /// Build the static release binary and print where it is
-    Build,
+    Build(build::Options),
+    /// Run clippy, for this machine and for arm64
+    Lint,
 }
 
 fn main() -> ExitCode {
@@ -41,7 +44,8 @@ fn main() -> ExitCode {
         Task::Accuracy => accuracy::run(),
         Task::Bench(options) => bench::run(&options),
         Task::Images(options) => images::run(&options),
-        Task::Build => build::binary().map(|path| println!("{}", path.display())),
+        Task::Build(options) => build::run(&options),
+        Task::Lint => cross::lint(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -18,6 +18,11 @@ pub fn install(purposes: &[Purpose]) -> Result<()> {
         eprintln!("installing {} ({})", package.name, package.reason);
     }
     let names: Vec<&str> = missing.iter().map(|package| package.name).collect();
+    if names.iter().any(|name| name.ends_with(":arm64")) {
+        // For those there are no lists yet.
+        as_root("dpkg", &["--add-architecture", "arm64"])?;
+        apt(&["update"])?;
+    }
     let install = || apt(&[&["install", "--yes", "--no-install-recommends"], &names[..]].concat());
     if install().is_err() {
         // The package lists may be old or, in a container, absent. One broken third-party source fails this command
@@ -30,25 +35,29 @@ pub fn install(purposes: &[Purpose]) -> Result<()> {
     Ok(())
 }
 
-/// Runs `apt-get` as root. Its output is shown only when it fails.
 fn apt(arguments: &[&str]) -> Result<()> {
+    as_root("apt-get", &[&["--quiet"], arguments].concat())
+}
+
+/// Runs a tool of Debian's as root. Its output is shown only when it fails.
+fn as_root(tool: &str, arguments: &[&str]) -> Result<()> {
     // SAFETY: no arguments, cannot fail.
     let root = unsafe { libc::geteuid() } == 0;
     let mut command = if root {
-        Command::new("apt-get")
+        Command::new(tool)
     } else {
         let mut sudo = Command::new("sudo");
-        sudo.arg("apt-get");
+        sudo.arg(tool);
         sudo
     };
-    command.arg("--quiet").args(arguments).env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
+    command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
     let output = command
         .output()
-        .context("Cannot run apt-get; xtask installs packages on Debian-like systems only")?;
+        .with_context(|| format!("Cannot run {tool}; xtask installs packages on Debian-like systems only"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         let why = said.lines().filter(|line| line.starts_with("E:")).collect::<Vec<_>>().join("; ");
-        bail!("apt-get {} failed: {why}", arguments[0]);
+        bail!("{tool} {} failed: {why}", arguments.join(" "));
     }
     Ok(())
 }

@@ -98,7 +98,7 @@ pub fn backtrace(
             let sleeping = SleepingFrame::recover(types, &kernel.symbols)
                 .context("The kernel's BTF does not describe how tasks are switched")?;
             sleeping
-                .start(task.saved_sp, linux.placement.slide, &mut read)
+                .start(task, linux.placement.slide, &mut read)
                 .ok_or(MemoryError::NotMapped { va: task.saved_sp })
                 .with_context(|| format!("Cannot read the stack of the task with pid {}", task.pid))?
         }

@@ -6,17 +6,20 @@
 //! jump label, because the kernel rewrites those; and nothing may jump between its instructions. The displaced
 //! instructions are carried out by [`Displaced`], so the trap is never lifted and no other vCPU slips past.
 
-mod displaced;
-mod jump;
-pub mod record;
-mod sites;
-mod stub;
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+mod site;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
-pub use displaced::{Displaced, Step};
-pub use iced_x86::Instruction;
-pub use jump::{JUMP_LEN, Jump};
-pub use sites::{Site, SiteError};
-pub use stub::{Point as StubPoint, Stub, Surroundings, Writer};
+#[cfg(target_arch = "aarch64")]
+use aarch64 as code;
+pub use code::{Displaced, RETURN_IS_DISPLACED};
+pub use site::{Site, SiteError, Step};
+#[cfg(target_arch = "x86_64")]
+use x86_64 as code;
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::{Instruction, JUMP_LEN, Jump, Stub, StubPoint, Surroundings, Writer, record};
 
 use crate::kernel::Kernel;
 use crate::memory::Va;
@@ -97,7 +100,7 @@ fn sites_of(
     start: Va,
     trap_len: usize,
 ) -> Result<Vec<Planned>, SiteError> {
-    let function = sites::Function::decode(kernel, name, start)?;
+    let function = code::Function::decode(kernel, name, start)?;
     let planned = |site: Site, entry| Planned {
         role: hook.role,
         function: name.to_owned(),

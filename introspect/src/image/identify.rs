@@ -1,9 +1,12 @@
 //! What a file is that is no kernel image of ours, for the error message.
 
+use super::platform::{HEADERS, KERNELS};
 use super::unpack;
 
 /// Offset and magic of the arm64 Image header (Documentation/arch/arm64/booting.rst).
 const ARM64_MAGIC: (usize, &[u8]) = (0x38, b"ARM\x64");
+/// Offset and magic of the x86 boot header (Documentation/arch/x86/boot.rst).
+const X86_MAGIC: (usize, &[u8]) = (0x202, b"HdrS");
 /// Offset and magic of an EFI-zboot image (drivers/firmware/efi/libstub/zboot-header.S).
 const ZBOOT_MAGIC: (usize, &[u8]) = (4, b"zimg");
 /// A bzImage begins like an EFI executable; its own magic comes at 0x202.
@@ -20,6 +23,12 @@ pub(super) fn describe(bytes: &[u8]) -> String {
     if has(bytes, ARM64_MAGIC) {
         return format!("It is an arm64 Image; {ARM64}");
     }
+    if has(bytes, X86_MAGIC) {
+        return "It is an x86 bzImage; x86 kernels need an x86 host".into();
+    }
+    if bytes.starts_with(b"\x7fELF") {
+        return "It is an ELF; arm64 kernels are booted from an Image (arch/arm64/boot)".into();
+    }
     if bytes.starts_with(b"MZ") {
         return describe_pe(bytes);
     }
@@ -30,9 +39,9 @@ pub(super) fn describe(bytes: &[u8]) -> String {
         return "It is a Debian package; unpack it and give the vmlinuz inside".into();
     }
     if is_text(bytes) {
-        return "It is a text file, not a bzImage or vmlinux".into();
+        return format!("It is a text file, not a {KERNELS}");
     }
-    "It is neither a bzImage nor an ELF: it has no known header".into()
+    format!("It is {HEADERS}: it has no known header")
 }
 
 fn describe_pe(bytes: &[u8]) -> String {
@@ -70,7 +79,10 @@ fn describe_packed(bytes: &[u8], compression: &str) -> String {
 }
 
 /// The packed kernel of an EFI-zboot image: u32 offset at 8, u32 size at 12.
-fn zboot_payload(bytes: &[u8]) -> Option<&[u8]> {
+pub(super) fn zboot_payload(bytes: &[u8]) -> Option<&[u8]> {
+    if !bytes.starts_with(b"MZ") || !has(bytes, ZBOOT_MAGIC) {
+        return None;
+    }
     let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?) as usize);
     let (offset, size) = (word(8)?, word(12)?);
     let rest = bytes.get(offset..)?;

@@ -1,38 +1,41 @@
-//! Kernel image files: bzImage and vmlinux ELF, unpacked to what the guest will run.
+//! Kernel image files, unpacked to what the guest will run: on x86-64 bzImage and vmlinux ELF, on arm64 Image.
 //!
 //! ```text
 //! bzImage:  setup sectors | protected-mode code | payload ............. | u32 size
 //!                                                 unpacks to
 //!                                                 ELF | KASLR relocations
+//! Image:    header | text | read-only data, symbols, BTF | relocations | data      (plain, packed, or in an EFI-zboot)
 //! ```
 //!
 //! The file is untrusted: every offset in it is checked, and no size it names is allocated before
 //! that many bytes were produced.
 
-mod bzimage;
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(target_arch = "x86_64")]
 mod elf;
 mod identify;
-mod relocations;
 #[cfg(test)]
 pub(crate) mod synthetic;
-#[cfg(test)]
-mod tests;
 mod unpack;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 use crate::memory::{Pa, Va};
+#[cfg(target_arch = "aarch64")]
+use aarch64 as platform;
 use anyhow::{Context, bail};
-pub use relocations::Relocations;
+pub use platform::Relocations;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
+#[cfg(target_arch = "x86_64")]
+use x86_64 as platform;
 
 /// Largest file that is read and largest kernel that is unpacked, bytes. A stock kernel unpacks to less
 /// than 100 MiB; a vmlinux with debug information has several hundred.
 pub const MAX_IMAGE_BYTES: u64 = 1 << 30;
-
-/// Bytes of a bzImage that go to [`KernelImage::setup`].
-const SETUP_BYTES: usize = 4096;
 
 /// How the file was packed; named in errors and by `inspect`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +44,10 @@ pub enum Format {
     BzImage(&'static str),
     /// ELF vmlinux.
     Elf,
+    /// arm64 Image; the compression's name where it is packed.
+    Image(Option<&'static str>),
+    /// arm64 Image in an EFI executable that unpacks it; the compression's name.
+    Zboot(&'static str),
 }
 
 /// A loadable segment of the unpacked kernel.
@@ -69,18 +76,26 @@ pub struct Section {
     pub size: u64,
 }
 
+/// What a platform reads of an unpacked kernel.
+struct Parsed {
+    segments: Vec<Segment>,
+    sections: Vec<Section>,
+    entry: Pa,
+}
+
 /// An unpacked kernel.
 #[derive(Debug, Clone)]
 pub struct KernelImage {
     /// Packing of the file it came from.
     pub format: Format,
-    /// The unpacked ELF (after the payload's trailing relocations were cut off).
+    /// The unpacked ELF (after the payload's trailing relocations were cut off), or the unpacked Image with its relocations
+    /// applied.
     pub elf: Vec<u8>,
     /// PT_LOAD segments in file order.
     pub segments: Vec<Segment>,
     /// Named sections.
     pub sections: Vec<Section>,
-    /// Physical entry point (`startup_64`).
+    /// Physical entry point (`startup_64`); of an Image the distance from where it is loaded.
     pub entry: Pa,
     /// KASLR relocations, when the image has them.
     pub relocations: Option<Relocations>,
@@ -110,38 +125,23 @@ impl KernelImage {
     }
 
     fn from_vec(bytes: Vec<u8>) -> anyhow::Result<Self> {
-        if !elf::is_elf(&bytes) {
-            return Self::from_packed(bytes);
-        }
-        let parsed = elf::Elf::parse(&bytes)?;
-        Self::assemble(Format::Elf, bytes, parsed, None, Vec::new())
-    }
-
-    fn from_packed(bytes: Vec<u8>) -> anyhow::Result<Self> {
-        if !bzimage::is_boot_executable(&bytes) {
-            bail!(identify::describe(&bytes));
-        }
-        let payload = bzimage::payload(&bytes)?;
-        let (compression, mut elf) = unpack::unpack(payload).context("The bzImage's payload is damaged")?;
-        let parsed = elf::Elf::parse(&elf).context("The bzImage's payload holds no usable kernel")?;
-        let relocations = Relocations::parse(&elf[parsed.file_end..], &parsed.segments);
-        elf.truncate(parsed.file_end);
-        Self::assemble(Format::BzImage(compression), elf, parsed, relocations, bytes)
+        platform::unpack(bytes)
     }
 
     fn assemble(
         format: Format,
         elf: Vec<u8>,
-        parsed: elf::Elf,
+        parsed: Parsed,
         relocations: Option<Relocations>,
         packed: Vec<u8>,
     ) -> anyhow::Result<Self> {
-        let elf::Elf { segments, sections, entry, .. } = parsed;
+        let Parsed { segments, sections, entry } = parsed;
         let mut image =
             Self { format, elf, segments, sections, entry, relocations, packed, banner: String::new() };
-        image.banner = image
-            .find_banner()
-            .context("The ELF is no Linux kernel: it has no `Linux version` banner in its loaded segments")?;
+        image.banner = image.find_banner().with_context(|| {
+            let what = platform::UNPACKED;
+            format!("The {what} is no Linux kernel: it has no `Linux version` banner in its loaded segments")
+        })?;
         Ok(image)
     }
 
@@ -150,9 +150,10 @@ impl KernelImage {
         if self.packed.is_empty() { &self.elf } else { &self.packed }
     }
 
-    /// The first 4 KiB of a bzImage (boot sector and setup header), for boot_params; empty for an ELF.
+    /// The header as the boot protocol wants it: the first 4 KiB of a bzImage (boot sector and setup header), for
+    /// boot_params, or the first 64 bytes of an Image; empty for an ELF.
     pub fn setup(&self) -> &[u8] {
-        &self.packed[..self.packed.len().min(SETUP_BYTES)]
+        platform::setup(self)
     }
 
     /// The image's bytes at link address `va`; None outside file-backed segments.

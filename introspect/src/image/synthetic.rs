@@ -188,3 +188,24 @@ fn lzop(bytes: &[u8]) -> Vec<u8> {
 pub(crate) fn image(blocks: &[Block]) -> KernelImage {
     KernelImage::parse(&vmlinux(blocks)).expect("a synthetic vmlinux parses")
 }
+
+/// An arm64 Image of 64 KiB with the blocks, a banner, and a hundred relocations that point to offset 0x40.
+#[cfg(target_arch = "aarch64")]
+pub(crate) fn arm64_image(blocks: &[Block], base: u64) -> Vec<u8> {
+    const SIZE: usize = 0x1_0000;
+    let mut image = vec![0; SIZE];
+    image[8..16].copy_from_slice(&0_u64.to_le_bytes());
+    image[16..24].copy_from_slice(&(SIZE as u64 + 0x2000).to_le_bytes());
+    image[0x38..0x3c].copy_from_slice(b"ARM\x64");
+    let banner = b"Linux version 6.1.0-test-arm64 (cc) #7 SMP Debian 6.1.1-1 (2026-01-01)\n\0";
+    image[0x100..0x100 + banner.len()].copy_from_slice(banner);
+    for block in blocks {
+        image[block.at as usize..][..block.bytes.len()].copy_from_slice(&block.bytes);
+    }
+    for n in 0..100 {
+        let entry = [base + 0x8000 + 8 * n, 0x403, base + 0x40].map(u64::to_le_bytes).concat();
+        let at = 0x9000 + 24 * n as usize;
+        image[at..at + 24].copy_from_slice(&entry);
+    }
+    image
+}

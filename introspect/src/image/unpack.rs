@@ -72,6 +72,17 @@ pub(super) fn unpack(payload: &[u8]) -> anyhow::Result<(&'static str, Vec<u8>)> 
     Ok((codec.name, bytes))
 }
 
+/// Unpacks a whole file, which has no size word; what follows the compressed data is left out.
+#[cfg_attr(target_arch = "x86_64", expect(dead_code, reason = "arm64 kernels are packed like that"))]
+pub(super) fn unpack_file(packed: &[u8]) -> anyhow::Result<(&'static str, Vec<u8>)> {
+    let codec = codec(packed).context("No known compression")?;
+    let most = MAX_IMAGE_BYTES as usize;
+    let bytes =
+        (codec.unpack)(packed, most).with_context(|| format!("Its {} data does not unpack", codec.name))?;
+    ensure!(bytes.len() <= most, "It unpacks to more than {most} bytes");
+    Ok((codec.name, bytes))
+}
+
 /// The first bytes that `packed` (no size word) unpacks to, at most `limit`; for naming what is in there.
 /// Empty when nothing unpacks.
 pub(super) fn peek(packed: &[u8], limit: usize) -> Vec<u8> {
@@ -127,7 +138,7 @@ fn zstd(payload: &[u8], size: usize) -> anyhow::Result<Vec<u8>> {
 fn lz4_legacy(payload: &[u8], size: usize) -> anyhow::Result<Vec<u8>> {
     let mut rest = &payload[LZ4_LEGACY.len()..];
     let mut bytes = Vec::new();
-    while bytes.len() < size {
+    while bytes.len() < size && !rest.is_empty() {
         let (head, tail) = rest.split_first_chunk().context("It ends between blocks")?;
         rest = tail;
         if *head == LZ4_LEGACY {

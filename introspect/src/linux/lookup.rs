@@ -1,5 +1,6 @@
 //! Names to addresses and offsets, with errors that say what is missing.
 
+use super::platform::{Placement, percpu_slide};
 use crate::image::KernelImage;
 use crate::kernel::Kernel;
 use crate::memory::Va;
@@ -13,14 +14,22 @@ pub(super) struct Lookup<'a> {
     pub types: &'a Btf,
     symbols: &'a SymbolTable,
     slide: u64,
+    percpu_slide: u64,
 }
 
 impl<'a> Lookup<'a> {
-    pub fn new(kernel: &'a Kernel, slide: u64) -> anyhow::Result<Self> {
+    pub fn new(kernel: &'a Kernel, placement: Placement) -> anyhow::Result<Self> {
         let types = kernel.types.as_ref().context(
             "The kernel image has no BTF, so its structures cannot be read without a file of types",
         )?;
-        Ok(Self { image: &kernel.image, types, symbols: &kernel.symbols, slide })
+        let percpu_slide = percpu_slide(placement);
+        Ok(Self {
+            image: &kernel.image,
+            types,
+            symbols: &kernel.symbols,
+            slide: placement.slide,
+            percpu_slide,
+        })
     }
 
     /// Run-time address of a symbol that only some kernels have.
@@ -38,9 +47,14 @@ impl<'a> Lookup<'a> {
         Some((self.symbols.lookup(name)?, self.symbols.size(name)?))
     }
 
-    /// Offset of a variable in each CPU's area; None when the kernel has no such variable.
+    /// Distance of a variable from each CPU's `__per_cpu_offset`; None when the kernel has no such variable.
     pub fn percpu_if_any(&self, name: &str) -> Option<u64> {
-        self.symbols.lookup(name).map(|va| va.0).or_else(|| self.types.percpu_offset(name))
+        let symbol = |name| self.symbols.lookup(name).map(|va| va.0 + self.percpu_slide);
+        symbol(name).or_else(|| {
+            // BTF counts from the start of the section, which is linked at 0 where nothing else is said.
+            let start = symbol("__per_cpu_start").unwrap_or(self.percpu_slide);
+            self.types.percpu_offset(name).map(|offset| start + offset)
+        })
     }
 
     /// Offset of a variable in each CPU's area.

@@ -4,6 +4,8 @@
 //! it needs, looked up once by member name. All lists are bounded; damage is a
 //! [`MemoryError`] with the address in it.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 #[cfg(test)]
 mod accounting_tests;
 pub mod counters;
@@ -24,6 +26,8 @@ pub mod percpu;
 pub mod processes;
 mod rcu_free;
 pub(crate) mod read;
+#[cfg(target_arch = "x86_64")]
+mod recorded;
 mod roots;
 pub mod slab;
 mod slab_map;
@@ -36,36 +40,29 @@ pub mod totals;
 pub mod vmalloc;
 pub mod vmalloc_info;
 mod vmcoreinfo;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 pub mod zones;
 
+#[cfg(target_arch = "aarch64")]
+use aarch64 as platform;
 pub use module_map::ModuleMap;
 pub use page_structs::{PageChunk, PagePlaces, PageStructs};
+pub use platform::{Placement, interrupt_stack};
 pub use read::Walk;
 pub use roots::StaticRoot;
+#[cfg(target_arch = "x86_64")]
+use x86_64 as platform;
 
-use crate::arch::layout::{DIRECT_MAP_4, DIRECT_MAP_5, KERNEL_MAP, PAGE_STRUCTS_4, PAGE_STRUCTS_5};
 use crate::arch::{AddressSpace, Leaf};
 use crate::kernel::Kernel;
-use crate::memory::{MemoryError, Pa, PhysicalMemory, RamRange, Va};
+use crate::memory::{MemoryError, PhysicalMemory, RamRange, Va};
 use anyhow::Context;
 use lookup::Lookup;
-use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// Most CPUs of any configuration (`NR_CPUS` with MAXSMP).
 const MAX_CPUS: u64 = 8192;
-
-/// Where this boot put the kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Placement {
-    /// Run-time address minus link address of kernel text (KASLR).
-    pub slide: u64,
-    /// Run-time physical address minus (link address - 0xffffffff80000000) of the image:
-    /// the kernel's own `phys_base` plus `slide`; 0 when loaded where linked.
-    pub phys_base: u64,
-    /// 4 or 5 page-table levels.
-    pub levels: u8,
-}
 
 /// A view of one booted guest.
 pub struct Linux {
@@ -73,7 +70,7 @@ pub struct Linux {
     pub kernel: Arc<Kernel>,
     /// Where it runs.
     pub placement: Placement,
-    /// The kernel's reference page tables (`init_top_pgt`), which map all kernel addresses.
+    /// The kernel's reference page tables (`init_top_pgt`, `swapper_pg_dir`), which map all kernel addresses.
     pub space: AddressSpace,
     hz: u64,
     addresses: Addresses,
@@ -93,11 +90,7 @@ pub struct Linux {
 struct Addresses {
     /// The kernel image, which is contiguous in physical memory.
     image: Leaf,
-    /// None on kernels without run-time placement of the direct map: see `default_direct_map`.
-    page_offset_base: Option<Va>,
-    vmemmap_base: Option<Va>,
-    default_direct_map: Va,
-    default_page_structs: Va,
+    bases: platform::Bases,
     jiffies_64: Va,
     per_cpu_offset: Va,
     /// None on kernels built for one CPU.
@@ -110,12 +103,10 @@ impl Linux {
     /// # Errors
     /// Names the symbol or member that is missing.
     pub fn new(kernel: Arc<Kernel>, placement: Placement) -> anyhow::Result<Self> {
-        let lookup = Lookup::new(&kernel, placement.slide)?;
+        let lookup = Lookup::new(&kernel, placement)?;
         let addresses = Addresses::new(&lookup, placement)?;
-        let root = addresses.image.translate(lookup.symbol("init_top_pgt")?);
-        let root = root.context("The kernel's page table init_top_pgt lies outside the kernel image")?;
         Ok(Self {
-            space: AddressSpace { root, levels: placement.levels },
+            space: platform::kernel_space(&lookup, placement, &addresses.image)?,
             hz: recover_hz(&lookup)?,
             addresses,
             tasks: tasks::Layout::new(&lookup)?,
@@ -135,12 +126,22 @@ impl Linux {
 
     /// For what only some commands ask for: looked up when they do, so that a kernel without it has the others.
     fn lookup(&self) -> anyhow::Result<Lookup<'_>> {
-        Lookup::new(&self.kernel, self.placement.slide)
+        Lookup::new(&self.kernel, self.placement)
     }
 
     /// Run-time address of a text or data symbol.
     pub fn symbol(&self, name: &str) -> Option<Va> {
         self.kernel.symbols.lookup(name).map(|va| va + self.placement.slide)
+    }
+
+    /// What is added to a per-CPU variable's link address to get [`Linux::percpu_offset`].
+    pub fn percpu_slide(&self) -> u64 {
+        platform::percpu_slide(self.placement)
+    }
+
+    /// Distance of a per-CPU variable from each CPU's [`Linux::percpu_base`].
+    pub fn percpu_offset(&self, name: &str) -> Option<u64> {
+        self.lookup().ok()?.percpu_if_any(name)
     }
 
     /// Where the kernel maps its image, and where that is: both contiguous.
@@ -190,23 +191,9 @@ impl Linux {
 
 impl Addresses {
     fn new(lookup: &Lookup<'_>, placement: Placement) -> anyhow::Result<Self> {
-        // Per-CPU data has a segment of its own at link address 0 on some kernels: no part of the mapped image.
-        let mapped = || lookup.image.segments.iter().filter(|s| s.va >= KERNEL_MAP);
-        let start =
-            mapped().map(|s| s.va).min().context("The kernel image has no segment at kernel addresses")?;
-        let end = mapped().map(|s| s.va + s.mem_size).max().unwrap_or(start);
-        let five = placement.levels == 5;
         Ok(Self {
-            image: Leaf {
-                va: start + placement.slide,
-                pa: Pa(start - KERNEL_MAP) + placement.phys_base,
-                size: end - start,
-                special: false,
-            },
-            page_offset_base: lookup.symbol_if_any("page_offset_base"),
-            vmemmap_base: lookup.symbol_if_any("vmemmap_base"),
-            default_direct_map: if five { DIRECT_MAP_5 } else { DIRECT_MAP_4 },
-            default_page_structs: if five { PAGE_STRUCTS_5 } else { PAGE_STRUCTS_4 },
+            image: platform::image(lookup, placement)?,
+            bases: platform::Bases::new(lookup, placement),
             jiffies_64: lookup.symbol("jiffies_64")?,
             per_cpu_offset: lookup.symbol("__per_cpu_offset")?,
             nr_cpu_ids: lookup.symbol_if_any("nr_cpu_ids"),

@@ -17,8 +17,8 @@ const SHARE_SHIFT: u32 = 12;
 
 /// Offsets this room needs.
 pub(super) struct Layout {
-    mm: u64,
-    pgd: u64,
+    pub mm: u64,
+    pub pgd: u64,
     total_vm: u64,
 }
 
@@ -113,7 +113,7 @@ impl Linux {
         left: &mut Left,
     ) -> Result<Vec<u32>, MemoryError> {
         let pgd = self.read_va(memory, mm + layout.pgd)?;
-        let space = AddressSpace { root: self.translate(memory, pgd)?, levels: self.space.levels };
+        let space = AddressSpace { root: self.translate(memory, pgd)?, ..self.space };
         let mut pages = Vec::new();
         let mut full = false;
         let Left { pages: left, entries } = left;

@@ -65,28 +65,6 @@ impl Linux {
         Ok(leaf.pa + (va - leaf.va))
     }
 
-    /// Start of the direct map of RAM (`page_offset_base`, which KASLR moves early in boot).
-    ///
-    /// # Errors
-    /// The variable is not in RAM.
-    pub fn direct_map_base(&self, memory: &impl PhysicalMemory) -> Result<Va, MemoryError> {
-        match self.addresses.page_offset_base {
-            Some(variable) => self.read_image_u64(memory, variable).map(Va),
-            None => Ok(self.addresses.default_direct_map),
-        }
-    }
-
-    /// Start of the `struct page` array (`vmemmap_base`, which KASLR moves early in boot).
-    ///
-    /// # Errors
-    /// The variable is not in RAM.
-    pub fn page_structs_base(&self, memory: &impl PhysicalMemory) -> Result<Va, MemoryError> {
-        match self.addresses.vmemmap_base {
-            Some(variable) => self.read_image_u64(memory, variable).map(Va),
-            None => Ok(self.addresses.default_page_structs),
-        }
-    }
-
     /// Reads a word.
     ///
     /// # Errors
@@ -206,7 +184,7 @@ impl Linux {
         Ok(walk.last)
     }
 
-    fn read_image_u64(&self, memory: &impl PhysicalMemory, va: Va) -> Result<u64, MemoryError> {
+    pub(super) fn read_image_u64(&self, memory: &impl PhysicalMemory, va: Va) -> Result<u64, MemoryError> {
         let pa = self.addresses.image.translate(va).ok_or(MemoryError::NotMapped { va })?;
         memory.read_u64(pa)
     }

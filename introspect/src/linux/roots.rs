@@ -76,7 +76,7 @@ impl Linux {
             .collect();
         notes.sort_unstable_by_key(|note| note.start);
         for cpu in 0..self.cpu_count(memory)? {
-            let base = self.percpu_base(memory, cpu)?;
+            let base = self.percpu_base(memory, cpu)? + self.percpu_slide();
             let range = base + start.0..base + end.0;
             let unread = notes.iter().map(|note| base + note.start.0..base + note.end.0).collect();
             // Before the areas are set up all CPUs share the one in the image.

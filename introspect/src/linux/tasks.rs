@@ -2,10 +2,9 @@
 
 use super::Linux;
 use super::lookup::Lookup;
+use super::platform::{Running, SAVED_SP, stack_size};
 use super::read::{Walk, le32, le64};
 use crate::arch::layout::STACK_SIZES;
-use crate::hooks::Surroundings;
-use crate::hooks::record::Record;
 use crate::memory::{MemoryError, PhysicalMemory, Va};
 use anyhow::Context as _;
 use rustc_hash::FxHashSet;
@@ -20,7 +19,7 @@ const SOFTIRQ_SERVING: u32 = 1 << 8;
 const HARDIRQ_MASK: u32 = 0xf << 16;
 
 /// A task.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Task {
     /// `struct task_struct`.
     pub va: Va,
@@ -32,7 +31,7 @@ pub struct Task {
     pub stack: Va,
     /// Stack size, bytes.
     pub stack_size: u64,
-    /// Saved stack pointer (`thread.sp`); meaningless while `on_cpu`.
+    /// Saved stack pointer (`thread.sp`, `thread.cpu_context.sp`); meaningless while `on_cpu`.
     pub saved_sp: Va,
     /// True while the task runs on a CPU.
     pub on_cpu: bool,
@@ -82,7 +81,7 @@ pub enum Context {
 
 impl Context {
     /// What kmemleak records of an interrupt.
-    fn comm_and_pid(self) -> ([u8; 16], i32) {
+    pub(super) fn comm_and_pid(self) -> ([u8; 16], i32) {
         let name: &[u8] = if self == Self::Hardirq { b"hardirq" } else { b"softirq" };
         let mut comm = [0; COMM_LEN];
         comm[..name.len()].copy_from_slice(name);
@@ -92,19 +91,16 @@ impl Context {
 
 /// Offsets and addresses this room needs.
 pub(super) struct Layout {
-    /// Per-CPU offset of the pointer to the running task.
-    current: u64,
-    /// Per-CPU offset of `preempt_count`.
-    preempt_count: u64,
+    pub running: Running,
     /// PREEMPT_RT counts softirqs in the task.
-    softirq_disable_cnt: Option<u64>,
+    pub softirq_disable_cnt: Option<u64>,
     /// Per-CPU offset of the pointer to the idle task.
     idle_threads: Option<u64>,
-    init_task: Va,
-    stack_size: u64,
-    comm: u64,
-    pid: u64,
-    stack: u64,
+    pub init_task: Va,
+    pub stack_size: u64,
+    pub comm: u64,
+    pub pid: u64,
+    pub stack: u64,
     saved_sp: u64,
     on_cpu: Option<u64>,
     /// `state` until 5.13. None: not known.
@@ -120,22 +116,11 @@ pub(super) struct Layout {
 
 impl Layout {
     pub fn new(lookup: &Lookup<'_>) -> anyhow::Result<Self> {
-        // 6.2 gathered the hot per-CPU variables in `pcpu_hot`; 6.15 took it apart again.
-        let hot =
-            |member, alone| match (lookup.percpu_if_any("pcpu_hot"), lookup.types.offset("pcpu_hot", member))
-            {
-                (Some(base), Some(offset)) => Ok(base + offset),
-                _ => lookup.percpu(alone),
-            };
         let task = |member| lookup.offset("task_struct", member);
-        let (_, stack_size) =
-            lookup.link("init_stack").context("The kernel image has no symbol init_stack")?;
-        // A label near the top of the initial stack (6.10) may split the symbol's range.
-        let stack_size = stack_size.next_power_of_two();
+        let stack_size = stack_size(lookup);
         anyhow::ensure!(STACK_SIZES.contains(&stack_size), "No kernel stack has {stack_size} bytes");
         Ok(Self {
-            current: hot("current_task", "current_task")?,
-            preempt_count: hot("preempt_count", "__preempt_count")?,
+            running: Running::new(lookup)?,
             softirq_disable_cnt: lookup.types.offset("task_struct", "softirq_disable_cnt"),
             idle_threads: lookup.percpu_if_any("idle_threads"),
             init_task: lookup.symbol("init_task")?,
@@ -143,7 +128,7 @@ impl Layout {
             comm: task("comm")?,
             pid: task("pid")?,
             stack: task("stack")?,
-            saved_sp: task("thread.sp")?,
+            saved_sp: task(SAVED_SP)?,
             on_cpu: lookup.types.offset("task_struct", "on_cpu"),
             state: ["__state", "state"].iter().find_map(|m| lookup.types.offset("task_struct", m)),
             exit_state: lookup.types.offset("task_struct", "exit_state"),
@@ -157,21 +142,13 @@ impl Layout {
 }
 
 impl Linux {
-    /// The task running on `cpu`.
-    ///
-    /// # Errors
-    /// The CPU's per-CPU area is not mapped (yet).
-    pub fn current(&self, memory: &impl PhysicalMemory, cpu: usize) -> Result<Va, MemoryError> {
-        self.read_va(memory, self.percpu_base(memory, cpu)? + self.tasks.current)
-    }
-
     /// What `cpu` is doing. Softirqs count only while they are served, as kmemleak has it
     /// (`in_serving_softirq`).
     ///
     /// # Errors
     /// The CPU's per-CPU area is not mapped (yet).
     pub fn context(&self, memory: &impl PhysicalMemory, cpu: usize) -> Result<Context, MemoryError> {
-        let count = self.read_u32(memory, self.percpu_base(memory, cpu)? + self.tasks.preempt_count)?;
+        let count = self.preempt_count(memory, cpu)?;
         let softirqs = match self.tasks.softirq_disable_cnt {
             Some(offset) => self.read_u32(memory, self.current(memory, cpu)? + offset)?,
             None => 0,
@@ -180,7 +157,7 @@ impl Linux {
     }
 
     /// What a CPU was doing whose counters and task's counter are these.
-    fn context_of(&self, preempt_count: u32, softirqs: u32) -> Context {
+    pub(super) fn context_of(&self, preempt_count: u32, softirqs: u32) -> Context {
         let softirqs = if self.tasks.softirq_disable_cnt.is_some() { softirqs } else { preempt_count };
         match (preempt_count & HARDIRQ_MASK, softirqs & SOFTIRQ_SERVING) {
             (0, 0) => Context::Task,
@@ -202,30 +179,6 @@ impl Linux {
         match self.context(memory, cpu)? {
             Context::Task => self.comm_and_pid(memory, self.current(memory, cpu)?),
             interrupt => Ok(interrupt.comm_and_pid()),
-        }
-    }
-
-    /// As [`Linux::allocating_comm_and_pid`], for an event that a stub wrote down.
-    pub fn recorded_comm_and_pid(&self, record: &Record) -> ([u8; 16], i32) {
-        let (preempt_count, softirqs) = record.counts();
-        match self.context_of(preempt_count, softirqs) {
-            Context::Task => record.task(),
-            interrupt => interrupt.comm_and_pid(),
-        }
-    }
-
-    /// What stubs read of where an event happens.
-    pub fn surroundings(&self) -> Surroundings {
-        let layout = &self.tasks;
-        Surroundings {
-            current: layout.current,
-            preempt_count: layout.preempt_count,
-            softirq_disable_cnt: layout.softirq_disable_cnt,
-            comm: layout.comm,
-            pid: layout.pid,
-            stack: layout.stack,
-            stack_size: layout.stack_size,
-            jiffies: self.addresses.jiffies_64,
         }
     }
 

@@ -134,7 +134,7 @@ fn per_cpu_variable(linux: &Linux, memory: &impl FrozenMemory, va: Va) -> Result
         return Ok(None);
     };
     for cpu in 0..linux.cpu_count(memory)? {
-        let link = va - linux.percpu_base(memory, cpu)?.0;
+        let link = va - linux.percpu_base(memory, cpu)?.0 - linux.percpu_slide();
         if !(start..end).contains(&link) {
             continue;
         }

@@ -12,7 +12,7 @@ pub use super::region::Region;
 use crate::arch::CpuState;
 use crate::linux::pages::{PageMap, Use};
 use crate::linux::tasks::Task;
-use crate::linux::{Linux, ModuleMap};
+use crate::linux::{Linux, ModuleMap, interrupt_stack};
 use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, Pa, Va};
 use std::ops::Range;
 
@@ -215,7 +215,7 @@ impl Roots {
             let stack = stack_of(task);
             let part = live_part(task, &cpus).unwrap_or(stack.end..stack.end);
             let sleeping = words.as_ref().filter(|_| !task.on_cpu);
-            let holes = sleeping.map_or_else(Vec::new, |words| words.of_task(memory, task.saved_sp));
+            let holes = sleeping.map_or_else(Vec::new, |words| words.of_task(memory, task));
             idle.extend(without(stack, std::slice::from_ref(&part)));
             dead.extend(within(&part, &holes));
             live.extend(without(part, &holes));
@@ -258,7 +258,7 @@ impl Roots {
     }
 }
 
-/// One CPU and its interrupt stack (arch/x86/include/asm/irq_stack.h).
+/// One CPU and its interrupt stack.
 struct Cpu {
     state: CpuState,
     /// The task it runs; 0 when that cannot be read.
@@ -272,7 +272,7 @@ struct Cpu {
 impl Cpu {
     fn new(linux: &Linux, memory: &impl FrozenMemory, state: &CpuState) -> Self {
         let current = linux.current(memory, state.index).unwrap_or_default();
-        let found = interrupt_stack(linux, memory, state.index);
+        let found = interrupt_stack(linux, memory, state);
         let (interrupt_stack, interrupted) = found.unwrap_or((Va(0)..Va(0), Va(0)));
         Self { state: *state, current, interrupt_stack, interrupted }
     }
@@ -359,29 +359,11 @@ fn stack_of(task: &Task) -> Range<Va> {
     task.stack..task.stack + task.stack_size
 }
 
-/// The interrupt stack of a CPU as it is mapped, and the word at its top.
-fn interrupt_stack(linux: &Linux, memory: &impl FrozenMemory, cpu: usize) -> Option<(Range<Va>, Va)> {
-    let types = linux.kernel.types.as_ref()?;
-    let size = types.size_of("irq_stack")?;
-    // 6.2 gathered the hot per-CPU variables in `pcpu_hot`.
-    let symbol =
-        |name| linux.kernel.symbols.lookup(name).map(|va| va.0).or_else(|| types.percpu_offset(name));
-    let offset = match (symbol("pcpu_hot"), types.offset("pcpu_hot", "hardirq_stack_ptr")) {
-        (Some(base), Some(member)) => base + member,
-        _ => symbol("hardirq_stack_ptr")?,
-    };
-    let top_word = Va(linux.read_u64(memory, linux.percpu_base(memory, cpu).ok()? + offset).ok()?);
-    let end = top_word + 8;
-    let interrupted = Va(linux.read_u64(memory, top_word).ok()?);
-    (top_word.0 >= size && end.0.is_multiple_of(PAGE_SIZE)).then_some((end - size..end, interrupted))
-}
-
 /// Stacks of dead tasks that CPUs keep for new ones: what is on them is stale.
 fn cached_stacks(linux: &Linux, memory: &impl FrozenMemory) -> Result<Vec<Va>, MemoryError> {
     let types = linux.kernel.types.as_ref();
     let Some(address) = types.and_then(|t| t.offset("vm_struct", "addr")) else { return Ok(Vec::new()) };
-    let symbol = linux.kernel.symbols.lookup("cached_stacks").map(|va| va.0);
-    let Some(offset) = symbol.or_else(|| types?.percpu_offset("cached_stacks")) else {
+    let Some(offset) = linux.percpu_offset("cached_stacks") else {
         return Ok(Vec::new());
     };
     let mut stacks = Vec::new();

@@ -1,5 +1,4 @@
-//! Stack unwinding with the kernel's own ORC tables (arch/x86/include/asm/orc_types.h,
-//! arch/x86/kernel/unwind_orc.c), or along frame pointers for a kernel without them.
+//! Stack unwinding with the kernel's own ORC tables, or along frame pointers for a kernel without them, as all arm64 ones are.
 //!
 //! A pure unwinder: the caller says where to start ([`Start`]), how to read a word of the stack, and which modules
 //! there are ([`ModuleTables`]); it gets return addresses as the kernel's stack_trace_save would. It runs at every
@@ -10,72 +9,26 @@
 //! `return_to_handler` (function graph tracer, kretprobes), which are in no table. Generated code is assumed to
 //! keep a frame pointer, as the kernel's unwinder assumes.
 
-mod format;
-mod frame_pointer;
-mod orc;
-mod sleeping;
-#[cfg(test)]
-mod tests;
-mod walk;
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
-use crate::arch::Registers;
 use crate::image::KernelImage;
 use crate::linux::ModuleMap;
 use crate::memory::Va;
 use crate::symbols::SymbolTable;
-pub use orc::OrcTable;
-pub use sleeping::SleepingFrame;
-use std::ops::Range;
+#[cfg(target_arch = "aarch64")]
+use aarch64 as platform;
+use platform::MODULE_SPACE;
+pub use platform::{HAS_TABLES, OrcTable, SleepingFrame, Start};
+#[cfg(target_arch = "x86_64")]
+use x86_64 as platform;
 
-/// Where modules and generated code (BPF) live, and nothing else does: Documentation/arch/x86/x86_64/mm.rst,
-/// "module mapping space". Kernel text, which KASLR may slide into its lower part, is looked for first.
-const MODULE_SPACE: Range<u64> = 0xffff_ffff_a000_0000..0xffff_ffff_ff00_0000;
-/// Stacks that can be nested in one another on a CPU: task, entry, interrupt, and one per exception type with
-/// its own (arch/x86/include/asm/page_64_types.h). Going down in memory more often is no stack.
+/// Stacks that can be nested in one another on a CPU: task, entry, interrupt, overflow, and one per exception type with its
+/// own (arch/x86/include/asm/page_64_types.h, arch/arm64/include/asm/stacktrace.h). Going down in memory more often is no
+/// stack.
 const MAX_STACKS: u32 = 8;
-
-/// Registers that are only known while they are live: realigned stacks and entry code find their frame by them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[allow(missing_docs, reason = "the names are the architecture's")]
-pub struct Scratch {
-    pub r10: u64,
-    pub r13: u64,
-    pub di: u64,
-    pub dx: u64,
-}
-
-/// Where an unwind starts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Start {
-    /// First address of the trace.
-    pub ip: Va,
-    /// Stack pointer.
-    pub sp: Va,
-    /// Frame pointer register, whatever it holds.
-    pub bp: Va,
-    /// The other registers, when the code at `ip` is being executed.
-    pub scratch: Option<Scratch>,
-    /// `ip` is the next instruction to execute; false when it is a return address, whose call is looked up.
-    pub exact: bool,
-}
-
-impl Start {
-    /// A CPU about to execute the instruction at its instruction pointer.
-    pub fn running(registers: &Registers) -> Self {
-        Self {
-            ip: registers.ip(),
-            sp: registers.sp(),
-            bp: Va(registers.rbp),
-            scratch: Some(Scratch {
-                r10: registers.r10,
-                r13: registers.r13,
-                di: registers.rdi,
-                dx: registers.rdx,
-            }),
-            exact: true,
-        }
-    }
-}
 
 /// Why a trace ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -226,14 +179,25 @@ impl<'a> Unwinder<'a> {
         read_word: impl FnMut(Va) -> Option<u64>,
         visit: impl FnMut(StackFrame) -> bool,
     ) -> End {
-        match self.orc {
-            Some(orc) => self.walk(orc, modules, start, read_word, visit),
-            None => self.walk_frame_pointers(start, read_word, visit),
-        }
+        self.walk(modules, start, read_word, visit)
+    }
+
+    /// As the kernel's __kernel_text_address, which ends its traces; modules cannot be told from other uses of
+    /// their space.
+    #[inline]
+    fn is_code(&self, ip: Va, exact: bool) -> bool {
+        let called = if exact { ip } else { ip - 1 };
+        self.is_kernel_text(called) || MODULE_SPACE.contains(&called.0)
     }
 
     #[inline]
     fn is_kernel_text(&self, ip: Va) -> bool {
         self.text.contains(ip - self.slide)
     }
+}
+
+/// Reads a word of the stack or ends the trace.
+#[inline]
+fn word(read: &mut impl FnMut(Va) -> Option<u64>, va: Va) -> Result<u64, End> {
+    read(va).ok_or(End::Unreadable(va))
 }

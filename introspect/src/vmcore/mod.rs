@@ -14,12 +14,10 @@ mod notes;
 mod read;
 #[cfg(test)]
 mod tests;
-mod vmcoreinfo;
 mod write;
 
 pub use notes::Attached;
 pub use read::{Piece, Vmcore};
-pub use vmcoreinfo::placement;
 pub use write::{Content, Head};
 
 /// `PT_LOAD` and `PT_NOTE` (ELF-64 Object File Format, "Program header").

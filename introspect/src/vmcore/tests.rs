@@ -57,7 +57,7 @@ fn what_is_laid_out_is_read() {
     assert!(start.is_multiple_of(PAGE_SIZE));
     let attached = Attached { crc: 0x1234, offset: file.len() as u64 - 30, len: 10, kernel_len: 20 };
     assert_eq!(core.attached, Some(attached));
-    let placed = placement(&core.vmcoreinfo.unwrap()).unwrap();
+    let placed = Placement::from_vmcoreinfo(&core.vmcoreinfo.unwrap()).unwrap();
     assert_eq!(placed, Placement { slide: 0x1a00_0000, phys_base: 0x19ff_f000, levels: 4 });
 }
 
@@ -93,9 +93,9 @@ fn other_files_are_named() {
 
 #[test]
 fn a_kernel_that_says_too_little_is_refused() {
-    assert!(placement("OSRELEASE=6.1").is_err());
-    assert!(placement("NUMBER(phys_base)=0\nKERNELOFFSET=x").is_err());
-    let five = placement("NUMBER(phys_base)=0\nNUMBER(pgtable_l5_enabled)=1").unwrap();
+    assert!(Placement::from_vmcoreinfo("OSRELEASE=6.1").is_err());
+    assert!(Placement::from_vmcoreinfo("NUMBER(phys_base)=0\nKERNELOFFSET=x").is_err());
+    let five = Placement::from_vmcoreinfo("NUMBER(phys_base)=0\nNUMBER(pgtable_l5_enabled)=1").unwrap();
     assert_eq!(five, Placement { slide: 0, phys_base: 0, levels: 5 });
 }
 

@@ -4,6 +4,7 @@
 use super::failure::Failure;
 use super::options::{Reports, RunOptions};
 use super::values::format_size;
+use crate::lab;
 use crate::machine::{MAX_DISKS, MEMORY_LIMITS};
 use crate::meminfo;
 use crate::saved;
@@ -25,7 +26,7 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
         input_file(initrd, "initrd", "check --initrd, or leave it out to boot the embedded initramfs")?;
     }
     for module in &options.modules {
-        check_module(&module.path)?;
+        check_module(&module.path, lab::guest_arch(options))?;
     }
     for file in &options.files {
         input_file(&file.host, "file", "check the HOST part of --file HOST:GUEST")?;
@@ -84,6 +85,12 @@ fn check_disks(options: &RunOptions) -> anyhow::Result<()> {
             .hint("check --disk")
             .into());
     }
+    if let (Some(lab), false) = (lab::foreign(options), options.disks.is_empty()) {
+        let what = format!("The lab {lab} has no disks on a host of another architecture");
+        return Err(Failure::usage(what)
+            .hint("leave --disk out, or bring what is needed with --file")
+            .into());
+    }
     for disk in &options.disks {
         let what = || Failure::usage(format!("Cannot use disk {}", disk.path.display()));
         let there = std::fs::metadata(&disk.path).with_context(|| what().hint("check --disk"))?;
@@ -116,7 +123,7 @@ fn check_command(options: &RunOptions) -> anyhow::Result<()> {
 }
 
 /// A module is a relocatable ELF file for the guest's machine; whether it fits the kernel is seen later.
-fn check_module(path: &Path) -> anyhow::Result<()> {
+fn check_module(path: &Path, arch: &str) -> anyhow::Result<()> {
     const ET_REL: u16 = 1;
     let head = input_file(path, "module", "check --module")?;
     let failure = |what: &str| {
@@ -133,7 +140,7 @@ fn check_module(path: &Path) -> anyhow::Result<()> {
     // e_type and e_machine of the ELF header (System V ABI, "ELF Header").
     let field = |at: usize| head.get(at..at + 2).map(|b| u16::from_le_bytes([b[0], b[1]]));
     match (field(16), field(18)) {
-        (Some(ET_REL), Some(MODULE_MACHINE)) => Ok(()),
+        (Some(ET_REL), Some(machine)) if machine == module_machine(arch) => Ok(()),
         (Some(ET_REL), Some(other)) => {
             Err(failure(&format!("built for another machine (ELF machine {other})")).into())
         }
@@ -142,12 +149,13 @@ fn check_module(path: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// `e_machine` of the guest's modules.
-#[cfg(target_arch = "x86_64")]
-const MODULE_MACHINE: u16 = 62;
-/// `e_machine` of the guest's modules.
-#[cfg(target_arch = "aarch64")]
-const MODULE_MACHINE: u16 = 183;
+/// `e_machine` of modules for an architecture (System V ABI, "ELF Header", and its supplement for arm64).
+fn module_machine(arch: &str) -> u16 {
+    match arch {
+        "aarch64" => 183,
+        _ => 62,
+    }
+}
 
 /// Opens a file for reading, as it will be later; returns its first bytes (up to 64).
 pub(crate) fn input_file(path: &Path, what: &str, hint: &str) -> anyhow::Result<Vec<u8>> {
@@ -237,6 +245,7 @@ mod tests {
     use super::super::failure::{ExitCode, exit_code, render};
     use super::*;
     use clap::Parser;
+    use std::env::consts::ARCH;
     use std::path::PathBuf;
 
     #[derive(Parser)]
@@ -337,7 +346,7 @@ mod tests {
         let mut elf = vec![0u8; 64];
         elf[..4].copy_from_slice(b"\x7fELF");
         elf[16] = 1;
-        elf[18] = MODULE_MACHINE as u8;
+        elf[18] = module_machine(ARCH) as u8;
         let with = |name: &str, change: fn(&mut Vec<u8>)| {
             let mut bytes = elf.clone();
             change(&mut bytes);

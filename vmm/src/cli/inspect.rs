@@ -1,6 +1,7 @@
 //! `kleak-vmm inspect`.
 
 use super::{CtlOptions, ExitCode, Failure, InspectOptions, check, ctl, print};
+use crate::arch::TrapInstruction;
 use crate::run;
 use anyhow::Context;
 use guest_profiles::annotations::{Action, Annotation};
@@ -11,7 +12,7 @@ use introspect::inspect::Inspection;
 use introspect::kernel::Kernel;
 use introspect::scan::has_function;
 use serde::Serialize;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 /// All that is printed.
@@ -19,7 +20,8 @@ use std::fmt::Write;
 struct Output {
     #[serde(flatten)]
     image: Inspection,
-    hooks: HookPart,
+    /// Which of the built-in hooks apply, by trap instruction: sizes of these differ, so places may too.
+    hooks: BTreeMap<TrapInstruction, Traps>,
     annotations: Vec<AnnotationPart>,
 }
 
@@ -33,13 +35,6 @@ struct AnnotationPart {
     /// False: the kernel has none of its functions. Modules, which may have them, are not in the image; nor are caches.
     applies: bool,
     reason: String,
-}
-
-/// Which of the built-in hooks apply. Sizes of the trap instruction differ, so places may too.
-#[derive(Serialize)]
-struct HookPart {
-    int3: Traps,
-    pio: Traps,
 }
 
 #[derive(Serialize)]
@@ -61,7 +56,7 @@ pub fn inspect(options: &InspectOptions) -> anyhow::Result<ExitCode> {
     let unusable = || Failure::usage("").hint("give an x86-64 bzImage or a vmlinux ELF with kallsyms in it");
     let image = KernelImage::open(path).with_context(unusable)?;
     let kernel = run::recover(image, types).with_context(unusable)?;
-    let hooks = HookPart { int3: traps(&kernel, 1), pio: traps(&kernel, 2) };
+    let hooks = TrapInstruction::ALL.iter().map(|trap| (*trap, traps(&kernel, trap.len()))).collect();
     let output = Output { image: Inspection::of(&kernel), hooks, annotations: annotations(&kernel) };
     print(&if options.json { serde_json::to_string(&output)? + "\n" } else { text(&output) })?;
     Ok(ExitCode::Success)
@@ -101,7 +96,8 @@ fn annotations(kernel: &Kernel) -> Vec<AnnotationPart> {
 
 fn text(output: &Output) -> String {
     let mut text = output.image.to_string();
-    for (name, traps) in [("int3", &output.hooks.int3), ("pio", &output.hooks.pio)] {
+    for (trap, traps) in &output.hooks {
+        let name = trap.name();
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,

@@ -1,6 +1,7 @@
 //! Options of `kleak-vmm run`.
 
 use super::values::{self, DiskSpec, FileSpec, GdbSpec, ModuleSpec};
+pub use crate::arch::TrapChoice;
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches, ValueEnum};
 use guest_profiles::hooks::Tracked;
 use introspect::report::Order;
@@ -20,17 +21,6 @@ pub enum TracerChoice {
     Off,
 }
 
-/// Which trap instruction the breakpoint tracer plants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum TrapChoice {
-    /// `int3` where the probe says it works, else `pio`.
-    Auto,
-    /// One byte, a debug exit.
-    Int3,
-    /// Two bytes, a port-write exit.
-    Pio,
-}
-
 /// Whether to run inside a helper Linux under emulation, which has a KVM that works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LabChoice {
@@ -42,6 +32,10 @@ pub enum LabChoice {
     Svm,
     /// Always, with Intel's virtualisation emulated by Bochs: slower, but with breakpoint exits.
     Vmx,
+    /// Always, with arm64's virtualisation emulated by QEMU: for arm64 kernels.
+    // Not on the command line before the tests boot guests in it.
+    #[value(skip)]
+    Arm,
 }
 
 /// How many levels of page tables the kernel starts with.

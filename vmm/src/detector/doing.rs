@@ -6,37 +6,13 @@ use crate::console::Answer;
 use anyhow::{Context, Result, bail};
 use introspect::accounting::processes;
 use introspect::accounting::tasks::{self, Doing};
-use introspect::arch::{CpuState, Registers};
+use introspect::arch::CpuState;
 use introspect::linux::ModuleMap;
 use introspect::linux::tasks::Task;
 use introspect::memory::Va;
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 use std::sync::PoisonError;
-
-/// Registers in print order.
-fn named(r: &Registers) -> [(&'static str, u64); 18] {
-    [
-        ("rax", r.rax),
-        ("rbx", r.rbx),
-        ("rcx", r.rcx),
-        ("rdx", r.rdx),
-        ("rsi", r.rsi),
-        ("rdi", r.rdi),
-        ("rbp", r.rbp),
-        ("rsp", r.rsp),
-        ("r8", r.r8),
-        ("r9", r.r9),
-        ("r10", r.r10),
-        ("r11", r.r11),
-        ("r12", r.r12),
-        ("r13", r.r13),
-        ("r14", r.r14),
-        ("r15", r.r15),
-        ("rip", r.rip),
-        ("rflags", r.rflags),
-    ]
-}
 
 impl Detector {
     pub(super) fn tasks_now(&self) -> Result<Answer> {
@@ -138,11 +114,11 @@ impl Detector {
         for cpu in paused.cpus() {
             self.cpu_text(cpu, &mut text);
             let hex = |(name, value): (&str, u64)| (name.to_owned(), json!(format!("{value:#x}")));
-            let mut members: Map<String, Value> = named(&cpu.registers).into_iter().map(hex).collect();
+            let mut members: Map<String, Value> = cpu.registers.named().into_iter().map(hex).collect();
             members.insert("cpu".into(), json!(cpu.index));
             members.insert("online".into(), json!(cpu.online));
             members.insert("user_mode".into(), json!(cpu.user_mode));
-            members.extend([("cr3", cpu.root.0), ("gs_base", cpu.gs_base)].map(hex));
+            members.extend(cpu.named().map(hex));
             json.push(Value::Object(members));
         }
         Ok(Answer { text, json: json!({ "regs": json }) })
@@ -158,8 +134,7 @@ impl Detector {
         let symbol = if cpu.user_mode { None } else { self.name(ip) };
         let _ =
             writeln!(text, "cpu {}: {mode} mode, {}", cpu.index, symbol.unwrap_or_else(|| ip.to_string()));
-        let bases = [("cr3", cpu.root.0), ("gs_base", cpu.gs_base)];
-        let all: Vec<(&str, u64)> = named(&cpu.registers).into_iter().chain(bases).collect();
+        let all: Vec<(&str, u64)> = cpu.registers.named().into_iter().chain(cpu.named()).collect();
         for line in all.chunks(4) {
             let cells: Vec<String> =
                 line.iter().map(|(name, value)| format!("{name:>7} {value:016x}")).collect();

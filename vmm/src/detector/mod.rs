@@ -53,7 +53,7 @@ pub struct HostFacts {
     pub kvm: String,
     /// "breakpoint", "ring" or "off".
     pub tracer: String,
-    /// "int3" or "pio".
+    /// "int3", "pio" or "brk".
     pub trap: String,
     /// Name of the lab this runs in, if any.
     pub lab: Option<String>,

@@ -109,7 +109,7 @@ impl Allocator {
         if let Some(frame) = &self.sleeping {
             let tasks = linux.tasks(memory)?;
             let asleep = tasks.iter().filter(|t| !t.on_cpu && t.stack != Va(0));
-            starts.extend(asleep.filter_map(|t| frame.start(t.saved_sp, linux.placement.slide, &mut read)));
+            starts.extend(asleep.filter_map(|t| frame.start(t, linux.placement.slide, &mut read)));
         }
         let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
         let unwinder = recorder.unwinder();

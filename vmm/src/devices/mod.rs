@@ -1,6 +1,11 @@
 //! Devices of the machine: serial ports, disks. A device owns its registers and nothing else; what an access means for the
 //! machine (power off, reset) is an action it returns.
 
+#[cfg(target_arch = "aarch64")]
+#[path = "pl011.rs"]
+pub mod serial;
+#[cfg(target_arch = "x86_64")]
+#[path = "uart16550.rs"]
 pub mod serial;
 pub mod virtio;
 

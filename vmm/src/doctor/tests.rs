@@ -1,11 +1,11 @@
 use super::*;
+use crate::arch::TrapInstruction;
 use crate::probe::{Capability, Outcome};
 
 fn good_probe() -> Probe {
     let works = Outcome::Works { exit_ns: 1500 };
     Probe {
-        int3: works.clone(),
-        pio: works.clone(),
+        traps: TrapInstruction::ALL.iter().map(|trap| (*trap, works.clone())).collect(),
         hardware_breakpoint: Some(works),
         ring0_mips: Ok(4000.0),
         sync_regs: true,
@@ -16,7 +16,9 @@ fn good_probe() -> Probe {
 
 fn emulated_probe() -> Probe {
     let reason = "the trap brought an internal error of KVM (suberror 1)".to_owned();
-    Probe { int3: Outcome::Fails { reason }, ring0_mips: Ok(1.6), ..good_probe() }
+    let mut probe = Probe { ring0_mips: Ok(1.6), ..good_probe() };
+    probe.traps.insert(TrapInstruction::ALL[0], Outcome::Fails { reason });
+    probe
 }
 
 fn lab(qemu: bool, prepared: bool) -> LabReport {

@@ -72,9 +72,10 @@ fn probe_lines(f: &mut Formatter<'_>, indent: &str, probe: &Probe) -> fmt::Resul
         Err(why) => format!("no: {why}"),
     };
     line(f, &format!("{indent}kernel mode"), &speed)?;
-    let hardware = probe.hardware_breakpoint.as_ref().map(|outcome| ("hardware breakpoint", outcome));
-    let traps = [("int3 trap", &probe.int3), ("port write trap", &probe.pio)];
-    for (name, outcome) in traps.into_iter().chain(hardware) {
+    let hardware =
+        probe.hardware_breakpoint.as_ref().map(|outcome| ("hardware breakpoint".to_owned(), outcome));
+    let traps = probe.traps.iter().map(|(trap, outcome)| (format!("{} trap", trap.words()), outcome));
+    for (name, outcome) in traps.chain(hardware) {
         let found = match outcome {
             Outcome::Works { exit_ns } => format!("yes, {:.1} µs an exit", *exit_ns as f64 / 1000.0),
             Outcome::Fails { reason } => format!("no: {reason}"),

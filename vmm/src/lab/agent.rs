@@ -100,8 +100,8 @@ fn run(lab: Lab, link: &Arc<Link>, input: LineReader, spec: &JobSpec) -> Result<
             start_other_cpus().context("starting the other CPUs")?;
             off_first_cpu(start).context("choosing the job's CPUs")??
         }
-        // It has one.
-        Lab::Vmx => start()?,
+        // `vmx` has one; what keeps `svm`'s jobs off it is none of arm64's.
+        Lab::Vmx | Lab::Arm => start()?,
     };
     if let Some(stdin) = streams.stdin {
         link.receive(Stream::STDIN, stdin, |_, _| {})?;

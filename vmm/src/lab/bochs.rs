@@ -176,7 +176,7 @@ fn disc(machine: &Machine<'_>) -> Result<File> {
     source.rewind()?;
     io::copy(&mut source, &mut File::create(&initrd)?).context("writing the initramfs")?;
     let loading = scratch.path().join("isolinux.cfg");
-    let arguments = kernel_arguments(Lab::Vmx, INSTRUCTIONS_PER_S / 1000);
+    let arguments = kernel_arguments(Lab::Vmx, Some(INSTRUCTIONS_PER_S / 1000));
     fs::write(
         &loading,
         format!("default lab\nlabel lab\nlinux /vmlinuz\ninitrd /initrd\nappend {arguments}\n"),

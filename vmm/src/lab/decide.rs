@@ -2,8 +2,10 @@
 
 use images::lab::Lab;
 
+use std::env::consts::ARCH;
+
 use crate::cli::Failure;
-use crate::cli::options::LabChoice;
+use crate::cli::options::{LabChoice, RunOptions};
 use crate::probe::{Probe, ProbeError};
 
 /// Where a virtual machine is to run.
@@ -22,12 +24,7 @@ pub fn decide(
     wish: LabChoice,
     probe: impl FnOnce() -> Result<Probe, ProbeError>,
 ) -> Result<Decision, Failure> {
-    let wished = match wish {
-        LabChoice::Svm => Some(Lab::Svm),
-        LabChoice::Vmx => Some(Lab::Vmx),
-        LabChoice::Auto | LabChoice::Never => None,
-    };
-    if let Some(lab) = wished {
+    if let Some(lab) = wished(wish) {
         return Ok(Decision::Lab(lab, None));
     }
     let (reason, hint) = match probe() {
@@ -39,20 +36,47 @@ pub fn decide(
     };
     match wish {
         LabChoice::Never => Err(Failure::host(format!("No usable KVM: {reason}")).hint(hint)),
-        _ => Ok(Decision::Lab(Lab::Svm, Some(reason))),
+        _ => Ok(Decision::Lab(own_lab(), Some(reason))),
     }
+}
+
+/// The lab that was asked for.
+fn wished(wish: LabChoice) -> Option<Lab> {
+    match wish {
+        LabChoice::Svm => Some(Lab::Svm),
+        LabChoice::Vmx => Some(Lab::Vmx),
+        LabChoice::Arm => Some(Lab::Arm),
+        LabChoice::Auto | LabChoice::Never => None,
+    }
+}
+
+/// The lab where guests of this host's architecture go by themselves.
+pub fn own_lab() -> Lab {
+    let mut labs = Lab::ALL.into_iter();
+    labs.find(|lab| lab.arch() == ARCH).unwrap_or(Lab::Svm)
+}
+
+/// The lab of another architecture that was asked for. All else of the guest is looked at there: this program knows its own
+/// architecture's kernels only.
+pub fn foreign(options: &RunOptions) -> Option<Lab> {
+    wished(options.lab).filter(|lab| lab.arch() != ARCH)
+}
+
+/// The architecture of the guest, as Rust names it.
+pub fn guest_arch(options: &RunOptions) -> &'static str {
+    foreign(options).map_or(ARCH, Lab::arch)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::TrapInstruction;
     use crate::probe::{Outcome, Probe};
 
     fn probe(mips: f64) -> Probe {
         let works = Outcome::Works { exit_ns: 1000 };
         Probe {
-            int3: works.clone(),
-            pio: works.clone(),
+            traps: TrapInstruction::ALL.iter().map(|trap| (*trap, works.clone())).collect(),
             hardware_breakpoint: Some(works),
             ring0_mips: Ok(mips),
             sync_regs: true,

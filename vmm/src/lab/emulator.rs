@@ -56,6 +56,7 @@ pub struct Program {
 pub const fn program(lab: Lab) -> Program {
     match lab {
         Lab::Svm => qemu::PROGRAM,
+        Lab::Arm => qemu::ARM_PROGRAM,
         Lab::Vmx => bochs::PROGRAM,
     }
 }
@@ -70,7 +71,7 @@ impl Emulator {
     /// Starts `lab`'s machine; also the host's end of its line.
     pub fn start(lab: Lab, program: &Path, machine: &Machine<'_>) -> Result<(Self, File)> {
         match lab {
-            Lab::Svm => qemu::start(program, machine),
+            Lab::Svm | Lab::Arm => qemu::start(lab, program, machine),
             Lab::Vmx => bochs::start(program, machine),
         }
     }

@@ -56,6 +56,7 @@ const fn silence(lab: Lab) -> Duration {
         Lab::Svm => Duration::from_secs(90),
         // Boots for a minute, two on a loaded host.
         Lab::Vmx => Duration::from_secs(400),
+        Lab::Arm => Duration::from_secs(180),
     }
 }
 
@@ -149,7 +150,7 @@ impl<'a> Session<'a> {
         let folders =
             parents.chain([job.cwd.as_path()]).map(Path::to_owned).chain(job.folders.iter().cloned());
         let content = Content { inputs: job.inputs.clone(), folders: folders.collect() };
-        let initrd = payload::build(&lab.modules, &content)
+        let initrd = payload::build(&lab.modules, &job.binary, &content)
             .context(Failure::host("Cannot pack the files of the lab"))?;
         let mem_bytes = job.lab_memory(initrd.size);
         let machine = Machine {

@@ -28,6 +28,8 @@ const VARIABLES: [&str; 8] = ["PATH", "TERM", "LANG", "LC_", "COLUMNS", "LINES",
 pub struct Job {
     /// Where.
     pub lab: Lab,
+    /// The program.
+    pub binary: PathBuf,
     /// Arguments, the program's name first.
     pub argv: Vec<String>,
     /// Environment, all of it.
@@ -58,7 +60,7 @@ impl Job {
     /// A command without files.
     ///
     /// # Errors
-    /// There is no working directory.
+    /// There is no working directory, or no program for the lab.
     pub fn new(lab: Lab, argv: impl IntoIterator<Item = impl Into<String>>) -> Result<Self> {
         let kept = |name: &str| VARIABLES.iter().any(|beginning| name.starts_with(beginning));
         let mut env: Vec<_> = std::env::vars_os()
@@ -68,6 +70,7 @@ impl Job {
         env.push((ENVIRONMENT.to_owned(), lab.to_string()));
         Ok(Self {
             lab,
+            binary: super::binary(lab)?,
             argv: argv.into_iter().map(Into::into).collect(),
             env,
             cwd: std::env::current_dir().context(Failure::host("Cannot tell the working directory"))?,
@@ -135,7 +138,9 @@ impl Job {
         job.inputs.extend(needed_modules(&options, drivers).into_iter().map(|path| job.cwd.join(path)));
         let script = options.exec.as_deref().and_then(images::initramfs::command_file);
         job.inputs.extend(script.map(|file| job.cwd.join(file.host)));
-        job.inputs.extend(images::initramfs::find_busybox());
+        // A lab of another architecture has its own.
+        let busybox = images::initramfs::find_busybox().filter(|_| lab.arch() == std::env::consts::ARCH);
+        job.inputs.extend(busybox);
         Ok(job)
     }
 

@@ -22,7 +22,7 @@ const SERIAL_TRIGGER: (&str, &str) = ("/sys/class/tty/ttyS1/rx_trig_bytes", "1")
 /// Opens the line.
 pub fn open(lab: Lab) -> Result<File> {
     match lab {
-        Lab::Svm => open_virtio(),
+        Lab::Svm | Lab::Arm => open_virtio(),
         Lab::Vmx => open_serial(),
     }
 }

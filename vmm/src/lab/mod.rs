@@ -6,8 +6,10 @@
 //! | --- | --- | --- | --- | --- |
 //! | `svm` | QEMU's TCG (`qemu.rs`) | AMD's SVM | virtio-serial | `-initrd` |
 //! | `vmx` | Bochs (`bochs.rs`) | Intel's VMX | a UART | a CD |
+//! | `arm` | QEMU's TCG (`qemu.rs`) | arm64's EL2 | virtio-serial | `-initrd` |
 //!
-//! QEMU is several times faster, and has no breakpoint exits; Bochs has them.
+//! QEMU is several times faster than Bochs, and has no breakpoint exits on x86-64. `arm` is for arm64 guests; on an x86-64 host
+//! another binary runs in it, one for arm64.
 //!
 //! ```text
 //! kleak-vmm run ...      host.rs  ==[ wire.rs over a serial port ]==  agent.rs      kleak-vmm run ... --lab never
@@ -46,7 +48,7 @@ use images::lab::LabFiles;
 use images::module_file::WantedModule;
 
 pub use bochs::is_installed as bochs_is_installed;
-pub use decide::{Decision, decide};
+pub use decide::{Decision, decide, foreign, guest_arch, own_lab};
 pub use emulator::{Program, program};
 pub use exports::Export;
 pub use images::lab::Lab;
@@ -84,14 +86,45 @@ pub fn is_prepared(lab: Lab) -> bool {
 /// The helper's command line: quick to boot, quiet, and dead when it panics, which ends the emulator. What is left out
 /// serves tracing, BPF and module signatures, and takes 0.8 s of 1.8 under QEMU. It boots on one CPU, the agent starts the
 /// others when the kernel has patched itself: see [`idle_vm`].
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr no5lvl tsc=reliable \
-    no_timer_check maxcpus=1 rootfstype=ramfs preempt=none audit=0 lsm=capability initcall_blacklist=jent_mod_init,\
-    load_system_certificate_list,trace_eval_init,init_kprobe_trace,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init,\
-    crypto_algapi_init,crypto_kdf108_init rdinit=/kleak-vmm";
+const KERNEL_ARGUMENTS: &str = "quiet panic=-1 oops=panic mitigations=off nokaslr rootfstype=ramfs preempt=none audit=0 \
+    lsm=capability initcall_blacklist=jent_mod_init,load_system_certificate_list,trace_eval_init,init_kprobe_trace,\
+    bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init,crypto_algapi_init,crypto_kdf108_init rdinit=/kleak-vmm";
 
-/// The helper's command line in `lab`, on a machine whose time-stamp counter has `counter_khz`.
-fn kernel_arguments(lab: Lab, counter_khz: u64) -> String {
-    format!("tsc_early_khz={counter_khz} {KERNEL_ARGUMENTS} -- {} {lab}", agent::ARGUMENT)
+/// The helper's command line in `lab`, on a machine whose time-stamp counter has `counter_khz`, where it has one.
+fn kernel_arguments(lab: Lab, counter_khz: Option<u64>) -> String {
+    let machine = match lab {
+        Lab::Svm | Lab::Vmx => "console=ttyS0 no5lvl tsc=reliable no_timer_check maxcpus=1",
+        Lab::Arm => "console=ttyAMA0",
+    };
+    let counter = counter_khz.map(|khz| format!("tsc_early_khz={khz} ")).unwrap_or_default();
+    format!("{counter}{machine} {KERNEL_ARGUMENTS} -- {} {lab}", agent::ARGUMENT)
+}
+
+/// What the binary for `lab` is called beside this one, where it is not this one.
+fn binary_name(lab: Lab) -> String {
+    format!("kleak-vmm-{}", lab.arch())
+}
+
+/// The binary to run in `lab`.
+///
+/// # Errors
+/// The lab's machine is of another architecture, and there is no binary for it beside this one.
+fn binary(lab: Lab) -> Result<PathBuf> {
+    if lab.arch() == std::env::consts::ARCH {
+        return Ok("/proc/self/exe".into());
+    }
+    let own = std::env::current_exe().context(Failure::host("Cannot tell where this program is"))?;
+    let beside = own.with_file_name(binary_name(lab));
+    if beside.is_file() {
+        return Ok(beside);
+    }
+    let what =
+        format!("The lab {lab} needs a kleak-vmm for {}, and there is no {}", lab.arch(), beside.display());
+    let hint = match lab {
+        Lab::Arm => "cargo xtask build --arm64 makes it; it has its place beside this program",
+        Lab::Svm | Lab::Vmx => "it has its place beside this program",
+    };
+    Err(Failure::host(what).hint(hint).into())
 }
 
 /// `kleak-vmm run` in `lab`, with the drivers of its disks; `reason` is why it does not run here, where the user did not ask for the lab.

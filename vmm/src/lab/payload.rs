@@ -65,8 +65,8 @@ fn walk(path: &Path) -> Result<(String, Vec<String>)> {
     Ok((joined(&parts), folders))
 }
 
-/// Builds the initramfs: `modules` (an archive), then everything else.
-pub fn build(modules: &Path, content: &Content) -> Result<Initrd> {
+/// Builds the initramfs: `modules` (an archive), then `binary` and everything else.
+pub fn build(modules: &Path, binary: &Path, content: &Content) -> Result<Initrd> {
     let mut file = anonymous_file(c"kleak-lab-initrd")?;
     let mut source = File::open(modules).with_context(|| format!("opening {}", modules.display()))?;
     let copied =
@@ -75,7 +75,7 @@ pub fn build(modules: &Path, content: &Content) -> Result<Initrd> {
     let mut builder =
         Builder { cpio: CpioWriter::new(BufWriter::with_capacity(1 << 20, file)), seen: BTreeSet::new() };
     builder.base()?;
-    builder.own_binary()?;
+    builder.binary(binary)?;
     for folder in &content.folders {
         let path = builder.folders_above(folder)?;
         if path != "/" {
@@ -116,11 +116,10 @@ impl<W: Write> Builder<W> {
         Ok(self.cpio.device("/dev/console", 0o600, DeviceKind::Character, 5, 1)?)
     }
 
-    /// This binary without what only debuggers read, and the libraries it runs with where it is not static.
-    fn own_binary(&mut self) -> Result<()> {
-        let path = Path::new("/proc/self/exe");
-        let binary = fs::read(path).context("reading this program's own file")?;
-        let elf = Elf::parse(&binary).context("this program's own file")?;
+    /// The binary without what only debuggers read, and the libraries that this one runs with where it is not static.
+    fn binary(&mut self, path: &Path) -> Result<()> {
+        let binary = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        let elf = Elf::parse(&binary).with_context(|| path.display().to_string())?;
         self.cpio.file(BINARY, 0o755, &elf.loadable())?;
         let Some(interpreter) = elf.interpreter else { return Ok(()) };
         let bytes = fs::read(&interpreter).with_context(|| format!("reading {interpreter}"))?;
@@ -285,16 +284,17 @@ mod tests {
         fs::write(folder.join("sub/file"), b"content").unwrap();
         std::os::unix::fs::symlink("nowhere", folder.join("dangling")).unwrap();
         fs::write(folder.join("modules"), b"").unwrap();
+        let binary = Path::new("/proc/self/exe");
         let content = Content {
             inputs: vec![folder.clone(), folder.join("sub/../sub/file")],
             folders: vec![folder.join("out"), "/".into()],
         };
-        let initrd = build(&folder.join("modules"), &content).unwrap();
+        let initrd = build(&folder.join("modules"), binary, &content).unwrap();
         assert!(initrd.size > 1000);
         let missing = Content { inputs: vec![folder.join("missing")], ..content.clone() };
-        assert!(build(&folder.join("modules"), &missing).is_err());
+        assert!(build(&folder.join("modules"), binary, &missing).is_err());
         let device = Content { inputs: vec!["/dev/null".into()], ..content };
-        assert!(build(&folder.join("modules"), &device).is_err());
+        assert!(build(&folder.join("modules"), binary, &device).is_err());
         fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! QEMU as the lab's machine: emulated in software, with AMD's SVM. The line is a virtio serial port.
+//! QEMU as the lab's machine: emulated in software, with AMD's SVM or arm64's EL2. The line is a virtio serial port.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -18,12 +18,52 @@ use crate::arch::counter_khz;
 /// The program.
 pub const PROGRAM: Program =
     Program { name: "QEMU", file: "qemu-system-x86_64", packages: "qemu-system-x86" };
+/// The program for `arm`.
+pub const ARM_PROGRAM: Program =
+    Program { name: "QEMU", file: "qemu-system-aarch64", packages: "qemu-system-arm" };
 /// A firmware that does nothing but start a kernel, half a second faster than the default.
 const FIRMWARE: &str = "/usr/share/qemu/qboot.rom";
 /// The CPU: everything QEMU can, but no XSAVE, which makes each exit from a guest a tenth longer.
 const CPU: &str = "max,-xsave";
 /// The same without five-level page tables, which make each walk longer. The helper itself has four in any case.
 const CPU_OF_FOUR_LEVELS: &str = "max,-xsave,la57=off";
+/// The same for `arm`: no pointer authentication by a cipher that takes hundreds of host instructions, no 52-bit addresses,
+/// no SVE, whose registers are long.
+const ARM_CPU: &str = "max,pauth-impdef=on,lpa2=off,sve=off,sme=off";
+
+/// What differs between the machines.
+struct Board {
+    /// Options for the machine and its CPUs.
+    options: &'static [&'static str],
+    /// The helper's CPUs for a job with so many.
+    cpus: u8,
+    /// How fast the host's counter is, where the helper would measure that wrongly on a loaded machine.
+    counter_khz: Option<u64>,
+}
+
+impl Board {
+    fn of(lab: Lab, job_cpus: u8, five_levels: bool) -> Self {
+        // Two for the job at least, so that the guest need not wait for its monitor.
+        let cpus = job_cpus.max(2);
+        match lab {
+            Lab::Arm => Self {
+                options: &["-M", "virt,virtualization=on,gic-version=3", "-cpu", ARM_CPU],
+                cpus,
+                counter_khz: None,
+            },
+            // And the one that the job keeps off.
+            Lab::Svm | Lab::Vmx => Self {
+                options: if five_levels {
+                    &["-M", "q35", "-cpu", CPU]
+                } else {
+                    &["-M", "q35", "-cpu", CPU_OF_FOUR_LEVELS]
+                },
+                cpus: cpus + 1,
+                counter_khz: Some(counter_khz()),
+            },
+        }
+    }
+}
 
 /// The device node of a disk in the machine.
 pub fn disk_node(index: usize) -> String {
@@ -39,29 +79,27 @@ pub fn version() -> Option<String> {
 }
 
 /// Starts the machine; also the host's end of its serial port.
-pub fn start(program: &Path, machine: &Machine<'_>) -> Result<(Emulator, File)> {
+pub fn start(lab: Lab, program: &Path, machine: &Machine<'_>) -> Result<(Emulator, File)> {
     let (here, there) = UnixStream::pair().context("making the lab's line")?;
-    // Two for the job at least, so that the guest need not wait for its monitor, and the one it keeps off.
-    let cpus = machine.cpus.max(2) + 1;
-    let cpu = if machine.five_levels { CPU } else { CPU_OF_FOUR_LEVELS };
+    let board = Board::of(lab, machine.cpus, machine.five_levels);
     let mut command = Command::new(program);
     command
-        .args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", cpu])
+        .args(board.options)
+        .args(["-accel", "tcg,thread=multi"])
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"])
-        .args(["-smp", &cpus.to_string()])
+        .args(["-smp", &board.cpus.to_string()])
         .args(["-m", &format!("{}M", machine.mem_bytes.div_ceil(1 << 20))])
         .arg("-kernel")
         .arg(&machine.files.kernel)
         .args(["-initrd", &format!("/proc/self/fd/{}", machine.initrd.as_raw_fd())])
-        // The helper would measure that wrongly on a loaded machine.
-        .args(["-append", &kernel_arguments(Lab::Svm, counter_khz())])
+        .args(["-append", &kernel_arguments(lab, board.counter_khz)])
         .args(["-device", "virtio-serial-pci"])
         .args(["-chardev", &format!("socket,id=line,fd={}", there.as_raw_fd())])
         .args(["-device", "virtserialport,chardev=line,name=kleak"])
         .args(machine.disks.iter().enumerate().flat_map(|(index, disk)| drive(index, disk)))
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
-    if Path::new(FIRMWARE).exists() {
+    if lab == Lab::Svm && Path::new(FIRMWARE).exists() {
         command.args(["-bios", FIRMWARE]);
     }
     let inherited = vec![machine.initrd.as_raw_fd(), there.as_raw_fd()];

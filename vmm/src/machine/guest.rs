@@ -19,7 +19,7 @@ pub struct Guest {
     ram: GuestRam,
     pub(super) control: Arc<Control>,
     pub(super) console: Arc<ConsoleLog>,
-    placement: Placement,
+    placement: OnceLock<Placement>,
     /// Serialises pauses.
     pub(super) pausing: Mutex<()>,
     pauses: AtomicU64,
@@ -31,7 +31,7 @@ impl Guest {
         ram: GuestRam,
         control: Arc<Control>,
         console: Arc<ConsoleLog>,
-        placement: Placement,
+        placement: OnceLock<Placement>,
     ) -> Self {
         Self {
             ram,
@@ -46,7 +46,7 @@ impl Guest {
 
     /// One that was saved: it has ended, and stands as it stood.
     pub fn saved(ram: GuestRam, cpus: Vec<CpuState>, placement: Placement) -> Self {
-        Self::new(ram, Arc::new(Control::saved(cpus)), Arc::default(), placement)
+        Self::new(ram, Arc::new(Control::saved(cpus)), Arc::default(), placement.into())
     }
 
     /// Guest RAM.
@@ -54,9 +54,13 @@ impl Guest {
         &self.ram
     }
 
-    /// Where the kernel was put.
-    pub fn placement(&self) -> Placement {
-        self.placement
+    /// Where the kernel is; None before [`super::Machine::settle`].
+    pub fn placement(&self) -> Option<Placement> {
+        self.placement.get().copied()
+    }
+
+    pub(super) fn place(&self, placement: Placement) {
+        self.placement.get_or_init(|| placement);
     }
 
     /// Number of vCPUs.

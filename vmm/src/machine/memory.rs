@@ -157,7 +157,7 @@ impl GuestRam {
     }
 
     /// Each range of RAM with the host address it is mapped at, for the hypervisor's memory slots.
-    pub(super) fn mappings(&self) -> impl Iterator<Item = (RamRange, u64)> + '_ {
+    pub(crate) fn mappings(&self) -> impl Iterator<Item = (RamRange, u64)> + '_ {
         self.0.ranges.iter().zip(&self.0.regions).map(|(range, region)| (*range, region.host as u64))
     }
 

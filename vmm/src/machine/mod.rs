@@ -29,20 +29,23 @@ pub use guest::{Guest, Paused};
 pub use memory::{FrozenRam, GuestRam, WriteError};
 pub use private::PrivatePages;
 
+pub use crate::arch::TrapInstruction;
 use crate::arch::{self, Platform};
-use crate::boot;
+use crate::boot::{self, Loaded};
 use crate::devices::{Disk, SerialPort, SerialSink};
 use anyhow::{Context, bail, ensure};
 use console_log::Watched;
 use control::{Control, Snapshot, kick_signal};
 use introspect::arch::Registers;
 use introspect::image::KernelImage;
+use introspect::kernel::Kernel;
+use introspect::linux::Placement;
 use introspect::memory::{Pa, RamRange, Va};
 use kvm_ioctls::{Kvm, VmFd};
 use std::fmt::Write;
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vcpu::Vcpu;
@@ -58,35 +61,6 @@ pub enum TrapOutcome {
     Foreign,
 }
 
-/// Which instruction a trap site holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum TrapInstruction {
-    /// `int3` (one byte), KVM_EXIT_DEBUG through KVM_GUESTDBG_USE_SW_BP.
-    Int3,
-    /// `out imm8, al` (two bytes), KVM_EXIT_IO on [`TRAP_PORT`].
-    Pio,
-}
-
-impl TrapInstruction {
-    /// The instruction's bytes.
-    pub fn bytes(self) -> &'static [u8] {
-        match self {
-            Self::Int3 => &[0xcc],
-            Self::Pio => &[0xe6, TRAP_PORT],
-        }
-    }
-
-    /// Length in bytes.
-    #[allow(clippy::len_without_is_empty, reason = "no instruction is empty")]
-    pub fn len(self) -> usize {
-        self.bytes().len()
-    }
-}
-
-/// Port of the `out imm8, al` trap: no device of ours or of KVM's in-kernel chips answers there, and KVM has no
-/// quirk for it (0x7e has one).
-pub const TRAP_PORT: u8 = 0xe4;
-
 /// Sees every exit that may be a trap, on the vCPU's own thread, before anything else does.
 ///
 /// It must not take a lock that some thread holds while it calls [`Machine::pause`].
@@ -94,7 +68,7 @@ pub trait TrapHandler: Send + Sync {
     /// True when a trap is planted at `ip`. Asked for each candidate address of an exit: cheap.
     fn is_site(&self, ip: Va) -> bool;
 
-    /// `registers.rip` is the address of the trap instruction itself, whatever the hypervisor left in it.
+    /// The instruction pointer in `registers` is the address of the trap itself, whatever the hypervisor left in it.
     fn trap(&self, cpu: usize, registers: &mut Registers) -> TrapOutcome;
 }
 
@@ -187,10 +161,21 @@ impl<'a> Config<'a> {
     }
 }
 
+/// What devices are made of.
+pub struct Devices<'a> {
+    /// Sees what the guest prints.
+    pub console: Arc<ConsoleLog>,
+    /// Guest memory, for devices that transfer to it by themselves.
+    pub ram: &'a GuestRam,
+    /// Disks.
+    pub disks: Vec<Disk>,
+}
+
 /// A virtual machine. All methods may be called from any thread.
 pub struct Machine {
     guest: Arc<Guest>,
     platform: Arc<Platform>,
+    loaded: Loaded,
     cmdline: String,
     waiting: Mutex<Vec<Vcpu>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -198,7 +183,7 @@ pub struct Machine {
     ram_slots: usize,
     private: Mutex<Vec<Arc<PrivatePages>>>,
     gigabyte_pages: bool,
-    vm: VmFd,
+    vm: Arc<VmFd>,
 }
 
 /// A kernel that has panicked gets this long to finish its console output.
@@ -228,9 +213,16 @@ impl Machine {
             unsafe { map(&vm, slot, range, host)? };
         }
         let console = Arc::new(ConsoleLog::default());
-        let platform = Arc::new(Platform::new(&vm, console.clone(), &ram, disks)?);
+        let vm = Arc::new(vm);
+        let (platform, fds) = arch::assemble(
+            &kvm,
+            &vm,
+            &config,
+            &loaded,
+            Devices { console: console.clone(), ram: &ram, disks },
+        )?;
+        let platform = Arc::new(platform);
         let control = Arc::new(Control::new(config.cpus));
-        let fds = arch::create_vcpus(&kvm, &vm, &config, &loaded)?;
         let vcpus = fds.into_iter().enumerate().map(|(index, fd)| Vcpu {
             index,
             fd,
@@ -244,8 +236,9 @@ impl Machine {
             ram_slots: ram.mappings().count(),
             private: Mutex::default(),
             gigabyte_pages: arch::has_gigabyte_pages(&kvm),
-            guest: Arc::new(Guest::new(ram, control, console, loaded.placement)),
+            guest: Arc::new(Guest::new(ram, control, console, OnceLock::new())),
             platform,
+            loaded,
             cmdline: config.cmdline,
             threads: Mutex::default(),
             vm,
@@ -294,6 +287,22 @@ impl Machine {
     pub fn announce(&self, line: &str) {
         let gap = if self.guest.console.is_within_line() { "\r\n" } else { "" };
         self.serial(0).show(format!("{gap}{line}\r\n").as_bytes());
+    }
+
+    /// Says where the kernel runs. One that moves itself has gone so far that it knows, on its boot CPU alone, and has
+    /// allocated nothing yet. Before [`Machine::start`].
+    ///
+    /// # Errors
+    /// The kernel does not get that far, or the machine was started before.
+    pub fn settle(&self, kernel: &Kernel) -> anyhow::Result<Placement> {
+        if let Some(placement) = self.guest.placement() {
+            return Ok(placement);
+        }
+        let mut vcpus = lock(&self.waiting);
+        let boot = vcpus.first_mut().context("The machine was started before")?;
+        let placement = boot::settle(&mut boot.fd, &self.platform, self.guest.ram(), &self.loaded, kernel)?;
+        self.guest.place(placement);
+        Ok(placement)
     }
 
     /// Lets the guest run. With `traps`, exits of that instruction go to the handler; breakpoints are asked of KVM

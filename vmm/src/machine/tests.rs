@@ -153,7 +153,7 @@ fn a_debugger_stops_all_and_lets_those_go_on_that_it_wants() {
     let (control, workers) = setup(3);
     let ram = super::GuestRam::new(vec![RamRange { start: Pa(0), len: PAGE_SIZE }]).unwrap();
     let placement = Placement { slide: 0, phys_base: 0, levels: 4 };
-    let guest = super::Guest::new(ram, control.clone(), Arc::default(), placement);
+    let guest = super::Guest::new(ram, control.clone(), Arc::default(), placement.into());
     let counts = || workers.iter().map(|w| w.count.load(SeqCst)).collect::<Vec<_>>();
     let moved = |wanted: [bool; 3]| {
         let before = counts();

@@ -5,6 +5,7 @@ use super::debugger::Why;
 use super::recent::Recent;
 use super::{TrapHandler, TrapInstruction, TrapOutcome};
 use crate::arch::{self, DebugStatus, Next, Platform};
+use introspect::arch::Registers;
 use introspect::memory::Va;
 use kvm_ioctls::VcpuFd;
 use std::ptr::NonNull;
@@ -76,8 +77,7 @@ impl Vcpu {
                     match self.control.checkpoint(self.index, || self.snapshot(&exits)) {
                         Verdict::Enter => {}
                         Verdict::Resume => {
-                            // Tells the guest's soft-lockup watchdog; EINVAL when the guest has no kvm clock.
-                            let _ = self.fd.kvmclock_ctrl();
+                            arch::resumed(&self.fd);
                             if let Err(error) = self.obey() {
                                 step = Step::End(Outcome::Error(format!("{error:#}")));
                                 continue;
@@ -133,40 +133,17 @@ impl Vcpu {
         }
     }
 
-    /// Offers a trap to the handler. The hot path: registers come and go in the shared page, without a system call.
+    /// Offers a trap to the handler. The hot path.
     fn trap(&mut self, instruction: TrapInstruction) -> Step {
-        let mut registers = arch::shared_registers(&mut self.fd);
-        // KVM leaves RIP on the instruction where it handled the exit itself, and behind it where its instruction
-        // emulator did.
-        let candidates = [registers.rip, registers.rip.wrapping_sub(instruction.len() as u64)];
-        if self.debugger.traps.is_some()
-            && let Some(ip) = candidates.map(Va).into_iter().find(|&ip| self.control.breaks_at(ip))
-        {
-            self.debugger.met = Some(ip);
-            self.control.stop_for_debugger(self.index, Why::Breakpoint);
-            return Step::Enter;
+        let found =
+            arch::trap_registers(&mut self.fd).and_then(|registers| self.offer(&registers, instruction));
+        match found {
+            Ok(TrapOutcome::Resume) => return Step::Enter,
+            Ok(TrapOutcome::Again) => return Step::Again(instruction),
+            Ok(TrapOutcome::Foreign) => {}
+            Err(error) => return Step::End(Outcome::Error(format!("Cannot handle a trap: {error:#}"))),
         }
-        let site = self.traps.as_ref().and_then(|handler| {
-            let site = candidates.into_iter().find(|&rip| handler.is_site(Va(rip)))?;
-            Some((handler, site))
-        });
-        if let Some((handler, site)) = site {
-            registers.rip = site;
-            match handler.trap(self.index, &mut registers) {
-                TrapOutcome::Resume => {
-                    // On the next entry KVM takes these registers first; it then skips the `out` only if RIP still is
-                    // where it was at the exit.
-                    arch::set_shared_registers(&mut self.fd, &registers);
-                    if self.debugger.step {
-                        self.control.stop_for_debugger(self.index, Why::Step);
-                    }
-                    return Step::Enter;
-                }
-                TrapOutcome::Again => return Step::Again(instruction),
-                TrapOutcome::Foreign => {}
-            }
-        }
-        match arch::reflect(&self.fd, instruction) {
+        match arch::reflect(&mut self.fd, instruction) {
             Ok(()) => Step::Enter,
             Err(error) => Step::End(Outcome::Error(format!("Cannot hand a breakpoint back: {error:#}"))),
         }
@@ -206,6 +183,32 @@ impl Vcpu {
         self.debugger.points = orders.points.len();
         // Behind the registers: KVM notes where the step begins.
         arch::set_debugging(&self.fd, traps, orders.step, &orders.points)
+    }
+
+    /// What the debugger, else the handler, makes of it; the guest goes on where that wants it to.
+    fn offer(&mut self, before: &Registers, instruction: TrapInstruction) -> anyhow::Result<TrapOutcome> {
+        let places = arch::trap_places(before, instruction);
+        if self.debugger.traps.is_some()
+            && let Some(ip) = places.into_iter().find(|&ip| self.control.breaks_at(ip))
+        {
+            self.debugger.met = Some(ip);
+            self.control.stop_for_debugger(self.index, Why::Breakpoint);
+            return Ok(TrapOutcome::Resume);
+        }
+        let Some(handler) = &self.traps else { return Ok(TrapOutcome::Foreign) };
+        let Some(site) = places.into_iter().find(|&place| handler.is_site(place)) else {
+            return Ok(TrapOutcome::Foreign);
+        };
+        let mut registers = *before;
+        registers.set_ip(site);
+        let outcome = handler.trap(self.index, &mut registers);
+        if outcome == TrapOutcome::Resume {
+            arch::set_trap_registers(&mut self.fd, before, &registers)?;
+            if self.debugger.step {
+                self.control.stop_for_debugger(self.index, Why::Step);
+            }
+        }
+        Ok(outcome)
     }
 
     fn snapshot(&self, exits: &Recent<arch::ExitRecord>) -> Snapshot {

@@ -4,19 +4,23 @@
 //! Capabilities and vendor strings do not tell. A KVM that emulates kernel mode announces guest debugging and answers
 //! an `int3` with an internal error; QEMU's SVM never intercepts `int3`, so that the guest takes the #BP itself.
 
-mod deadline;
+pub(crate) mod deadline;
+#[cfg(target_arch = "aarch64")]
+#[path = "aarch64.rs"]
+mod guest;
 #[cfg(target_arch = "x86_64")]
 #[path = "x86_64.rs"]
 mod guest;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 
 use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
 
+use crate::arch::TrapInstruction;
 use crate::cli::options::TrapChoice;
-use crate::machine::TrapInstruction;
 
 /// Below this many million instructions per second kernel mode is interpreted by the hypervisor, and a distribution's
 /// kernel does not boot in reasonable time. Measured: 1.7 where it is, 400 and more under QEMU's translator, thousands
@@ -63,10 +67,9 @@ pub struct Capability {
 /// Result of the probe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
-    /// `int3` through KVM_GUESTDBG_USE_SW_BP.
-    pub int3: Outcome,
-    /// `out imm8, al` to [`crate::machine::TRAP_PORT`].
-    pub pio: Outcome,
+    /// Each trap instruction, by name.
+    #[serde(flatten)]
+    pub traps: BTreeMap<TrapInstruction, Outcome>,
     /// A debug register through KVM_GUESTDBG_USE_HW_BP; None where it was not tried.
     pub hardware_breakpoint: Option<Outcome>,
     /// Speed of a loop in ring 0, in million instructions per second; why not, if it did not end.
@@ -147,21 +150,27 @@ impl ProbeError {
 impl Probe {
     /// The trap instruction for `wish`; an error says why there is none.
     pub fn choose(&self, wish: TrapChoice) -> Result<TrapInstruction, String> {
-        let try_one = |instruction, outcome: &Outcome| match outcome {
-            Outcome::Works { .. } => Ok(instruction),
-            Outcome::Fails { reason } => Err(reason.clone()),
-        };
-        let int3 = try_one(TrapInstruction::Int3, &self.int3);
-        let pio = try_one(TrapInstruction::Pio, &self.pio);
-        match wish {
-            TrapChoice::Int3 => int3.map_err(|reason| format!("this KVM has no int3 traps: {reason}")),
-            TrapChoice::Pio => pio.map_err(|reason| format!("this KVM has no port write traps: {reason}")),
-            TrapChoice::Auto => match (int3, pio) {
-                (Ok(chosen), _) | (_, Ok(chosen)) => Ok(chosen),
-                (Err(int3), Err(pio)) => {
-                    Err(format!("this KVM has no trap that works: int3: {int3}; port write: {pio}"))
-                }
-            },
+        if let Some(wanted) = wish.wanted() {
+            return self
+                .works(wanted)
+                .map(|()| wanted)
+                .map_err(|reason| format!("this KVM has no {} traps: {reason}", wanted.words()));
+        }
+        let mut reasons = Vec::new();
+        for instruction in TrapInstruction::ALL {
+            match self.works(*instruction) {
+                Ok(()) => return Ok(*instruction),
+                Err(reason) => reasons.push(format!("{}: {reason}", instruction.words())),
+            }
+        }
+        Err(format!("this KVM has no trap that works: {}", reasons.join("; ")))
+    }
+
+    fn works(&self, instruction: TrapInstruction) -> Result<(), String> {
+        match self.traps.get(&instruction) {
+            Some(Outcome::Works { .. }) => Ok(()),
+            Some(Outcome::Fails { reason }) => Err(reason.clone()),
+            None => Err("not tried".to_owned()),
         }
     }
 
@@ -211,8 +220,10 @@ pub fn probe(device: &Path, depth: Depth) -> Result<Probe, ProbeError> {
         Err(error) => Outcome::Fails { reason: format!("{error:#}") },
     };
     Ok(Probe {
-        int3: measure(guest::Trap::Int3),
-        pio: measure(guest::Trap::Pio),
+        traps: TrapInstruction::ALL
+            .iter()
+            .map(|trap| (*trap, measure(guest::Trap::Planted(*trap))))
+            .collect(),
         hardware_breakpoint: (depth == Depth::All).then(|| measure(guest::Trap::HardwareBreakpoint)),
         ring0_mips: guest::ring0_mips(&kvm).map_err(|error| format!("{error:#}")),
         sync_regs,

@@ -4,33 +4,15 @@ fn works(exit_ns: u64) -> Outcome {
     Outcome::Works { exit_ns }
 }
 
-fn fails(reason: &str) -> Outcome {
-    Outcome::Fails { reason: reason.to_owned() }
-}
-
-fn hardware() -> Probe {
+pub(super) fn hardware() -> Probe {
     Probe {
-        int3: works(1200),
-        pio: works(1300),
+        traps: TrapInstruction::ALL.iter().map(|trap| (*trap, works(1200))).collect(),
         hardware_breakpoint: Some(works(1400)),
         ring0_mips: Ok(6000.0),
         sync_regs: true,
         capabilities: vec![Capability { name: "IRQCHIP".to_owned(), required: true, present: true }],
         max_vcpus: 8,
     }
-}
-
-#[test]
-fn takes_int3_where_it_works_else_a_port_write() {
-    let hardware = hardware();
-    assert_eq!(hardware.choose(TrapChoice::Auto), Ok(TrapInstruction::Int3));
-    assert_eq!(hardware.choose(TrapChoice::Pio), Ok(TrapInstruction::Pio));
-    let lab = Probe { int3: fails("the guest took it"), ..hardware.clone() };
-    assert_eq!(lab.choose(TrapChoice::Auto), Ok(TrapInstruction::Pio));
-    assert!(lab.choose(TrapChoice::Int3).unwrap_err().contains("the guest took it"));
-    let nothing = Probe { pio: fails("no exit"), ..lab };
-    let why = nothing.choose(TrapChoice::Auto).unwrap_err();
-    assert!(why.contains("the guest took it") && why.contains("no exit"), "{why}");
 }
 
 #[test]
@@ -48,7 +30,8 @@ fn verdicts() {
 
 #[test]
 fn travels_as_json() {
-    let probe = Probe { int3: fails("x"), ring0_mips: Err("y".to_owned()), ..hardware() };
+    let mut probe = Probe { ring0_mips: Err("y".to_owned()), ..hardware() };
+    probe.traps.insert(TrapInstruction::ALL[0], Outcome::Fails { reason: "x".to_owned() });
     let text = serde_json::to_string(&probe).unwrap();
     assert_eq!(serde_json::from_str::<Probe>(&text).unwrap(), probe);
 }

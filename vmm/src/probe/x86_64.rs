@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestM
 
 use super::MIN_RING0_MIPS;
 use super::deadline::Deadline;
-use crate::machine::TRAP_PORT;
+use crate::arch::{TRAP_PORT, TrapInstruction};
 
 /// Capabilities of this architecture that nothing runs without.
 pub const REQUIRED: &[(&str, Cap)] =
@@ -63,10 +63,8 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// A way to leave the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trap {
-    /// `int3`, with KVM_GUESTDBG_USE_SW_BP.
-    Int3,
-    /// `out imm8, al`.
-    Pio,
+    /// One that a tracer plants.
+    Planted(TrapInstruction),
     /// DR0 on a `nop`, with KVM_GUESTDBG_USE_HW_BP.
     HardwareBreakpoint,
 }
@@ -75,8 +73,8 @@ impl Trap {
     /// The trap, then a jump back to it.
     fn code(self) -> &'static [u8] {
         match self {
-            Self::Int3 => &[0xcc, 0xeb, 0xfd],
-            Self::Pio => &[0xe6, TRAP_PORT, 0xeb, 0xfc],
+            Self::Planted(TrapInstruction::Int3) => &[0xcc, 0xeb, 0xfd],
+            Self::Planted(TrapInstruction::Pio) => &[0xe6, TRAP_PORT, 0xeb, 0xfc],
             Self::HardwareBreakpoint => &[0x90, 0xeb, 0xfd],
         }
     }
@@ -89,8 +87,8 @@ impl Trap {
     fn guest_debug(self) -> Option<kvm_guest_debug> {
         let mut debug = kvm_guest_debug { control: KVM_GUESTDBG_ENABLE, ..Default::default() };
         match self {
-            Self::Pio => return None,
-            Self::Int3 => debug.control |= KVM_GUESTDBG_USE_SW_BP,
+            Self::Planted(TrapInstruction::Pio) => return None,
+            Self::Planted(TrapInstruction::Int3) => debug.control |= KVM_GUESTDBG_USE_SW_BP,
             Self::HardwareBreakpoint => {
                 debug.control |= KVM_GUESTDBG_USE_HW_BP;
                 debug.arch.debugreg[0] = code_va();
@@ -246,9 +244,9 @@ impl Guest {
         let exit = self.run(deadline)?;
         let expected = match trap {
             // Vector 3 is #BP, 1 is #DB.
-            Trap::Int3 => Exit::Debug { exception: 3, pc: code_va() },
+            Trap::Planted(TrapInstruction::Int3) => Exit::Debug { exception: 3, pc: code_va() },
             Trap::HardwareBreakpoint => Exit::Debug { exception: 1, pc: code_va() },
-            Trap::Pio => Exit::Port { port: TRAP_PORT, value: 0 },
+            Trap::Planted(TrapInstruction::Pio) => Exit::Port { port: TRAP_PORT, value: 0 },
         };
         ensure!(exit == expected, "the trap brought {exit}");
         let mut registers = if sync_regs {
@@ -257,7 +255,8 @@ impl Guest {
             self.vcpu.get_regs().context("KVM_GET_REGS failed")?
         };
         let behind = code_va() + trap.len();
-        let fits = registers.rip == code_va() || (trap == Trap::Pio && registers.rip == behind);
+        let fits = registers.rip == code_va()
+            || (trap == Trap::Planted(TrapInstruction::Pio) && registers.rip == behind);
         ensure!(fits, "the trap was taken with RIP at {:#x}, not {:#x}", registers.rip, code_va());
         registers.rip = behind;
         if sync_regs {
@@ -334,4 +333,24 @@ fn set_registers(vcpu: &VcpuFd) -> Result<()> {
 
 fn start_registers() -> kvm_regs {
     kvm_regs { rip: code_va(), rsp: BASE_VA + layout::STACK_TOP, rflags: 2, ..Default::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::arch::{TrapChoice, TrapInstruction};
+    use crate::probe::{Outcome, tests};
+
+    #[test]
+    fn takes_int3_where_it_works_else_a_port_write() {
+        let mut probe = tests::hardware();
+        assert_eq!(probe.choose(TrapChoice::Auto), Ok(TrapInstruction::Int3));
+        assert_eq!(probe.choose(TrapChoice::Pio), Ok(TrapInstruction::Pio));
+        let fails = |reason: &str| Outcome::Fails { reason: reason.to_owned() };
+        probe.traps.insert(TrapInstruction::Int3, fails("the guest took it"));
+        assert_eq!(probe.choose(TrapChoice::Auto), Ok(TrapInstruction::Pio));
+        assert!(probe.choose(TrapChoice::Int3).unwrap_err().contains("the guest took it"));
+        probe.traps.insert(TrapInstruction::Pio, fails("no exit"));
+        let why = probe.choose(TrapChoice::Auto).unwrap_err();
+        assert!(why.contains("the guest took it") && why.contains("no exit"), "{why}");
+    }
 }

@@ -1,5 +1,6 @@
 //! What the guest is made of: kernel, initramfs, command line, rules.
 
+use crate::arch::{CONSOLE, GUEST_PORT};
 use crate::cli::Failure;
 use crate::cli::options::RunOptions;
 use crate::cli::values::{FileSpec, ModuleSpec};
@@ -41,7 +42,7 @@ pub fn recover(image: KernelImage, types: Option<Vec<u8>>) -> Result<Kernel> {
 /// The kernel command line: ours first, so that the user's words win. A kernel that panicked waits: the machine is ended
 /// there, so that each vCPU is still where it was; only a panic before there is a console gets as far as its restart.
 pub fn cmdline(options: &RunOptions) -> String {
-    let mut line = String::from("console=ttyS0 panic=30 random.trust_cpu=on");
+    let mut line = format!("console={CONSOLE} panic=30 random.trust_cpu=on");
     if !options.kaslr_enabled() && !options.cmdline.split_whitespace().any(|w| w == "nokaslr") {
         line.push_str(" nokaslr");
     }
@@ -81,7 +82,7 @@ pub fn initrd(options: &RunOptions, release: &str, drivers: &[WantedModule]) -> 
         // SAFETY: isatty takes a plain number.
         interactive: unsafe { libc::isatty(libc::STDIN_FILENO) } == 1,
         settle_ms: settle.max(options.min_age_ms + 500),
-        scan_port: options.guest_port_enabled().then(|| "/dev/ttyS1".to_owned()),
+        scan_port: options.guest_port_enabled().then(|| GUEST_PORT.to_owned()),
     };
     initramfs::build(&spec).context("Cannot build the initramfs")
 }

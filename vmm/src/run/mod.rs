@@ -8,6 +8,7 @@ mod watch;
 pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS, recover, types_file};
 pub use rules::RuleFiles;
 
+use crate::boot;
 use crate::cli::options::{PagingChoice, RunOptions, TracerChoice};
 use crate::cli::{ExitCode, Failure, check};
 use crate::console::guest_port::SETTLE;
@@ -33,6 +34,9 @@ use std::time::Duration;
 /// Bad input, a host that cannot, a guest that failed: a [`Failure`] with the contract's exit code.
 pub fn run(options: &RunOptions) -> Result<ExitCode> {
     check::check(options)?;
+    if let Some(lab) = lab::foreign(options) {
+        return lab::run_command(options, &[], lab, None);
+    }
     // Before anything is decided or prepared: what the user gave is what goes wrong most often.
     let image = guest::image(options)?;
     let types = types_file(options.types.as_deref())?;
@@ -54,14 +58,15 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
         cmdline: guest::cmdline(options),
         mem_bytes: options.mem_bytes,
         cpus: usize::from(options.cpus),
-        // A vmlinux has no relocations: it stays where it is linked, unless the user insists.
-        kaslr: options.kaslr.unwrap_or(options.kaslr_enabled() && kernel.image.relocations.is_some()),
+        // A kernel that cannot be moved stays where it is, unless the user insists.
+        kaslr: options.kaslr.unwrap_or(options.kaslr_enabled() && boot::can_randomise(&kernel.image)),
         five_levels: five_levels(options, &kernel)?,
         disks: options.disks.iter().map(|disk| (disk.path.clone(), disk.read_only)).collect(),
         ..Config::new(&kernel.image)
     };
     let machine = Arc::new(Machine::new(config)?);
-    let linux = Linux::new(Arc::clone(&kernel), machine.placement());
+    let placement = machine.settle(&kernel).context("Cannot tell where the kernel is")?;
+    let linux = Linux::new(Arc::clone(&kernel), placement);
     let linux = Arc::new(linux.context("Cannot find the kernel's data structures")?);
     let instruction = instruction(options, &probe)?;
     let Tracked { detector, planted, traps } = track(options, &machine, &linux, instruction, rule_files)?;
@@ -91,7 +96,7 @@ fn bind_control(options: &RunOptions) -> Result<ControlServer> {
 fn instruction(options: &RunOptions, probe: &Probe) -> Result<TrapInstruction> {
     match options.tracer {
         // None will be planted: a host without a trap that works may still boot.
-        TracerChoice::Off if options.gdb.is_none() => Ok(TrapInstruction::Int3),
+        TracerChoice::Off if options.gdb.is_none() => Ok(TrapInstruction::ALL[0]),
         _ => choose_trap(options, probe),
     }
 }
@@ -156,7 +161,7 @@ fn track(
             TracerChoice::Off => "off",
         }
         .to_owned(),
-        trap: trap_name(instruction).to_owned(),
+        trap: instruction.name().to_owned(),
         lab: lab::inside(),
     };
     let parts = Parts {
@@ -206,14 +211,9 @@ fn use_ring(
 
 /// With -v: where the kernel is and how it is trapped.
 fn say_placement(options: &RunOptions, machine: &Machine, instruction: TrapInstruction) {
-    if options.verbose > 0 {
-        let placement = machine.placement();
-        eprintln!(
-            "kleak-vmm: the kernel is {:#x} above its link address, {} levels of page tables; traps by {}",
-            placement.slide,
-            placement.levels,
-            trap_name(instruction)
-        );
+    if let (true, Some(placement)) = (options.verbose > 0, machine.placement()) {
+        let place = boot::describe(placement);
+        eprintln!("kleak-vmm: the kernel is {place}; traps by {}", instruction.name());
     }
 }
 
@@ -232,13 +232,6 @@ fn say_plan(options: &RunOptions, plan: &Plan) {
                 eprintln!("kleak-vmm: {:?} at the {point} of {}, {}", trap.role, trap.function, trap.site.va);
             }
         }
-    }
-}
-
-fn trap_name(instruction: TrapInstruction) -> &'static str {
-    match instruction {
-        TrapInstruction::Int3 => "int3",
-        TrapInstruction::Pio => "pio",
     }
 }
 

@@ -12,10 +12,10 @@ use introspect::arch::CpuState;
 use introspect::hooks::{Plan, plan};
 use introspect::image::{KernelImage, MAX_IMAGE_BYTES};
 use introspect::kernel::Kernel;
-use introspect::linux::Linux;
+use introspect::linux::{Linux, Placement};
 use introspect::memory::{PAGE_SIZE, PhysicalMemory, RamRange};
 use introspect::report::Order;
-use introspect::vmcore::{Attached, Vmcore, placement};
+use introspect::vmcore::{Attached, Vmcore};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -93,7 +93,7 @@ fn snapshot(
     );
     let (facts, registry, modules, freed_by, mut history): Read5 =
         postcard::from_bytes(&state).context("The tracker's state cannot be read")?;
-    ensure!(matches!(facts.placement.levels, 4 | 5), "It is damaged: page tables have 4 or 5 levels");
+    ensure!(facts.placement.is_valid(), "It is damaged: no kernel can be placed like that");
     let image = match &opening.kernel {
         Some(path) => KernelImage::open(path)?,
         None => {
@@ -144,7 +144,8 @@ fn foreign(file: File, core: &Vmcore, opening: &Opening) -> Result<Opened> {
     let vmcoreinfo = core.vmcoreinfo.clone().or_else(|| find_vmcoreinfo(&ram));
     let vmcoreinfo =
         vmcoreinfo.context("It says nowhere where the kernel is: there is no VMCOREINFO in it")?;
-    let placement = placement(&vmcoreinfo).context("Its VMCOREINFO does not say where the kernel is")?;
+    let placement =
+        Placement::from_vmcoreinfo(&vmcoreinfo).context("Its VMCOREINFO does not say where the kernel is")?;
     let host = HostFacts { kvm: "none".into(), tracer: "off".into(), trap: "none".into(), lab: None };
     let facts = Facts {
         placement,
@@ -186,7 +187,7 @@ fn parts(ram: GuestRam, image: KernelImage, facts: &Facts) -> Result<Parts> {
     let guest = Arc::new(Guest::saved(ram.clone(), cpus, facts.placement));
     let recorder = Arc::new(Recorder::new(Arc::clone(&linux), ram.clone())?);
     // Nothing will be trapped; the plan tells which functions are the allocator's.
-    let instruction = TrapInstruction::Int3;
+    let instruction = TrapInstruction::ALL[0];
     let plan = plan(&linux.kernel, &guest_profiles::hooks::builtin(), &facts.tracked, instruction.len());
     let traps =
         Breakpoints::plant(Arc::clone(&recorder), Arc::clone(&linux), ram, &Plan::default(), instruction)?;
@@ -277,7 +278,7 @@ fn find_vmcoreinfo(ram: &GuestRam) -> Option<String> {
         if beginning == BEGINNING && ram.read(page, &mut text).is_ok() {
             let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
             let text = String::from_utf8_lossy(&text[..end]);
-            if placement(&text).is_ok() {
+            if Placement::from_vmcoreinfo(&text).is_ok() {
                 return Some(text.into_owned());
             }
         }

@@ -1,10 +1,11 @@
 //! The breakpoint tracer: traps in the guest's text, one exit each.
 //!
-//! The traps are written into guest memory before the first instruction runs and stay: the displaced
+//! The traps are written into guest memory before the kernel allocates anything and stay: the displaced
 //! instructions are carried out on the vCPU's registers, so no other vCPU can slip past a lifted trap.
 
 use super::recorder::{Moment, Recorder};
 use super::ring::{Moved, Ring};
+use crate::arch::synchronise_code;
 use crate::machine::{GuestRam, Paused, TrapHandler, TrapInstruction, TrapOutcome};
 use anyhow::{Context, Result, bail};
 use guest_profiles::hooks::Role;
@@ -51,7 +52,7 @@ pub struct Breakpoints {
 }
 
 impl Breakpoints {
-    /// Plants the traps of `plan`. The guest's image must be in memory and nothing may have run yet.
+    /// Plants the traps of `plan`. The guest's image must be in memory, and may not have changed its text yet.
     ///
     /// # Errors
     /// The image in memory is not the one the plan was made for.
@@ -77,6 +78,7 @@ impl Breakpoints {
                 );
             }
             ram.write(at, instruction.bytes())?;
+            synchronise_code(&ram, at, instruction.len());
             traps.insert(
                 va.0,
                 Trap {
@@ -178,6 +180,7 @@ impl Breakpoints {
             if !self.holds(at, planted)? {
                 lost.push(Va(va));
                 paused.write(at, planted)?;
+                synchronise_code(&self.ram, at, planted.len());
             }
         }
         self.rearmed.fetch_add(lost.len() as u64, Ordering::Relaxed);
@@ -187,23 +190,31 @@ impl Breakpoints {
     /// Carries out the displaced instructions. False when memory that they need, such as the guest's stack, is not there.
     fn step_over(&self, trap: &Trap, registers: &mut Registers) -> bool {
         let mut after = *registers;
+        let mut resume = trap.resume;
+        let store = |va: Va, bytes: &[u8]| {
+            let place = self.linux.translate(&self.ram, va);
+            place.is_ok_and(|pa| self.ram.write(pa, bytes).is_ok())
+        };
         for displaced in &trap.displaced {
             let load = |va| self.linux.read_u64(&self.ram, va).ok();
             match displaced.execute(&mut after, load) {
                 Some(Step::Done) => {}
-                Some(Step::Store(va, value)) => {
-                    let Ok(pa) = self.linux.translate(&self.ram, va) else { return false };
-                    if self.ram.write(pa, &value.to_le_bytes()).is_err() {
-                        return false;
-                    }
-                }
+                Some(Step::Store(va, value)) if store(va, &value.to_le_bytes()) => {}
+                Some(Step::StorePair(va, words)) if store_pair(store, va, words) => {}
+                Some(Step::Go(va)) => resume = va,
+                Some(Step::Store(..) | Step::StorePair(..)) => return false,
                 None => return false,
             }
         }
-        after.rip = trap.resume.0;
+        after.set_ip(resume);
         *registers = after;
         true
     }
+}
+
+/// Stores two words, which may lie in different pages.
+fn store_pair(store: impl Fn(Va, &[u8]) -> bool, va: Va, words: [u64; 2]) -> bool {
+    store(va, &words[0].to_le_bytes()) && store(va + 8, &words[1].to_le_bytes())
 }
 
 impl TrapHandler for Breakpoints {
@@ -212,9 +223,9 @@ impl TrapHandler for Breakpoints {
     }
 
     fn trap(&self, cpu: usize, registers: &mut Registers) -> TrapOutcome {
-        let Some(trap) = self.traps.get(&registers.rip) else {
+        let Some(trap) = self.traps.get(&registers.ip().0) else {
             return match self.ring() {
-                Some(ring) if ring.is_request(Va(registers.rip)) => ring.make_room(registers),
+                Some(ring) if ring.is_request(registers.ip()) => ring.make_room(registers),
                 _ => TrapOutcome::Foreign,
             };
         };
@@ -230,6 +241,7 @@ impl TrapHandler for Breakpoints {
             // The guest overflows its stack, or reads where nothing is: let it meet its own page fault. The site stays without a trap until
             // `verify` finds and counts it.
             let _ = self.ram.write(trap.at, &trap.original);
+            synchronise_code(&self.ram, trap.at, trap.original.len());
             return TrapOutcome::Resume;
         }
         if !trap.entry {

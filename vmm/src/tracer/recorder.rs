@@ -124,9 +124,9 @@ impl Recorder {
         self.enabled.load(Ordering::SeqCst)
     }
 
-    /// At a function's entry, arguments still in their registers, `rsp` on the return address.
+    /// At a function's entry, arguments still in their registers, the stack pointer as the caller left it.
     pub fn entered(&self, role: Role, argument: u8, registers: &Registers, moment: Moment<'_>) {
-        let value = argument_of(registers, argument);
+        let value = registers.argument(argument);
         match role {
             Role::ModuleLoad => return self.module_loaded(Va(value)),
             Role::ModuleUnload => return self.module_unloaded(Va(value)),
@@ -135,17 +135,21 @@ impl Recorder {
         }
         match role {
             Role::Free | Role::Vfree => self.free(value, || self.caller(registers, moment)),
-            Role::BulkFree => {
-                self.bulk_free(registers.rsi, Va(registers.rdx), self.caller(registers, moment))
+            Role::BulkFree => self.bulk_free(
+                registers.argument(1),
+                Va(registers.argument(2)),
+                self.caller(registers, moment),
+            ),
+            Role::RcuFree => self.rcu_free(registers.argument(0), registers.argument(1)),
+            Role::BulkAlloc => self.pend(registers, registers.argument(3)),
+            Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc => {
+                self.pend(registers, registers.argument(0))
             }
-            Role::RcuFree => self.rcu_free(registers.rdi, registers.rsi),
-            Role::BulkAlloc => self.pend(registers, registers.rcx),
-            Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc => self.pend(registers, registers.rdi),
-            Role::Ioremap => self.pend(registers, registers.rsi),
-            Role::PageAlloc => self.pend(registers, registers.rsi & 0xffff_ffff),
+            Role::Ioremap => self.pend(registers, registers.argument(1)),
+            Role::PageAlloc => self.pend(registers, registers.argument(1) & 0xffff_ffff),
             Role::PageBulkAlloc => self.pend(registers, Filled::at(registers, self.bulk_list).0),
             Role::PageFree => {
-                let order = argument_of(registers, argument + 1) & 0xffff_ffff;
+                let order = registers.argument(argument + 1) & 0xffff_ffff;
                 self.free_pages(|_| Ok(vec![(Va(value), order)]));
             }
             Role::PageListFree => self.free_pages(|recorder| {
@@ -159,34 +163,34 @@ impl Recorder {
         }
     }
 
-    /// At a function's return: `rsp` on the return address again, the result in `rax`.
+    /// At a function's return: the stack pointer is that of the entry again, the result in its register.
     pub fn returned(&self, role: Role, registers: &Registers, moment: Moment<'_>) {
         if !self.enabled() {
             return;
         }
-        let result = registers.rax;
+        let result = registers.result();
         match role {
             Role::SlabAlloc | Role::Kmalloc if is_object(result) => self.slab_alloc(role, registers, moment),
             Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc | Role::Ioremap => {
-                let size = self.state().pending.remove(&registers.rsp);
+                let size = self.state().pending.remove(&registers.sp().0);
                 if let (true, Some(size)) = (is_object(result), size) {
                     self.block(role, size, registers, moment);
                 }
             }
             Role::BulkAlloc => {
-                let array = self.state().pending.remove(&registers.rsp);
+                let array = self.state().pending.remove(&registers.sp().0);
                 if let Some(array) = array {
                     self.bulk_alloc(Va(array), result & 0xffff_ffff, registers, moment);
                 }
             }
             Role::PageAlloc => {
-                let order = self.state().pending.remove(&registers.rsp);
+                let order = self.state().pending.remove(&registers.sp().0);
                 if let (true, Some(order)) = (is_object(result), order) {
                     self.pages(&[Va(result)], order, false, registers, moment);
                 }
             }
             Role::PageBulkAlloc => {
-                let filled = self.state().pending.remove(&registers.rsp);
+                let filled = self.state().pending.remove(&registers.sp().0);
                 match filled.map(|filled| Filled(filled).pages(self, result)) {
                     Some(Ok(pages)) => self.pages(&pages, 0, true, registers, moment),
                     Some(Err(_)) => self.lost(),
@@ -203,11 +207,11 @@ impl Recorder {
             state.registry.counters.dropped += 1;
             return;
         }
-        state.pending.insert(registers.rsp, value);
+        state.pending.insert(registers.sp().0, value);
     }
 
     fn slab_alloc(&self, role: Role, registers: &Registers, moment: Moment<'_>) {
-        let address = Va(registers.rax);
+        let address = Va(registers.result());
         match self.linux.cache_of(&self.ram, address) {
             // The page was a large allocation's, which its own hook has seen, and is a slab only now.
             Ok(Some(_)) if role == Role::Kmalloc && self.is_large(address) => {}
@@ -276,14 +280,15 @@ impl Recorder {
         let ram = self.ram.ranges().iter().map(|range| range.len).sum();
         // Device memory may begin anywhere in a page; what is unmapped is the page.
         let is_device = role == Role::Ioremap;
-        let in_direct_map = |places: PagePlaces| registers.rax.wrapping_sub(places.direct.0) < places.end.0;
+        let in_direct_map =
+            |places: PagePlaces| registers.result().wrapping_sub(places.direct.0) < places.end.0;
         if is_device && self.linux.page_places(&self.ram).is_ok_and(in_direct_map) {
             return self.lost();
         }
-        let inside = if is_device { registers.rax % PAGE_SIZE } else { 0 };
+        let inside = if is_device { registers.result() % PAGE_SIZE } else { 0 };
         let Some((kind, size)) = block_of(role, size.saturating_add(inside), ram) else { return self.lost() };
         let origin = self.origin(registers, moment);
-        self.state().registry.alloc(&origin.event(Va(registers.rax - inside), size, kind, Va(0)));
+        self.state().registry.alloc(&origin.event(Va(registers.result() - inside), size, kind, Va(0)));
     }
 
     /// Records blocks of pages by their `struct page`s. `only_new`: those that are live already stay as they are.
@@ -320,7 +325,9 @@ impl Recorder {
     /// The return address of the function just entered; 0 when it cannot be read.
     fn caller(&self, registers: &Registers, moment: Moment<'_>) -> Va {
         match moment {
-            Moment::Now { .. } => self.linux.read_va(&self.ram, Va(registers.rsp)).unwrap_or_default(),
+            Moment::Now { .. } => {
+                registers.return_address(|va| self.linux.read_u64(&self.ram, va).ok()).unwrap_or_default()
+            }
             Moment::Past(record) => record.caller(),
         }
     }
@@ -405,10 +412,10 @@ impl Filled {
     /// From the arguments `struct list_head *page_list`, on kernels that have it, and `struct page **page_array`, one of
     /// which is NULL.
     fn at(registers: &Registers, has_list: bool) -> Self {
-        match (has_list, registers.r9) {
-            (true, 0) => Self(registers.r8),
+        match (has_list, registers.argument(5)) {
+            (true, 0) => Self(registers.argument(4)),
             (true, array) => Self(array | 1),
-            (false, _) => Self(registers.r8 | 1),
+            (false, _) => Self(registers.argument(4) | 1),
         }
     }
 
@@ -468,18 +475,6 @@ fn block_of(role: Role, size: u64, ram: u64) -> Option<(Kind, u64)> {
 /// Bytes of a block of 2^`order` pages; None for an order that no kernel has, or one of 4 GiB.
 fn block_size(order: u64) -> Option<u64> {
     (order < pages::MAX_ORDER).then(|| PAGE_SIZE << order)
-}
-
-/// System V AMD64 integer arguments.
-fn argument_of(registers: &Registers, position: u8) -> u64 {
-    match position {
-        0 => registers.rdi,
-        1 => registers.rsi,
-        2 => registers.rdx,
-        3 => registers.rcx,
-        4 => registers.r8,
-        _ => registers.r9,
-    }
 }
 
 #[cfg(test)]

@@ -33,6 +33,33 @@ impl Registers {
         Va(self.rip)
     }
 
+    /// Goes on at `ip`.
+    pub fn set_ip(&mut self, ip: Va) {
+        self.rip = ip.0;
+    }
+
+    /// Integer argument `position` (0 to 5) of a function just entered (System V AMD64 ABI, 3.2.3).
+    pub fn argument(&self, position: u8) -> u64 {
+        match position {
+            0 => self.rdi,
+            1 => self.rsi,
+            2 => self.rdx,
+            3 => self.rcx,
+            4 => self.r8,
+            _ => self.r9,
+        }
+    }
+
+    /// What a function just left has returned.
+    pub fn result(&self) -> u64 {
+        self.rax
+    }
+
+    /// Where a function just entered returns to, with the stack pointer still on it.
+    pub fn return_address(&self, read_word: impl FnOnce(Va) -> Option<u64>) -> Option<Va> {
+        read_word(Va(self.rsp)).map(Va)
+    }
+
     /// Stack pointer.
     pub fn sp(&self) -> Va {
         Va(self.rsp)
@@ -43,6 +70,30 @@ impl Registers {
         [
             self.rax, self.rbx, self.rcx, self.rdx, self.rsi, self.rdi, self.rbp, self.rsp, self.r8, self.r9,
             self.r10, self.r11, self.r12, self.r13, self.r14, self.r15,
+        ]
+    }
+
+    /// All of them by name, in the order in which they are shown.
+    pub fn named(&self) -> [(&'static str, u64); 18] {
+        [
+            ("rax", self.rax),
+            ("rbx", self.rbx),
+            ("rcx", self.rcx),
+            ("rdx", self.rdx),
+            ("rsi", self.rsi),
+            ("rdi", self.rdi),
+            ("rbp", self.rbp),
+            ("rsp", self.rsp),
+            ("r8", self.r8),
+            ("r9", self.r9),
+            ("r10", self.r10),
+            ("r11", self.r11),
+            ("r12", self.r12),
+            ("r13", self.r13),
+            ("r14", self.r14),
+            ("r15", self.r15),
+            ("rip", self.rip),
+            ("rflags", self.rflags),
         ]
     }
 }
@@ -64,4 +115,11 @@ pub struct CpuState {
     pub user_mode: bool,
     /// False for a vCPU that waits for its INIT/SIPI: its registers mean nothing.
     pub online: bool,
+}
+
+impl CpuState {
+    /// The registers beside the general ones by name, in the order in which they are shown.
+    pub fn named(&self) -> [(&'static str, u64); 2] {
+        [("cr3", self.root.0), ("gs_base", self.gs_base)]
+    }
 }

@@ -1,26 +1,7 @@
-//! Exits of a vCPU: what they ask for, and a short note of each.
+//! A short note of each exit of a vCPU.
 
-use super::DebugStatus;
-use crate::machine::{Outcome, TrapInstruction};
 use kvm_ioctls::VcpuExit;
 use std::fmt;
-
-/// What an exit asks of the vCPU thread.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Next {
-    /// Go on.
-    Enter,
-    /// Look whether a pause or stop is wanted, then go on.
-    Checkpoint,
-    /// An instruction that may be a trap of ours.
-    Trap(TrapInstruction),
-    /// A debug exception: a debugger's, or the guest's own.
-    Debug(DebugStatus),
-    /// The machine has ended.
-    End(Outcome),
-    /// It cannot go on: why.
-    Fail(String),
-}
 
 /// One exit, small enough to note every one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,9 +4,10 @@ use super::layout::{
     DISK_IRQS, DISKS, KVM_IDENTITY_MAP, KVM_TSS, RESET, RESET_VALUE, SERIAL_IRQS, SERIAL_PORTS,
     SLEEP_CONTROL, SLEEP_STATUS,
 };
-use super::{DebugStatus, ExitRecord, Next};
-use crate::devices::{Disk, SerialPort, VirtioDisk, virtio};
-use crate::machine::{ConsoleLog, GuestRam, Outcome, TRAP_PORT, TrapInstruction, kvm_error};
+use super::{DebugStatus, ExitRecord, TRAP_PORT, TrapInstruction};
+use crate::arch::Next;
+use crate::devices::{SerialPort, VirtioDisk, virtio};
+use crate::machine::{ConsoleLog, Devices, Outcome, kvm_error};
 use anyhow::Context;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuExit, VmFd};
@@ -37,12 +38,8 @@ impl Platform {
     ///
     /// # Errors
     /// What KVM refused.
-    pub fn new(
-        vm: &VmFd,
-        console: Arc<ConsoleLog>,
-        ram: &GuestRam,
-        disks: Vec<Disk>,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn new(vm: &VmFd, devices: Devices<'_>) -> anyhow::Result<Self> {
+        let Devices { console, ram, disks } = devices;
         // Only Intel hosts use these two; others take and ignore them.
         vm.set_identity_map_address(KVM_IDENTITY_MAP.0)
             .map_err(kvm_error("Cannot place the identity map"))?;

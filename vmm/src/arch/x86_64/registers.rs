@@ -1,9 +1,10 @@
 //! Registers of a vCPU, by system call and through the page shared with KVM; breakpoints.
 
-use crate::machine::{TrapInstruction, kvm_error};
+use super::TrapInstruction;
+use crate::machine::kvm_error;
 use anyhow::Context;
 use introspect::arch::{CpuState, Registers};
-use introspect::memory::Pa;
+use introspect::memory::{Pa, Va};
 use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_SW_BP, KVM_MP_STATE_HALTED,
     KVM_MP_STATE_RUNNABLE, Msrs, kvm_guest_debug, kvm_msr_entry, kvm_regs,
@@ -31,15 +32,35 @@ pub fn enable_traps(fd: &mut VcpuFd, instruction: TrapInstruction) -> anyhow::Re
     Ok(())
 }
 
-/// The registers of the present exit. Only after [`enable_traps`].
-pub fn shared_registers(fd: &mut VcpuFd) -> Registers {
-    from_kvm(&fd.sync_regs_mut().regs)
+/// The registers of the present exit, which come in the shared page. Only after [`enable_traps`].
+///
+/// # Errors
+/// None here.
+pub fn trap_registers(fd: &mut VcpuFd) -> anyhow::Result<Registers> {
+    Ok(from_kvm(&fd.sync_regs_mut().regs))
 }
 
-/// The registers of the next entry.
-pub fn set_shared_registers(fd: &mut VcpuFd, registers: &Registers) {
+/// The registers of the next entry, which go in the shared page: KVM takes them first, and then skips the `out` only if RIP
+/// still is where it was at the exit.
+///
+/// # Errors
+/// None here.
+pub fn set_trap_registers(fd: &mut VcpuFd, _before: &Registers, registers: &Registers) -> anyhow::Result<()> {
     fd.sync_regs_mut().regs = to_kvm(registers);
     fd.set_sync_dirty_reg(SyncReg::Register);
+    Ok(())
+}
+
+/// Where the instruction of the present exit may be: KVM leaves RIP on it where it handled the exit itself, and behind it
+/// where its instruction emulator did.
+pub fn trap_places(registers: &Registers, instruction: TrapInstruction) -> [Va; 2] {
+    [Va(registers.rip), Va(registers.rip.wrapping_sub(instruction.len() as u64))]
+}
+
+/// Tells the guest's soft-lockup watchdog that it was paused.
+pub fn resumed(fd: &VcpuFd) {
+    // EINVAL when the guest has no kvm clock.
+    let _ = fd.kvmclock_ctrl();
 }
 
 /// Does what the processor would have done with a trap instruction that is not ours: nothing for a port write,
@@ -47,7 +68,7 @@ pub fn set_shared_registers(fd: &mut VcpuFd, registers: &Registers) {
 ///
 /// # Errors
 /// When KVM refuses the exception.
-pub fn reflect(fd: &VcpuFd, instruction: TrapInstruction) -> anyhow::Result<()> {
+pub fn reflect(fd: &mut VcpuFd, instruction: TrapInstruction) -> anyhow::Result<()> {
     if instruction == TrapInstruction::Pio {
         return Ok(());
     }

@@ -1,15 +1,17 @@
 //! The vCPUs before their first instruction.
 
+use super::Platform;
 use super::cpuid::{self, Shape};
 use super::registers::MSR_KERNEL_GS_BASE;
 use crate::boot::Loaded;
-use crate::machine::{Config, FiveLevels, HostError, kvm_error};
+use crate::machine::{Config, Devices, FiveLevels, HostError, kvm_error};
 use anyhow::{Context, ensure};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs,
     kvm_segment, kvm_sregs, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use std::sync::Arc;
 
 /// Extensions that the machine cannot do without.
 const NEEDED: [(Cap, &str); 10] = [
@@ -64,16 +66,22 @@ pub fn has_gigabyte_pages(kvm: &Kvm) -> bool {
     })
 }
 
-/// Creates the vCPUs, the first at the kernel's entry, the others waiting to be started by it.
+/// Creates the interrupt chips, then the vCPUs, the first at the kernel's entry, the others waiting to be started by it.
 ///
 /// # Errors
 /// What KVM refused.
-pub fn create_vcpus(
+pub fn assemble(
     kvm: &Kvm,
-    vm: &VmFd,
+    vm: &Arc<VmFd>,
     config: &Config<'_>,
     loaded: &Loaded,
-) -> anyhow::Result<Vec<VcpuFd>> {
+    devices: Devices<'_>,
+) -> anyhow::Result<(Platform, Vec<VcpuFd>)> {
+    let platform = Platform::new(vm, devices)?;
+    Ok((platform, create_vcpus(kvm, vm, config, loaded)?))
+}
+
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, config: &Config<'_>, loaded: &Loaded) -> anyhow::Result<Vec<VcpuFd>> {
     let supported = supported_cpuid(kvm)?;
     let shape = Shape {
         cpus: config.cpus as u32,

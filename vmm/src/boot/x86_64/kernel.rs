@@ -2,6 +2,7 @@
 
 use super::boot_params::Header;
 use crate::arch::layout::{HIGH_RAM, MMIO_HOLE};
+use crate::boot::random::random;
 use crate::machine::{Config, GuestRam};
 use anyhow::{Context, ensure};
 use introspect::image::{KernelImage, Relocations};
@@ -51,11 +52,7 @@ pub(super) fn load(ram: &GuestRam, config: &Config<'_>, header: &Header) -> anyh
 
 fn randomise(ram: &GuestRam, config: &Config<'_>, header: &Header, end: u64) -> anyhow::Result<u64> {
     let relocations = relocations(config.image)?;
-    let random = match config.kaslr_seed {
-        Some(seed) => mix(seed),
-        None => entropy()?,
-    };
-    let slide = choose_slide(random, end, header.kernel_alignment.max(LEAST_ALIGNMENT));
+    let slide = choose_slide(random(config.kaslr_seed)?, end, header.kernel_alignment.max(LEAST_ALIGNMENT));
     relocate(ram, relocations, slide).context("A relocation of the kernel points outside of it")?;
     Ok(slide)
 }
@@ -88,27 +85,11 @@ fn relocate(ram: &GuestRam, relocations: &Relocations, slide: u64) -> anyhow::Re
     Ok(())
 }
 
-fn entropy() -> anyhow::Result<u64> {
-    let mut bytes = [0; 8];
-    // SAFETY: the buffer is 8 bytes long.
-    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    ensure!(got == bytes.len() as isize, "The host gives no random numbers for KASLR");
-    Ok(u64::from_le_bytes(bytes))
-}
-
-/// Spreads a small seed over all bits: the finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom
-/// number generators).
-fn mix(seed: u64) -> u64 {
-    let z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ z >> 31
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::arch::layout;
+    use crate::boot::random::mix;
 
     #[test]
     fn slides_are_aligned_and_keep_the_image_inside_the_map() {

@@ -6,12 +6,16 @@ mod boot_params;
 mod kernel;
 mod tables;
 
+use crate::arch::Platform;
 use crate::arch::layout::{ACPI, CMDLINE, CMDLINE_LEN, GDT, MMIO_HOLE, PAGE_TABLES, RESET_VECTOR, ZERO_PAGE};
 use crate::machine::{Config, GuestRam};
 use anyhow::{Context, ensure};
 use boot_params::Header;
+use introspect::image::KernelImage;
+use introspect::kernel::Kernel;
 use introspect::linux::Placement;
 use introspect::memory::{PAGE_SIZE, Pa, RamRange};
+use kvm_ioctls::VcpuFd;
 
 /// How the boot vCPU starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +36,16 @@ pub struct Loaded {
     pub data_selector: u16,
     /// Where the kernel is.
     pub placement: Placement,
+}
+
+/// True when the kernel can be moved to a random address: a vmlinux has no relocations and stays where it is linked.
+pub fn can_randomise(image: &KernelImage) -> bool {
+    image.relocations.is_some()
+}
+
+/// Where the kernel is, for people.
+pub fn describe(placement: Placement) -> String {
+    format!("{:#x} above its link address, {} levels of page tables", placement.slide, placement.levels)
 }
 
 /// Fills guest memory: kernel, initramfs, command line, tables with 4 or 5 `levels`.
@@ -62,6 +76,20 @@ pub fn load(ram: &GuestRam, config: &Config<'_>, levels: u8) -> anyhow::Result<L
         // The image always is where it is linked to be loaded: only its virtual address moves.
         placement: Placement { slide: kernel.slide.unwrap_or(0), phys_base: 0, levels },
     })
+}
+
+/// Where the kernel is: where it was put.
+///
+/// # Errors
+/// None here.
+pub fn settle(
+    _boot: &mut VcpuFd,
+    _platform: &Platform,
+    _ram: &GuestRam,
+    loaded: &Loaded,
+    _kernel: &Kernel,
+) -> anyhow::Result<Placement> {
+    Ok(loaded.placement)
 }
 
 /// As high as the kernel takes it, out of the way of what it does early.

@@ -1,10 +1,13 @@
 use super::format::{Base, Format, Frame};
 use super::*;
 use crate::callee_saved::Register;
+use crate::image::KernelImage;
 use crate::image::synthetic::{self, BASE, Block};
-use crate::symbols::{Symbol, encoder};
+use crate::linux::tasks::Task;
+use crate::symbols::{Symbol, SymbolTable, encoder};
 use crate::types::Btf;
 use crate::types::synthetic::Builder;
+use crate::unwind::{MAX_STACKS, Text, Trace};
 use proptest::prelude::*;
 use std::collections::HashMap;
 
@@ -421,11 +424,12 @@ fn a_sleeping_task_starts_at_its_switch() {
     };
     for (ip, exact) in [(code(LEAF), false), (code(0x300), true)] {
         let memory = HashMap::from([(STACK + 40, 7), (STACK + 48, ip)]);
-        let start = frame.start(Va(STACK), SLIDE, |va| memory.get(&va.0).copied());
+        let start = frame
+            .start(&Task { saved_sp: Va(STACK), ..Task::default() }, SLIDE, |va| memory.get(&va.0).copied());
         let expected = Start { ip: Va(ip), sp: Va(STACK + 56), bp: Va(7), scratch: None, exact };
         assert_eq!(start, Some(expected));
     }
-    assert_eq!(frame.start(Va(0), SLIDE, |_| None), None);
+    assert_eq!(frame.start(&Task::default(), SLIDE, |_| None), None);
 }
 
 fn along_frame_pointers(start: &Start, stack: &[(u64, u64)]) -> (Vec<u64>, End) {

@@ -2,15 +2,12 @@
 
 use super::Displaced;
 use super::jump::{JUMP_LEN, Jump, is_movable, needs_memory};
+use crate::hooks::site::{MAX_FUNCTION, Site, SiteError};
 use crate::kernel::Kernel;
 use crate::memory::Va;
 use guest_profiles::hooks::Role;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use rustc_hash::FxHashSet;
-use std::fmt;
-
-/// Longest function decoded, bytes; the longest hooked one is under 8 KiB.
-const MAX_FUNCTION: u64 = 64 * 1024;
 
 /// Symbols that a return jumps to instead of `ret`: the kernel patches such a jump to `ret`, to another thunk, or leaves
 /// it (arch/x86/lib/retpoline.S; the set grew with each mitigation).
@@ -22,58 +19,8 @@ pub(super) const RETURN_THUNKS: [&str; 5] = [
     "retbleed_return_thunk",
 ];
 
-/// A place for a trap.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Site {
-    /// Link address of the first byte replaced.
-    pub va: Va,
-    /// The bytes the image has there: the displaced instructions, whole.
-    pub original: Vec<u8>,
-    /// What the displaced instructions do, in order.
-    pub displaced: Vec<Displaced>,
-}
-
-impl Site {
-    /// Link address where the guest goes on.
-    pub fn resume(&self) -> Va {
-        self.va + self.original.len() as u64
-    }
-}
-
-/// Why a function cannot be trapped.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum SiteError {
-    /// The image holds no code there.
-    NoCode,
-    /// Bytes that are no instruction, at this link address.
-    Undecodable(Va),
-    /// The function never returns by itself.
-    NoReturn,
-    /// It leaves by a jump to another function, so that a return there says nothing.
-    TailCall(Va),
-    /// The instructions at this link address can be neither replaced nor carried out.
-    Unsuitable(Va, String),
-    /// A trap can be there, or is, but no jump.
-    NoJump(Va, String),
-}
-
-impl fmt::Display for SiteError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NoCode => write!(f, "The image holds no code for it"),
-            Self::Undecodable(va) => write!(f, "Undecodable instruction at {va}"),
-            Self::NoReturn => write!(f, "No return instruction"),
-            Self::TailCall(va) => write!(f, "Leaves by a jump at {va}"),
-            Self::Unsuitable(va, what) => write!(f, "No place for a trap at {va} ({what})"),
-            Self::NoJump(va, what) => write!(f, "No place for a jump at {va} ({what})"),
-        }
-    }
-}
-
-impl std::error::Error for SiteError {}
-
 /// A decoded function.
-pub(super) struct Function {
+pub(in crate::hooks) struct Function {
     start: Va,
     bytes: Vec<u8>,
     instructions: Vec<Instruction>,
@@ -86,7 +33,7 @@ pub(super) struct Function {
 }
 
 impl Function {
-    pub(super) fn decode(kernel: &Kernel, name: &str, start: Va) -> Result<Self, SiteError> {
+    pub(in crate::hooks) fn decode(kernel: &Kernel, name: &str, start: Va) -> Result<Self, SiteError> {
         let size = kernel.symbols.size(name).unwrap_or(0);
         if size > MAX_FUNCTION {
             // A part of it would hide returns.
@@ -152,7 +99,7 @@ impl Function {
 
     /// The first place behind the landing pad and the fentry slot that takes a trap; all arguments are still in their
     /// registers there, and the return address is on top of the stack.
-    pub(super) fn entry(&self, trap_len: usize) -> Result<Site, SiteError> {
+    pub(in crate::hooks) fn entry(&self, trap_len: usize) -> Result<Site, SiteError> {
         let is = |k: usize, what: fn(&Instruction) -> bool| self.instructions.get(k).is_some_and(what);
         let pad = usize::from(is(0, |i| i.mnemonic() == Mnemonic::Endbr64));
         let begin = pad + usize::from(is(pad, |i| i.flow_control() == FlowControl::Call));
@@ -174,7 +121,7 @@ impl Function {
     }
 
     /// The places just before each return: the result register is final there.
-    pub(super) fn returns(&self, trap_len: usize) -> Result<Vec<Site>, SiteError> {
+    pub(in crate::hooks) fn returns(&self, trap_len: usize) -> Result<Vec<Site>, SiteError> {
         if let Some(va) = self.leaves {
             return Err(SiteError::TailCall(va));
         }
@@ -198,7 +145,7 @@ impl Function {
     }
 
     /// Where a jump can take over from the trap at `site`.
-    pub(super) fn jump(&self, role: Role, entry: bool, site: &Site) -> Result<Jump, SiteError> {
+    pub(in crate::hooks) fn jump(&self, role: Role, entry: bool, site: &Site) -> Result<Jump, SiteError> {
         let at = if entry { site.va } else { site.resume() };
         let unsuitable = |why: &str| SiteError::NoJump(at, why.to_owned());
         if needs_memory(role) {

@@ -1,5 +1,4 @@
-//! Words of a sleeping task's stack that are dead although they lie above the stack pointer: nobody will read them
-//! again.
+//! x86-64:
 //!
 //! - The locals of the scheduler's own frame. Every sleeping task ends in `__schedule` (kernel/sched/core.c). Its frame is
 //!   large, and what earlier, deeper calls left there stays for as long as the task sleeps, which for kernel threads is
@@ -8,6 +7,7 @@
 
 use crate::callee_saved::{Register, Saves};
 use crate::linux::Linux;
+use crate::linux::tasks::Task;
 use crate::memory::{PhysicalMemory, Va};
 use crate::unwind::{End, SleepingFrame, StackFrame, Text, Unwinder};
 use std::ops::Range;
@@ -44,11 +44,11 @@ impl<'a> DeadWords<'a> {
         })
     }
 
-    /// Dead addresses of the stack of a task that was switched out at `saved_sp`, ascending and apart. `modules` is not
+    /// Dead addresses of the stack of a task that was switched out, ascending and apart. `modules` is not
     /// asked: what module code saved or may read is alive.
-    pub fn of_task(&self, memory: &impl PhysicalMemory, saved_sp: Va) -> Vec<Range<Va>> {
+    pub fn of_task(&self, memory: &impl PhysicalMemory, task: &Task) -> Vec<Range<Va>> {
         let mut read = self.linux.word_reader(memory);
-        let Some(start) = self.sleeping.start(saved_sp, self.linux.placement.slide, &mut read) else {
+        let Some(start) = self.sleeping.start(task, self.linux.placement.slide, &mut read) else {
             return Vec::new();
         };
         let mut frames = Vec::with_capacity(16);
@@ -58,7 +58,8 @@ impl<'a> DeadWords<'a> {
         });
         let chain = Chain { dead: self, frames, end };
         let mut dead: Vec<Range<Va>> = Vec::new();
-        let switched = self.sleeping.saved.iter().map(|&(register, offset)| (register, saved_sp + offset));
+        let switched =
+            self.sleeping.saved.iter().map(|&(register, offset)| (register, task.saved_sp + offset));
         dead.extend(switched.filter(|&(r, _)| chain.is_dead(r, 0)).map(|(_, at)| at..at + WORD));
         dead.extend(chain.scheduler_locals());
         for callee in 0..chain.frames.len() {

@@ -2,6 +2,7 @@
 
 use super::Start;
 use crate::callee_saved::Register;
+use crate::linux::tasks::Task;
 use crate::memory::Va;
 use crate::symbols::SymbolTable;
 use crate::types::Btf;
@@ -39,14 +40,15 @@ impl SleepingFrame {
         })
     }
 
-    /// Where to start unwinding a task with this `thread.sp`; None when its stack cannot be read. `slide` is
-    /// run-time minus link address.
+    /// Where to start unwinding a task that does not run; None when its stack cannot be read. `slide` is run-time
+    /// minus link address.
     pub fn start(
         &self,
-        saved_sp: Va,
+        task: &Task,
         slide: u64,
         mut read_word: impl FnMut(Va) -> Option<u64>,
     ) -> Option<Start> {
+        let saved_sp = task.saved_sp;
         let ip = Va(read_word(saved_sp + self.ip_at)?);
         Some(Start {
             ip,

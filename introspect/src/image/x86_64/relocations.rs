@@ -1,6 +1,6 @@
 //! The KASLR relocations behind the ELF in a bzImage's payload.
 
-use super::Segment;
+use crate::image::Segment;
 use crate::memory::Va;
 
 /// Where the kernel image is linked: a field's physical load address is its link address minus this
@@ -43,6 +43,11 @@ impl Relocations {
             _ => return None,
         };
         relocations.all_inside(segments).then_some(relocations)
+    }
+
+    /// Numbers of 64-bit fields, of 32-bit ones, and of 32-bit ones to subtract from.
+    pub fn counts(&self) -> [usize; 3] {
+        [self.abs64.len(), self.abs32.len(), self.inverse32.len()]
     }
 
     /// Number of fields.

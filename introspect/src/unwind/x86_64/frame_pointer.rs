@@ -3,9 +3,10 @@
 //! Each function keeps `[saved rbp][return address]` where rbp points. Entry code marks where it saved
 //! registers by an odd rbp (ENCODE_FRAME_POINTER): `struct pt_regs` one byte below.
 
-use super::walk::{end_at_user_code, pt_regs, word};
-use super::{End, MAX_STACKS, StackFrame, Start, Unwinder};
+use super::Start;
+use super::walk::{end_at_user_code, pt_regs};
 use crate::memory::Va;
+use crate::unwind::{End, MAX_STACKS, StackFrame, Unwinder, word};
 
 impl Unwinder<'_> {
     pub(super) fn walk_frame_pointers(

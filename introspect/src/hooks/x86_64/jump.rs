@@ -4,7 +4,7 @@
 //! take the return itself: a `jmp` to a return thunk, or the `ret` with its filling that patching makes of it. At an
 //! entry it takes whole instructions from where the trap was, which a copy elsewhere can do as well.
 
-use super::sites::RETURN_THUNKS;
+use super::function::RETURN_THUNKS;
 use crate::kernel::Kernel;
 use crate::memory::Va;
 use anyhow::{Context, ensure};

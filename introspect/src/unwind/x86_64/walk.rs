@@ -1,8 +1,9 @@
 //! One frame after the other by ORC entries (arch/x86/kernel/unwind_orc.c, unwind_next_frame).
 
 use super::format::{Base, Entry, Frame};
-use super::{End, MAX_STACKS, MODULE_SPACE, ModuleTables, OrcTable, Scratch, StackFrame, Start, Unwinder};
+use super::{MODULE_SPACE, OrcTable, Scratch, Start};
 use crate::memory::Va;
+use crate::unwind::{End, MAX_STACKS, ModuleTables, StackFrame, Unwinder, word};
 
 /// Bytes of a word, and of a return address.
 const WORD: u64 = 8;
@@ -43,7 +44,7 @@ struct Position {
 }
 
 impl Unwinder<'_> {
-    pub(super) fn walk(
+    pub(super) fn walk_tables(
         &self,
         orc: &OrcTable,
         modules: &impl ModuleTables,
@@ -80,14 +81,6 @@ impl Unwinder<'_> {
         } else {
             MODULE_SPACE.contains(&ip.0).then_some(Entry::FRAME_POINTER)
         }
-    }
-
-    /// As the kernel's __kernel_text_address, which ends its traces; modules cannot be told from other uses of
-    /// their space.
-    #[inline]
-    pub(super) fn is_code(&self, ip: Va, exact: bool) -> bool {
-        let called = if exact { ip } else { ip - 1 };
-        self.is_kernel_text(called) || MODULE_SPACE.contains(&called.0)
     }
 }
 
@@ -183,10 +176,4 @@ impl Position {
 /// Ends the trace when `cs`, as saved at an entry to the kernel, is user code's.
 pub(super) fn end_at_user_code(cs: u64) -> Result<(), End> {
     if cs & CS_LEVEL == CS_LEVEL { Err(End::User) } else { Ok(()) }
-}
-
-/// Reads a word of the stack or ends the trace.
-#[inline]
-pub(super) fn word(read: &mut impl FnMut(Va) -> Option<u64>, va: Va) -> Result<u64, End> {
-    read(va).ok_or(End::Unreadable(va))
 }

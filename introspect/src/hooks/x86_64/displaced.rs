@@ -4,6 +4,7 @@
 //! not here is never displaced ([`Displaced::from_instruction`] refuses it), so there is no slow path.
 
 use crate::arch::Registers;
+use crate::hooks::Step;
 use crate::memory::Va;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
@@ -30,15 +31,6 @@ pub enum Displaced {
     Zero(Register),
     /// `test r, r` of a register with itself; true for 64 bits
     Test(Register, bool),
-}
-
-/// What an instruction does to memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Nothing.
-    Done,
-    /// Store this word there.
-    Store(Va, u64),
 }
 
 const CF: u64 = 1;
@@ -103,7 +95,7 @@ impl Displaced {
 
     /// Carries it out on `registers` (not the instruction pointer). `load` reads a guest word; None from it
     /// (nothing mapped there) makes the whole instruction None, as the guest would fault.
-    pub fn execute(self, registers: &mut Registers, load: impl FnOnce(Va) -> Option<u64>) -> Option<Step> {
+    pub fn execute(self, registers: &mut Registers, mut load: impl FnMut(Va) -> Option<u64>) -> Option<Step> {
         match self {
             Self::Push(r) => {
                 let value = read(registers, r);

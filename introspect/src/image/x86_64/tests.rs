@@ -1,8 +1,10 @@
 //! Tests of the image room, on synthetic images.
 
-use super::synthetic::{self, BANNER, BASE, BSS, BSS_SIZE, Block, LOAD, PERCPU, PERCPU_LOAD};
-use super::*;
+use crate::image::synthetic::{self, BANNER, BASE, BSS, BSS_SIZE, Block, LOAD, PERCPU, PERCPU_LOAD};
+use crate::image::{Format, KernelImage, Relocations, elf, find_all, unpack};
+use crate::memory::{Pa, Va};
 use proptest::prelude::*;
+use std::path::Path;
 
 const COMPRESSIONS: [&str; 7] = ["gzip", "xz", "zstd", "lz4", "bzip2", "lzo", "lzma"];
 

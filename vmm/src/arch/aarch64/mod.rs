@@ -1,0 +1,35 @@
+//! The arm64 machine: what KVM is asked for, the vCPUs' first state, devices, exits.
+
+mod cache;
+mod counter;
+mod debug;
+mod exits;
+mod gic;
+pub mod layout;
+mod one_reg;
+mod platform;
+mod registers;
+mod setup;
+mod trap;
+
+pub use cache::synchronise_code;
+pub use counter::counter_khz;
+pub use debug::{
+    DEBUG_POINTS, DebugArch, DebugRegisters, DebugStatus, Point, PointKind, debug_registers, reflect_debug,
+    set_debug_registers, set_debugging, set_instruction_pointer,
+};
+pub use exits::ExitRecord;
+pub use gic::Gic;
+pub(crate) use one_reg::Reg;
+pub use platform::Platform;
+pub use registers::{
+    cpu_state, describe_failure, enable_traps, is_reset, reflect, resumed, set_trap_registers, trap_places,
+    trap_registers,
+};
+pub use setup::{assemble, check_capabilities, page_table_levels};
+pub use trap::{TrapChoice, TrapInstruction};
+
+/// What the guest calls its console.
+pub const CONSOLE: &str = "ttyAMA0";
+/// The guest's serial port to the detector.
+pub const GUEST_PORT: &str = "/dev/ttyAMA1";
