@@ -2,7 +2,7 @@
 
 use crate::callee_saved::CalleeSaved;
 use crate::image::KernelImage;
-use crate::symbols::SymbolTable;
+use crate::symbols::{self, SymbolTable};
 use crate::types::Btf;
 use crate::unwind::OrcTable;
 use std::path::Path;
@@ -36,8 +36,9 @@ impl Kernel {
     /// # Errors
     /// No symbols found.
     pub fn recover(image: KernelImage) -> anyhow::Result<Self> {
-        let symbols = SymbolTable::recover(&image)?;
+        let mut symbols = SymbolTable::recover(&image)?;
         let types = Btf::recover(&image).ok();
+        symbols::complete(&mut symbols, &image, types.as_ref());
         let orc = OrcTable::recover(&image, &symbols, types.as_ref()).ok();
         Ok(Self { image, symbols, types, orc, callee_saved: CalleeSaved::default() })
     }
