@@ -7,7 +7,7 @@
 mod raw;
 #[cfg(test)]
 pub(crate) mod synthetic;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
 
 use crate::image::{KernelImage, find_all};
@@ -200,6 +200,20 @@ impl Btf {
             let variable = self.raw.get(id).filter(|v| v.kind == Kind::Variable)?;
             Some((self.raw.string(variable.name), offset.into()))
         })
+    }
+
+    /// All per-CPU variables of the image by name with their offsets, and the size of their section; None when BTF does not
+    /// describe it.
+    pub fn percpu_section(&self) -> Option<(Vec<(&str, u64)>, u64)> {
+        let records = self.raw.ids().filter_map(|id| self.raw.get(id));
+        let mut sections =
+            records.filter(|r| r.kind == Kind::DataSection && self.raw.string_is(r.name, PERCPU_SECTION));
+        let section = sections.next()?;
+        let named = section.variables().filter_map(|(id, offset)| {
+            let name = str::from_utf8(self.raw.string_bytes(self.raw.get(id)?.name)).ok()?;
+            Some((name, u64::from(offset)))
+        });
+        Some((named.collect(), section.value.into()))
     }
 
     fn find(&self, kind: Kind, name: &str) -> Option<TypeId> {
