@@ -1,5 +1,6 @@
 //! Guest kernels, initramfs, kernel modules and lab images: recipes that fetch or build them.
 
+pub mod built;
 pub mod cache;
 mod command;
 pub mod cpio;
@@ -12,10 +13,9 @@ pub mod lab;
 pub mod leaky;
 pub mod module_file;
 pub mod modules;
-pub mod oracle;
 pub mod programs;
 pub mod source;
 
+pub use built::Built;
 pub use cache::Cache;
 pub use kernel::KernelPackage;
-pub use oracle::Oracle;

@@ -1,11 +1,12 @@
 //! Planted leaks and real ones: everything that was lost is named, and nothing else.
 
 use anyhow::{Context, Result, ensure};
-use images::leaky;
+use images::{Built, Cache, KernelPackage, leaky, modules};
 use serde_json::Value;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tests::{
-    Guest, RUN_TIMEOUT, VMX_PACKAGES, kernel, long_test, module, no_kernel_complaint, sizes, test,
+    Finished, Guest, RUN_TIMEOUT, VMX_PACKAGES, kernel, long_test, module, no_kernel_complaint, sizes, test,
     with_packages,
 };
 
@@ -17,6 +18,11 @@ fn main() -> ExitCode {
         let name = format!("all_cases_6.1-cloud_{}", words.replace(' ', "_"));
         trials.push(long_test(name, move || all_cases_with(words, "6.1-cloud")));
     }
+    for line in ["6.1-cloud", "6.12-cloud"] {
+        let name = format!("all_cases_{line}_five_levels");
+        trials.push(long_test(name, move || all_cases_with_five_levels(line)));
+    }
+    trials.push(long_test("all_cases_without_orc_and_btf", all_cases_with_frame_pointers));
     trials.push(with_packages(
         long_test("all_cases_6.1-cloud_in_vmx", || all_cases_by_int3("6.1-cloud")),
         &VMX_PACKAGES,
@@ -36,35 +42,67 @@ fn main() -> ExitCode {
 /// Every case of `leaky` at once, against its table, by function: each case's objects are allocated in a function
 /// named after it.
 fn all_cases(line: &str) -> Result<()> {
-    all_cases_in(&mut Guest::new(&kernel(line)?, 2)?, line, "", leaky::Case::reported_by_default)
+    let kernel = kernel(line)?;
+    all_cases_in(&mut Guest::new(&kernel, 2)?, &leaky(&kernel)?, "", leaky::Case::reported_by_default)
+        .map(drop)
 }
 
 /// The same by breakpoint exits.
 fn all_cases_by_int3(line: &str) -> Result<()> {
-    all_cases_in(Guest::new(&kernel(line)?, 1)?.in_vmx(), line, "", leaky::Case::reported_by_default)
+    let kernel = kernel(line)?;
+    let mut guest = Guest::new(&kernel, 1)?;
+    all_cases_in(guest.in_vmx(), &leaky(&kernel)?, "", leaky::Case::reported_by_default).map(drop)
 }
 
 /// The same with other words on the kernel's command line.
 fn all_cases_with(cmdline: &str, line: &str) -> Result<()> {
-    all_cases_in(Guest::new(&kernel(line)?, 2)?.cmdline(cmdline), line, "", leaky::Case::reported_by_default)
+    let kernel = kernel(line)?;
+    let mut guest = Guest::new(&kernel, 2)?;
+    all_cases_in(guest.cmdline(cmdline), &leaky(&kernel)?, "", leaky::Case::reported_by_default).map(drop)
+}
+
+/// The same with five levels of page tables, which the kernel says it has.
+fn all_cases_with_five_levels(line: &str) -> Result<()> {
+    let kernel = kernel(line)?;
+    let mut guest = Guest::new(&kernel, 2)?;
+    guest.option("--paging", "5");
+    let work = "grep -q la57 /proc/cpuinfo && echo FIVE LEVELS";
+    let finished = all_cases_in(&mut guest, &leaky(&kernel)?, work, leaky::Case::reported_by_default)?;
+    ensure!(finished.stdout.contains("\nFIVE LEVELS"), "{}", tests::tail(&finished.stdout, 20));
+    Ok(())
+}
+
+/// The same on a kernel with frame pointers, whose types are in a file beside it.
+fn all_cases_with_frame_pointers() -> Result<()> {
+    let cache = Cache::of_workspace();
+    let kernel = Built::frame_pointers(&cache)?;
+    let mut guest = Guest::of_image(&kernel.bzimage, 2)?;
+    guest.option("--types", kernel.types.context("no types")?);
+    let module = modules::own(&cache, &kernel.headers, "leaky")?;
+    all_cases_in(&mut guest, &module, "", leaky::Case::reported_by_default).map(drop)
+}
+
+fn leaky(kernel: &KernelPackage) -> Result<PathBuf> {
+    module(kernel, "leaky")
 }
 
 /// The same where blocks of pages and device memory are tracked, too; and whose pages are whose is known exactly.
 fn all_cases_and_pages(line: &str) -> Result<()> {
-    let mut guest = Guest::new(&kernel(line)?, 2)?;
+    let kernel = kernel(line)?;
+    let mut guest = Guest::new(&kernel, 2)?;
     guest.option("--track", "slab,vmalloc,percpu,pages,ioremap");
     let work = "ls -lR /sys/kernel > /tmp/all; cp /tmp/all /tmp/more; rm /tmp/all /tmp/more";
-    all_cases_in(&mut guest, line, work, |case| case.reported)
+    all_cases_in(&mut guest, &leaky(&kernel)?, work, |case| case.reported).map(drop)
 }
 
 /// `work` is what the guest does before it is audited.
 fn all_cases_in(
     guest: &mut Guest,
-    line: &str,
+    module: &Path,
     work: &str,
     wanted: impl Fn(&leaky::Case) -> &'static [leaky::Lost],
-) -> Result<()> {
-    guest.file(&module(&kernel(line)?, "leaky")?, "/leaky.ko").script(&format!(
+) -> Result<Finished> {
+    guest.file(module, "/leaky.ko").script(&format!(
         "insmod /leaky.ko case=all; sleep 3
          echo scan > /dev/ttyS1; cat /dev/ttyS1 > /dev/null
          rmmod leaky; sleep 2; {work}
@@ -74,7 +112,8 @@ fn all_cases_in(
     no_kernel_complaint(&finished.stdout)?;
     let audit = finished.stdout.lines().find(|line| line.starts_with("audit: ")).context("no audit")?;
     ensure!(audit.ends_with(", missing 0, stale 0"), "{}", tests::tail(&finished.stdout, 40));
-    cases_are_named(&guest.report()?, wanted)
+    cases_are_named(&guest.report()?, wanted)?;
+    Ok(finished)
 }
 
 /// Each case's objects are in the report, and nothing else.

@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use iced_x86::{Decoder, DecoderOptions, FlowControl};
 use introspect::callee_saved::Register;
+use introspect::image::KernelImage;
 use introspect::kernel::Kernel;
 use introspect::memory::Va;
 use introspect::scan::refs::Counter;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
         test("frames_are_as_orc_says_6.12-cloud", || frames("6.12-cloud")),
         test("counts_are_where_the_profile_says_6.1-cloud", || counts("6.1-cloud")),
         test("counts_are_where_the_profile_says_6.12-cloud", || counts("6.12-cloud")),
+        test("types_come_from_a_file_of_the_same_kernel_only", types_of_a_file),
     ])
 }
 
@@ -137,6 +139,27 @@ fn counts(line: &str) -> Result<()> {
             rule.own_if.iter().flat_map(|own_if| &own_if.symbols).filter(|name| symbol(name).is_some());
         let null = rule.own_if.as_ref().is_none_or(|own_if| own_if.null);
         ensure!(null || known.count() > 2, "{line}: {} names no symbols", rule.cache);
+    }
+    Ok(())
+}
+
+/// Types beside the image, raw and in a vmlinux: those of another kernel are refused.
+fn types_of_a_file() -> Result<()> {
+    let [own, other] = ["6.1-cloud", "6.12-cloud"].map(|line| KernelImage::open(&kernel(line)?.vmlinuz));
+    let (own, other) = (own?, other?);
+    let btf = |image: &KernelImage| image.section_bytes(".BTF").map(<[u8]>::to_vec).context("no .BTF");
+    let expected = Kernel::recover(own.clone())?.types.context("no types")?.type_count();
+    for file in [btf(&own)?, own.elf.clone()] {
+        let kernel = Kernel::recover_with(own.clone(), Some(file.clone()))?;
+        ensure!(kernel.types.is_some_and(|types| types.type_count() == expected));
+        ensure!(kernel.types_file == Some(file));
+    }
+    for file in [btf(&other)?, other.elf.clone()] {
+        let refused = Kernel::recover_with(own.clone(), Some(file)).err().context("taken")?;
+        ensure!(refused.to_string().starts_with("They are of another kernel: "), "{refused:#}");
+    }
+    for file in [Vec::new(), b"\x7fELF".to_vec(), vec![0; 100], btf(&own)?[..1000].to_vec()] {
+        ensure!(Kernel::recover_with(own.clone(), Some(file)).is_err());
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use images::host_packages::Purpose;
 use images::kernel::{ARM64_LINES, Headers, LINES};
-use images::{Cache, KernelPackage, Oracle, modules, programs};
+use images::{Built, Cache, KernelPackage, modules, programs};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -22,10 +22,11 @@ pub struct Options {
 }
 
 /// Names beside the kernels', and what they stand for.
-const OTHERS: [(&str, &str); 3] = [
+const OTHERS: [(&str, &str); 4] = [
     ("programs", "programs that the tests run in guests"),
     ("lab", "the helper Linux for hosts without usable KVM"),
     ("oracle", "a kernel with the in-kernel kmemleak, built from source; takes minutes"),
+    ("frame-pointers", "a kernel without ORC and BTF, built from source; takes minutes"),
 ];
 
 /// Prepares the images and prints where they are.
@@ -61,7 +62,8 @@ pub fn run(options: &Options) -> Result<()> {
                 }
             }
             "lab" => prepare_lab(&cache)?,
-            "oracle" => prepare_oracle(&cache)?,
+            "oracle" => prepare_built(&cache, name, Built::oracle)?,
+            "frame-pointers" => prepare_built(&cache, name, Built::frame_pointers)?,
             kernel => prepare_kernel(&cache, kernel)?,
         }
     }
@@ -101,13 +103,16 @@ fn prepare_lab(cache: &Cache) -> Result<()> {
     Ok(())
 }
 
-fn prepare_oracle(cache: &Cache) -> Result<()> {
+fn prepare_built(cache: &Cache, name: &str, build: impl Fn(&Cache) -> Result<Built>) -> Result<()> {
     setup::install(&[Purpose::Oracle])?;
-    let oracle = Oracle::build(cache)?;
-    println!("oracle: {}", oracle.release);
-    line("kernel", &oracle.bzimage);
-    line("vmlinux", &oracle.vmlinux);
-    prepare_modules(cache, &oracle.headers)
+    let kernel = build(cache)?;
+    println!("{name}: {}", kernel.release);
+    line("kernel", &kernel.bzimage);
+    line("vmlinux", &kernel.vmlinux);
+    if let Some(types) = &kernel.types {
+        line("types", types);
+    }
+    prepare_modules(cache, &kernel.headers)
 }
 
 fn prepare_modules(cache: &Cache, headers: &Headers) -> Result<()> {

@@ -19,8 +19,9 @@ pub(super) struct Lookup<'a> {
 
 impl<'a> Lookup<'a> {
     pub fn new(kernel: &'a Kernel, placement: Placement) -> anyhow::Result<Self> {
-        let types =
-            kernel.types.as_ref().context("The kernel image has no BTF, so its structures cannot be read")?;
+        let types = kernel.types.as_ref().context(
+            "The kernel image has no BTF, so its structures cannot be read without a file of types",
+        )?;
         let percpu_slide = percpu_slide(placement);
         Ok(Self {
             image: &kernel.image,

@@ -112,8 +112,14 @@ impl Guest {
         let image = KernelImage::parse(&image(era, missing)).expect("an image");
         let symbols = SymbolTable::recover(&image).expect("symbols");
         let types = Btf::parse(&types(era)).expect("types");
-        let kernel =
-            Kernel { image, symbols, types: Some(types), orc: None, callee_saved: Default::default() };
+        let kernel = Kernel {
+            image,
+            symbols,
+            types: Some(types),
+            types_file: None,
+            orc: None,
+            callee_saved: Default::default(),
+        };
         let link = BASE - 0xffff_ffff_8000_0000;
         let placement = Placement { slide: SLIDE, phys_base: IMAGE.wrapping_sub(link), levels: 4 };
         let mut guest = Self { linux: Linux::new(Arc::new(kernel), placement)?, ram: vec![0; RAM as usize] };

@@ -186,27 +186,28 @@ impl Btf {
 
     /// Offset of a variable in `.data..percpu`.
     pub fn percpu_offset(&self, variable: &str) -> Option<u64> {
-        let records = self.raw.ids().filter_map(|id| self.raw.get(id));
-        let mut sections =
-            records.filter(|r| r.kind == Kind::DataSection && self.raw.string_is(r.name, PERCPU_SECTION));
-        let (_, offset) = sections.next()?.variables().find(|&(id, _)| {
-            self.raw.get(id).is_some_and(|v| v.kind == Kind::Variable && self.raw.string_is(v.name, variable))
-        })?;
-        Some(offset.into())
+        self.percpu_variables().find(|(name, _)| *name == variable).map(|(_, offset)| offset)
     }
 
-    /// All per-CPU variables of the image by name with their offsets, and the size of their section; None when BTF does not
-    /// describe it.
-    pub fn percpu_section(&self) -> Option<(Vec<(&str, u64)>, u64)> {
+    /// Per-CPU variables of the kernel itself, and their offsets from `__per_cpu_start` in bytes.
+    pub fn percpu_variables(&self) -> impl Iterator<Item = (&str, u64)> {
         let records = self.raw.ids().filter_map(|id| self.raw.get(id));
         let mut sections =
             records.filter(|r| r.kind == Kind::DataSection && self.raw.string_is(r.name, PERCPU_SECTION));
-        let section = sections.next()?;
-        let named = section.variables().filter_map(|(id, offset)| {
-            let name = str::from_utf8(self.raw.string_bytes(self.raw.get(id)?.name)).ok()?;
-            Some((name, u64::from(offset)))
-        });
-        Some((named.collect(), section.value.into()))
+        let variables: Vec<_> =
+            sections.next().map_or_else(Vec::new, |section| section.variables().collect());
+        variables.into_iter().filter_map(|(id, offset)| {
+            let variable = self.raw.get(id).filter(|v| v.kind == Kind::Variable)?;
+            Some((self.raw.string(variable.name), offset.into()))
+        })
+    }
+
+    /// Size of the section they are in; None when BTF does not describe it.
+    pub fn percpu_bytes(&self) -> Option<u64> {
+        let mut records = self.raw.ids().filter_map(|id| self.raw.get(id));
+        let is_section =
+            |r: &Record<'_>| r.kind == Kind::DataSection && self.raw.string_is(r.name, PERCPU_SECTION);
+        records.find(is_section).map(|section| section.value.into())
     }
 
     fn find(&self, kind: Kind, name: &str) -> Option<TypeId> {

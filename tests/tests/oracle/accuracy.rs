@@ -2,7 +2,7 @@
 //! as the table of `docs/accuracy.md`.
 
 use anyhow::{Context, Result, ensure};
-use images::{Cache, Oracle, leaky, modules};
+use images::{Built, Cache, leaky, modules};
 use serde_json::Value;
 use std::env;
 use std::fmt::Write;
@@ -121,7 +121,7 @@ pub fn compare() -> Result<()> {
 /// What kmemleak and we report at the same state of the guest, which waits meanwhile.
 fn reports() -> Result<(Vec<Found>, Vec<Found>)> {
     let cache = Cache::of_workspace();
-    let oracle = Oracle::build(&cache)?;
+    let oracle = Built::oracle(&cache)?;
     let mut guest = Guest::of_image(&oracle.bzimage, 2)?;
     guest.cmdline("kmemleak=on").option("--scan-at-exit", "no");
     guest.option("--track", "slab,vmalloc,percpu,pages,ioremap");

@@ -4,7 +4,7 @@
 mod accuracy;
 
 use anyhow::{Context, Result, ensure};
-use images::{Cache, Oracle};
+use images::{Built, Cache};
 use introspect::kernel::Kernel;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -45,7 +45,7 @@ fn nm(vmlinux: &Path) -> Result<(BTreeSet<Symbol>, BTreeSet<Symbol>)> {
 }
 
 fn symbols() -> Result<()> {
-    let oracle = Oracle::build(&Cache::of_workspace())?;
+    let oracle = Built::oracle(&Cache::of_workspace())?;
     let kernel = Kernel::open(&oracle.bzimage)?;
     let recovered: BTreeSet<Symbol> =
         kernel.symbols.iter().map(|symbol| (symbol.va.0, symbol.name.to_owned())).collect();

@@ -20,6 +20,9 @@ pub struct AnalyzeOptions {
     /// Kernel image: bzImage or vmlinux ELF [default: the snapshot's own; a vmcore has none]
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
+    /// Structure layouts of a kernel without BTF, as for run [default: the snapshot's own]
+    #[arg(long, value_name = "FILE")]
+    pub types: Option<PathBuf>,
     /// Print the reply to a console command instead of the report; repeatable
     #[arg(long = "command", short = 'c', value_name = "COMMAND")]
     pub commands: Vec<String>,
@@ -64,6 +67,7 @@ pub fn analyze(options: &AnalyzeOptions) -> Result<ExitCode> {
     let (profile, _) = run::profile(options.profile.as_deref())?;
     let opening = Opening {
         kernel: options.kernel.clone(),
+        types: run::types_file(options.types.as_deref())?,
         profile,
         track: options.track.clone(),
         min_age_ms: options.min_age_ms,

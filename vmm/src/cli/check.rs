@@ -32,6 +32,9 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
     }
     check_disks(options)?;
     check_command(options)?;
+    if let Some(types) = &options.types {
+        input_file(types, "types", "check --types")?;
+    }
     if let Some(profile) = &options.profile {
         input_file(profile, "guest profile", "check --profile")?;
     }
@@ -290,6 +293,7 @@ mod tests {
             refusal(&["--kernel", &kernel, "--file", &format!("{missing}:/x")]).contains("Cannot read file")
         );
         assert!(refusal(&["--kernel", &kernel, "--profile", &missing]).contains("guest profile"));
+        assert!(refusal(&["--kernel", &kernel, "--types", &missing]).contains("Cannot read types"));
         assert!(refusal(&["--kernel", &kernel, "--module-dir", &missing]).contains("module directory"));
         assert!(refusal(&["--kernel", &kernel, "--report", &dir]).contains("Cannot write report"));
         assert!(

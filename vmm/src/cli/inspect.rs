@@ -1,9 +1,11 @@
 //! `kleak-vmm inspect`.
 
 use super::{ExitCode, Failure, InspectOptions, check, print};
+use crate::run;
 use anyhow::Context;
 use guest_profiles::hooks::Tracked;
 use introspect::hooks::{self, Gap};
+use introspect::image::KernelImage;
 use introspect::inspect::Inspection;
 use introspect::kernel::Kernel;
 use serde::Serialize;
@@ -38,10 +40,11 @@ struct Traps {
 /// An unreadable or unknown image.
 pub fn inspect(options: &InspectOptions) -> anyhow::Result<ExitCode> {
     check::input_file(&options.kernel, "kernel", "give the path of a bzImage or of a vmlinux")?;
-    let kernel = Kernel::open(&options.kernel).with_context(|| {
-        // The error below names the file.
-        Failure::usage("").hint("give an x86-64 bzImage or a vmlinux ELF with kallsyms in it")
-    })?;
+    let types = run::types_file(options.types.as_deref())?;
+    // The error below names the file.
+    let unusable = || Failure::usage("").hint("give an x86-64 bzImage or a vmlinux ELF with kallsyms in it");
+    let image = KernelImage::open(&options.kernel).with_context(unusable)?;
+    let kernel = run::recover(image, types).with_context(unusable)?;
     let hooks = HookPart { int3: traps(&kernel, 1), pio: traps(&kernel, 2) };
     let output = Output { image: Inspection::of(&kernel), hooks };
     print(&if options.json { serde_json::to_string(&output)? + "\n" } else { text(&output) })?;

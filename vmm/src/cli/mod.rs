@@ -83,6 +83,9 @@ pub struct TopOptions {
 pub struct InspectOptions {
     /// Kernel image: bzImage or vmlinux ELF
     pub kernel: PathBuf,
+    /// Structure layouts of a kernel without BTF, as for run
+    #[arg(long, value_name = "FILE")]
+    pub types: Option<PathBuf>,
     /// One line of JSON instead of text
     #[arg(long)]
     pub json: bool,

@@ -40,6 +40,19 @@ pub enum LabChoice {
     Vmx,
 }
 
+/// How many levels of page tables the kernel starts with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PagingChoice {
+    /// Five where the kernel and the host's processors have them and `no5lvl` is not on the command line, else four.
+    Auto,
+    /// Four.
+    #[value(name = "4")]
+    Four,
+    /// Five.
+    #[value(name = "5")]
+    Five,
+}
+
 /// What else sets off a scan and a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ScanTrigger {
@@ -129,6 +142,14 @@ pub struct RunOptions {
     /// Randomise the kernel's address [default: as the command line says]
     #[arg(long, value_name = "on|off", value_parser = values::on_off, help_heading = "Guest")]
     pub kaslr: Option<bool>,
+
+    /// Levels of page tables the kernel starts with; auto: as it would choose itself
+    #[arg(long, value_enum, value_name = "auto|4|5", default_value_t = PagingChoice::Auto, hide_possible_values = true, help_heading = "Guest")]
+    pub paging: PagingChoice,
+
+    /// Structure layouts of a kernel without BTF: what `pahole --btf_encode_detached FILE vmlinux` writes, or a vmlinux with BTF
+    #[arg(long, value_name = "FILE", help_heading = "Guest")]
+    pub types: Option<PathBuf>,
 
     /// Guest profile to use instead of the built-in ones
     #[arg(long, value_name = "FILE", help_heading = "Detector")]

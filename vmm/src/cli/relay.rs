@@ -27,6 +27,7 @@ impl RunOptions {
             ("--kernel", &self.kernel, Input),
             ("--initrd", &self.initrd, Input),
             ("--module-dir", &self.module_dir, Input),
+            ("--types", &self.types, Input),
             ("--profile", &self.profile, Input),
             ("--report-dir", &self.report_dir, Output),
             ("--snapshot-on-leak", &self.snapshot_on_leak, Output),
@@ -76,6 +77,7 @@ impl RunOptions {
         line.option("--cmdline", &self.cmdline);
         line.option("--mem", format_size(self.mem_bytes));
         line.option("--cpus", self.cpus.to_string());
+        line.option("--paging", name(self.paging));
         line.option("--tracer", name(self.tracer));
         line.option("--track", self.track.iter().map(|what| what.name()).collect::<Vec<_>>().join(","));
         line.option("--trap", name(self.trap));

@@ -44,7 +44,7 @@ fn defaults_are_the_contracts() {
 }
 
 const FULL: &str = "--kernel k --initrd i --module a.ko,x=1 --module b.ko --module-dir d --exec ./t.sh --file h:/g \
-                --mem 1G --cpus 4 --profile p --tracer breakpoint --trap pio --kaslr off --scan-period 0 --min-age 5 \
+                --mem 1G --cpus 4 --paging 5 --types t --profile p --tracer breakpoint --trap pio --kaslr off --scan-period 0 --min-age 5 \
                 --stack off --control s --report r --scan-at-exit no --fail-on-leak --timeout 9 --scan-on oom,exit \
                 --report-dir rd --disk d,ro --disk e --snapshot-on-leak f --clear-after-scan --notice-on-console --lab never -vv";
 

@@ -102,6 +102,7 @@ impl Detector {
             cpus: paused.cpus().to_vec(),
             tracked: parts.tracked.clone(),
             host: parts.host.clone(),
+            types: parts.linux.kernel.types_file.clone(),
             profile: parts.profile.clone(),
             scans: work.scans,
             min_age_ms: work.options.min_age_ms,

@@ -25,6 +25,8 @@ pub struct Machine<'a> {
     pub initrd: &'a File,
     /// vCPUs of the job.
     pub cpus: u8,
+    /// The job's guest wants five levels of page tables.
+    pub five_levels: bool,
     /// Memory.
     pub mem_bytes: u64,
     /// Disks, each with true where it is not written to: [`qemu::disk_node`] in the machine.

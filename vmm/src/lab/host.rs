@@ -146,8 +146,14 @@ impl<'a> Session<'a> {
         let initrd = payload::build(&lab.modules, &content)
             .context(Failure::host("Cannot pack the files of the lab"))?;
         let mem_bytes = job.lab_memory(initrd.size);
-        let machine =
-            Machine { files: lab, initrd: &initrd.file, cpus: job.cpus, mem_bytes, disks: &job.disks };
+        let machine = Machine {
+            files: lab,
+            initrd: &initrd.file,
+            cpus: job.cpus,
+            five_levels: job.five_levels,
+            mem_bytes,
+            disks: &job.disks,
+        };
         let (events, inbox) = mpsc::channel();
         *route.lock().unwrap_or_else(PoisonError::into_inner) = Some(events.clone());
         let began = Instant::now();

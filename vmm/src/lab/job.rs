@@ -10,7 +10,7 @@ use super::ENVIRONMENT;
 use super::payload::is_hidden;
 use super::qemu::disk_node;
 use crate::cli::Failure;
-use crate::cli::options::{LabChoice, RunOptions};
+use crate::cli::options::{LabChoice, PagingChoice, RunOptions};
 use crate::cli::relay::PathUse;
 use crate::cli::values::ModuleSpec;
 use crate::console::socket;
@@ -46,6 +46,8 @@ pub struct Job {
     pub guest_mem_bytes: u64,
     /// vCPUs of its guest.
     pub cpus: u8,
+    /// Its guest wants five levels of page tables.
+    pub five_levels: bool,
 }
 
 impl Job {
@@ -72,6 +74,7 @@ impl Job {
             control: None,
             guest_mem_bytes: 0,
             cpus: 1,
+            five_levels: false,
         })
     }
 
@@ -91,6 +94,7 @@ impl Job {
         job.control = options.control.as_ref().map(|path| job.cwd.join(path));
         job.guest_mem_bytes = options.mem_bytes;
         job.cpus = options.cpus;
+        job.five_levels = options.paging == PagingChoice::Five;
         let args = options.to_args(|path, usage| {
             let absolute = job.cwd.join(path);
             let mut inside = path.to_owned();

@@ -84,7 +84,7 @@ pub fn is_prepared(lab: Lab) -> bool {
 /// The helper's command line: quick to boot, quiet, and dead when it panics, which ends the emulator. What is left out
 /// serves tracing, BPF and module signatures, and takes 0.8 s of 1.8 under QEMU. It boots on one CPU, the agent starts the
 /// others when the kernel has patched itself: see [`idle_vm`].
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr tsc=reliable \
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr no5lvl tsc=reliable \
     no_timer_check maxcpus=1 rootfstype=ramfs preempt=none audit=0 lsm=capability initcall_blacklist=jent_mod_init,\
     load_system_certificate_list,trace_eval_init,init_kprobe_trace,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init,\
     crypto_algapi_init,crypto_kdf108_init rdinit=/kleak-vmm";

@@ -20,9 +20,10 @@ pub const PROGRAM: Program =
     Program { name: "QEMU", file: "qemu-system-x86_64", packages: "qemu-system-x86" };
 /// A firmware that does nothing but start a kernel, half a second faster than the default.
 const FIRMWARE: &str = "/usr/share/qemu/qboot.rom";
-/// The CPU: everything QEMU can, but no five-level page tables, which make each walk longer, and no XSAVE, which makes
-/// each exit from a guest a tenth longer.
-const CPU: &str = "max,la57=off,-xsave";
+/// The CPU: everything QEMU can, but no XSAVE, which makes each exit from a guest a tenth longer.
+const CPU: &str = "max,-xsave";
+/// The same without five-level page tables, which make each walk longer. The helper itself has four in any case.
+const CPU_OF_FOUR_LEVELS: &str = "max,-xsave,la57=off";
 
 /// The device node of a disk in the machine.
 pub fn disk_node(index: usize) -> String {
@@ -42,9 +43,10 @@ pub fn start(program: &Path, machine: &Machine<'_>) -> Result<(Emulator, File)> 
     let (here, there) = UnixStream::pair().context("making the lab's line")?;
     // Two for the job at least, so that the guest need not wait for its monitor, and the one it keeps off.
     let cpus = machine.cpus.max(2) + 1;
+    let cpu = if machine.five_levels { CPU } else { CPU_OF_FOUR_LEVELS };
     let mut command = Command::new(program);
     command
-        .args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", CPU])
+        .args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", cpu])
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"])
         .args(["-smp", &cpus.to_string()])
         .args(["-m", &format!("{}M", machine.mem_bytes.div_ceil(1 << 20))])

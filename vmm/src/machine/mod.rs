@@ -101,6 +101,17 @@ pub struct Traps {
     pub handler: Arc<dyn TrapHandler>,
 }
 
+/// Whether the kernel starts with five levels of page tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FiveLevels {
+    /// With four.
+    Never,
+    /// Where the processors have them.
+    WherePossible,
+    /// A host without them cannot run the machine.
+    Always,
+}
+
 /// Least and most guest memory, bytes.
 pub const MEMORY_LIMITS: (u64, u64) = (128 << 20, 8 << 30);
 /// Most vCPUs.
@@ -125,6 +136,8 @@ pub struct Config<'a> {
     pub kaslr: bool,
     /// Makes the random address repeatable.
     pub kaslr_seed: Option<u64>,
+    /// Levels of the kernel's page tables; it must have been built for five where they are asked for.
+    pub five_levels: FiveLevels,
     /// Images of disks, [`MAX_DISKS`] at most, each with true where the guest may not write.
     pub disks: Vec<(PathBuf, bool)>,
 }
@@ -140,6 +153,7 @@ impl<'a> Config<'a> {
             cpus: 1,
             kaslr: false,
             kaslr_seed: None,
+            five_levels: FiveLevels::Never,
             disks: Vec::new(),
         }
     }
@@ -196,7 +210,8 @@ impl Machine {
         let kvm = open_kvm()?;
         arch::check_capabilities(&kvm)?;
         let ram = GuestRam::new(arch::layout::ram(config.mem_bytes & !0xfff))?;
-        let loaded = boot::load(&ram, &config)?;
+        let levels = arch::page_table_levels(&kvm, config.five_levels)?;
+        let loaded = boot::load(&ram, &config, levels)?;
         let vm = create_vm(&kvm)?;
         for (slot, (range, host)) in ram.mappings().enumerate() {
             let region = kvm_bindings::kvm_userspace_memory_region {

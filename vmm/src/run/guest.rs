@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 /// The image's own error says which file and what is wrong with it; this adds the exit code.
 fn unusable() -> Failure {
     Failure::usage("").hint(
-        "give an x86-64 bzImage or vmlinux with kallsyms and BTF in it; `kleak-vmm inspect` says what an image holds",
+        "give an x86-64 bzImage or vmlinux with kallsyms and BTF in it (types of one without BTF: --types); `kleak-vmm inspect` says what an image holds",
     )
 }
 
@@ -24,9 +24,19 @@ pub fn image(options: &RunOptions) -> Result<KernelImage> {
     KernelImage::open(&options.kernel_path()).with_context(unusable)
 }
 
-/// Recovers what is in it.
-pub fn recover(image: KernelImage) -> Result<Kernel> {
-    Kernel::recover(image).with_context(unusable)
+/// The file of `--types`.
+pub fn types_file(path: Option<&Path>) -> Result<Option<Vec<u8>>> {
+    path.map(|path| read(path, "types")).transpose()
+}
+
+/// Recovers what is in it, and in the file of its types.
+pub fn recover(image: KernelImage, types: Option<Vec<u8>>) -> Result<Kernel> {
+    let of_file = types.is_some();
+    Kernel::recover_with(image, types).with_context(|| match of_file {
+        true => Failure::usage("Cannot use the types of --types")
+            .hint("make them of this build's vmlinux: pahole --btf_encode_detached FILE vmlinux"),
+        false => unusable(),
+    })
 }
 
 /// Traps to plant and annotations to follow.

@@ -4,21 +4,22 @@ mod guest;
 pub mod reports;
 mod watch;
 
-pub use guest::profile;
 pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS};
+pub use guest::{profile, recover, types_file};
 
-use crate::cli::options::{RunOptions, TracerChoice};
+use crate::cli::options::{PagingChoice, RunOptions, TracerChoice};
 use crate::cli::{ExitCode, Failure, check};
 use crate::console::guest_port::SETTLE;
 use crate::console::socket::{self, ControlServer};
 use crate::console::{ConsoleMux, Executor, GuestPort};
 use crate::detector::{Detector, HostFacts, Parts, ScanOptions};
 use crate::lab::{self, Decision};
-use crate::machine::{Config, Machine, TrapInstruction, Traps};
+use crate::machine::{Config, FiveLevels, Machine, TrapInstruction, Traps};
 use crate::probe::{self, Depth, Probe};
 use crate::tracer::{Recorder, breakpoint::Breakpoints};
 use anyhow::{Context, Result};
 use introspect::hooks::{Plan, plan};
+use introspect::kernel::Kernel;
 use introspect::linux::Linux;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
     check::check(options)?;
     // Before anything is decided or prepared: what the user gave is what goes wrong most often.
     let image = guest::image(options)?;
+    let types = types_file(options.types.as_deref())?;
     let drivers = guest::drivers(options, &image)?;
     let initrd = guest::initrd(options, image.release(), &drivers)?;
     let probe = match lab::decide(options.lab, || probe::probe(Path::new("/dev/kvm"), Depth::Needed))? {
@@ -40,7 +42,7 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
             return lab::run_command(options, &drivers, lab, reason.as_deref());
         }
     };
-    let kernel = Arc::new(guest::recover(image)?);
+    let kernel = Arc::new(guest::recover(image, types)?);
     let control = bind_control(options)?;
 
     let config = Config {
@@ -50,6 +52,7 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
         cpus: usize::from(options.cpus),
         // A vmlinux has no relocations: it stays where it is linked, unless the user insists.
         kaslr: options.kaslr.unwrap_or(options.kaslr_enabled() && kernel.image.relocations.is_some()),
+        five_levels: five_levels(options, &kernel)?,
         disks: options.disks.iter().map(|disk| (disk.path.clone(), disk.read_only)).collect(),
         ..Config::new(&kernel.image)
     };
@@ -64,6 +67,22 @@ pub fn run(options: &RunOptions) -> Result<ExitCode> {
 fn bind_control(options: &RunOptions) -> Result<ControlServer> {
     let path = options.control.clone().map_or_else(socket::default_path, Ok)?;
     ControlServer::bind(&path)
+}
+
+/// Levels of page tables as the user wants them, or as the kernel's own decompressor would choose them, which does not run
+/// here (arch/x86/boot/compressed/pgtable_64.c).
+fn five_levels(options: &RunOptions, kernel: &Kernel) -> Result<FiveLevels> {
+    let unwanted = || options.cmdline.split_whitespace().any(|word| word == "no5lvl");
+    match options.paging {
+        PagingChoice::Five if !kernel.takes_five_levels() => {
+            Err(Failure::usage("The kernel was built without five levels of page tables")
+                .hint("leave --paging 5 out, or build it with CONFIG_X86_5LEVEL")
+                .into())
+        }
+        PagingChoice::Five => Ok(FiveLevels::Always),
+        PagingChoice::Auto if kernel.takes_five_levels() && !unwanted() => Ok(FiveLevels::WherePossible),
+        PagingChoice::Auto | PagingChoice::Four => Ok(FiveLevels::Never),
+    }
 }
 
 /// Plants the traps and puts the detector behind them.

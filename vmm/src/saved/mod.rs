@@ -36,6 +36,8 @@ pub struct Facts {
     pub tracked: Vec<Tracked>,
     /// Where it ran.
     pub host: HostFacts,
+    /// Structure layouts that the kernel image does not have.
+    pub types: Option<Vec<u8>>,
     /// Text of its guest profile.
     pub profile: Option<String>,
     /// Scans until then.

@@ -32,6 +32,8 @@ const MAX_VMCOREINFO: usize = PAGE_SIZE as usize;
 pub struct Opening {
     /// The kernel image; a snapshot has its own.
     pub kernel: Option<PathBuf>,
+    /// A file of structure layouts; a snapshot has its own.
+    pub types: Option<Vec<u8>>,
     /// Text of a guest profile.
     pub profile: Option<String>,
     /// What is looked for in a core without a tracker's state.
@@ -96,6 +98,7 @@ fn snapshot(
         }
     };
     let facts = Facts {
+        types: opening.types.clone().or(facts.types),
         profile: opening.profile.clone().or(facts.profile),
         min_age_ms: opening.min_age_ms.unwrap_or(facts.min_age_ms),
         stack: opening.stack.unwrap_or(facts.stack),
@@ -137,6 +140,7 @@ fn foreign(file: File, core: &Vmcore, opening: &Opening) -> Result<Opened> {
         cpus: core.cpus.clone(),
         tracked: opening.track.clone(),
         host,
+        types: opening.types.clone(),
         profile: opening.profile.clone(),
         scans: 0,
         // Nobody knows when anything was allocated.
@@ -158,7 +162,7 @@ fn foreign(file: File, core: &Vmcore, opening: &Opening) -> Result<Opened> {
 
 /// Everything but what was tracked.
 fn parts(ram: GuestRam, image: KernelImage, facts: &Facts) -> Result<Parts> {
-    let kernel = Arc::new(Kernel::recover(image)?);
+    let kernel = Arc::new(Kernel::recover_with(image, facts.types.clone())?);
     let linux =
         Arc::new(Linux::new(kernel, facts.placement).context("Cannot find the kernel's data structures")?);
     check_kernel(&linux, &ram)?;

@@ -12,6 +12,8 @@ pub(super) struct Shape {
     pub cpus: u32,
     /// KVM emulates the TSC-deadline timer.
     pub tsc_deadline: bool,
+    /// The kernel is entered with five levels of page tables.
+    pub five_levels: bool,
 }
 
 const LEAF1_ECX_VMX: u32 = 1 << 5;
@@ -28,6 +30,11 @@ const CACHES: [u32; 2] = [0x4, 0x8000_001d];
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
 /// Describe the host's topology or a nested hypervisor's features.
 const HIDDEN: [u32; 2] = [0x8000_000a, 0x8000_0026];
+
+/// Whether the processors have five levels of page tables.
+pub(super) fn has_five_levels(supported: &[kvm_cpuid_entry2]) -> bool {
+    supported.iter().any(|e| e.function == 7 && e.index == 0 && e.ecx & LEAF7_ECX_LA57 != 0)
+}
 
 /// The table of the vCPU with APIC id `apic`, from KVM's `supported` entries.
 pub(super) fn table(supported: &[kvm_cpuid_entry2], apic: u32, shape: Shape) -> Vec<kvm_cpuid_entry2> {
@@ -62,8 +69,8 @@ fn adjust(entry: &mut kvm_cpuid_entry2, apic: u32, shape: Shape) {
             }
         }
         leaf if CACHES.contains(&leaf) => share_caches(entry, shape.cpus),
-        // The kernel is entered with 4 levels.
-        0x7 if entry.index == 0 => entry.ecx &= !LEAF7_ECX_LA57,
+        // A kernel that is entered with 4 levels stays with them.
+        0x7 if entry.index == 0 && !shape.five_levels => entry.ecx &= !LEAF7_ECX_LA57,
         0x8000_0001 => entry.ecx &= !LEAF8001_ECX_SVM,
         // APIC id size, cores less one.
         0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | id_bits(shape.cpus) << 12 | (shape.cpus - 1),
@@ -120,7 +127,7 @@ mod tests {
     }
 
     fn shape(cpus: u32) -> Shape {
-        Shape { cpus, tsc_deadline: true }
+        Shape { cpus, tsc_deadline: true, five_levels: false }
     }
 
     fn find(table: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -142,13 +149,15 @@ mod tests {
     }
 
     #[test]
-    fn nested_virtualisation_and_five_levels_are_hidden() {
+    fn nested_virtualisation_and_unused_levels_are_hidden() {
         let supported = [entry(1, 0), entry(7, 0), entry(0x8000_0001, 0), entry(0x8000_000a, 0)];
         let hidden = table(&supported, 0, shape(1));
         assert_eq!(find(&hidden, 1, 0).ecx & LEAF1_ECX_VMX, 0);
         assert_eq!(find(&hidden, 0x8000_0001, 0).ecx & LEAF8001_ECX_SVM, 0);
         assert_eq!(find(&hidden, 7, 0).ecx & LEAF7_ECX_LA57, 0);
         assert!(hidden.iter().all(|e| e.function != 0x8000_000a));
+        let five = table(&supported, 0, Shape { five_levels: true, ..shape(1) });
+        assert_ne!(find(&five, 7, 0).ecx & LEAF7_ECX_LA57, 0);
     }
 
     #[test]

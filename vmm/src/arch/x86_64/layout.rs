@@ -8,8 +8,8 @@ pub const GDT: Pa = Pa(0x500);
 pub const ZERO_PAGE: Pa = Pa(0x7000);
 /// Boot page tables: [`PAGE_TABLES_LEN`] bytes.
 pub const PAGE_TABLES: Pa = Pa(0x9000);
-/// One top-level table, one second-level table, four third-level tables: 4 GiB in 2 MiB pages.
-pub const PAGE_TABLES_LEN: u64 = 6 * 0x1000;
+/// A table of each level, three at the most, above four whose entries stand for 2 MiB: 4 GiB.
+pub const PAGE_TABLES_LEN: u64 = 7 * 0x1000;
 /// Kernel command line, [`CMDLINE_LEN`] bytes.
 pub const CMDLINE: Pa = Pa(0x2_0000);
 /// Room for the command line and for what the kernel copies behind it (COMMAND_LINE_SIZE is 2048 on x86).

@@ -14,4 +14,4 @@ pub use platform::Platform;
 pub use registers::{
     cpu_state, describe_failure, enable_traps, is_reset, reflect, set_shared_registers, shared_registers,
 };
-pub use setup::{check_capabilities, create_vcpus};
+pub use setup::{check_capabilities, create_vcpus, page_table_levels};

@@ -3,7 +3,7 @@
 use super::cpuid::{self, Shape};
 use super::registers::MSR_KERNEL_GS_BASE;
 use crate::boot::Loaded;
-use crate::machine::{Config, HostError, kvm_error};
+use crate::machine::{Config, FiveLevels, HostError, kvm_error};
 use anyhow::{Context, ensure};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs,
@@ -39,6 +39,22 @@ pub fn check_capabilities(kvm: &Kvm) -> Result<(), HostError> {
     }
 }
 
+/// Levels of the page tables that the kernel is entered with.
+///
+/// # Errors
+/// Five are asked for, and this host's processors have none.
+pub fn page_table_levels(kvm: &Kvm, wanted: FiveLevels) -> Result<u8, HostError> {
+    let possible = wanted != FiveLevels::Never && cpuid::has_five_levels(supported_cpuid(kvm)?.as_slice());
+    match wanted {
+        FiveLevels::Always if !possible => Err(HostError::Unsupported("five levels of page tables (LA57)")),
+        _ => Ok(if possible { 5 } else { 4 }),
+    }
+}
+
+fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, HostError> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm_error("Cannot ask KVM for CPUID"))
+}
+
 /// Creates the vCPUs, the first at the kernel's entry, the others waiting to be started by it.
 ///
 /// # Errors
@@ -49,9 +65,12 @@ pub fn create_vcpus(
     config: &Config<'_>,
     loaded: &Loaded,
 ) -> anyhow::Result<Vec<VcpuFd>> {
-    let supported =
-        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm_error("Cannot ask KVM for CPUID"))?;
-    let shape = Shape { cpus: config.cpus as u32, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) };
+    let supported = supported_cpuid(kvm)?;
+    let shape = Shape {
+        cpus: config.cpus as u32,
+        tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+        five_levels: loaded.placement.levels == 5,
+    };
     (0..shape.cpus)
         .map(|id| {
             let vcpu =
@@ -138,6 +157,7 @@ fn enter_at(vcpu: &VcpuFd, loaded: &Loaded) -> anyhow::Result<()> {
     const CR0_ET: u64 = 1 << 4;
     const CR0_PG: u64 = 1 << 31;
     const CR4_PAE: u64 = 1 << 5;
+    const CR4_LA57: u64 = 1 << 12;
     const EFER_LME: u64 = 1 << 8;
     const EFER_LMA: u64 = 1 << 10;
     let mut system: kvm_sregs = vcpu.get_sregs().context("Cannot read its system registers")?;
@@ -150,7 +170,7 @@ fn enter_at(vcpu: &VcpuFd, loaded: &Loaded) -> anyhow::Result<()> {
     system.tr = kvm_segment { limit: 0x67, type_: 0xb, present: 1, ..Default::default() };
     system.cr0 = CR0_PE | CR0_ET | CR0_PG;
     system.cr3 = loaded.page_tables.0;
-    system.cr4 = CR4_PAE;
+    system.cr4 = if loaded.placement.levels == 5 { CR4_PAE | CR4_LA57 } else { CR4_PAE };
     system.efer = EFER_LME | EFER_LMA;
     vcpu.set_sregs(&system).context("KVM refuses its system registers")?;
     let registers =

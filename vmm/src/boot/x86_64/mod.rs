@@ -34,11 +34,11 @@ pub struct Loaded {
     pub placement: Placement,
 }
 
-/// Fills guest memory: kernel, initramfs, command line, tables.
+/// Fills guest memory: kernel, initramfs, command line, tables with 4 or 5 `levels`.
 ///
 /// # Errors
 /// One sentence on what does not fit: command line, initramfs, kernel, or KASLR without relocations.
-pub fn load(ram: &GuestRam, config: &Config<'_>) -> anyhow::Result<Loaded> {
+pub fn load(ram: &GuestRam, config: &Config<'_>, levels: u8) -> anyhow::Result<Loaded> {
     let header = Header::of(config.image);
     let kernel = kernel::load(ram, config, &header)?;
     let initrd = load_initrd(ram, config, &header, kernel.end)?;
@@ -50,7 +50,7 @@ pub fn load(ram: &GuestRam, config: &Config<'_>) -> anyhow::Result<Loaded> {
     let zero_page = boot_params::zero_page(ram, &header, initrd, kernel.slide.is_some());
     ram.write(ZERO_PAGE, &zero_page)?;
     ram.write(GDT, &tables::gdt())?;
-    ram.write(PAGE_TABLES, &tables::identity_map())?;
+    ram.write(PAGE_TABLES, &tables::identity_map(levels))?;
     Ok(Loaded {
         entry: config.image.entry,
         boot_params: ZERO_PAGE,
@@ -60,7 +60,7 @@ pub fn load(ram: &GuestRam, config: &Config<'_>) -> anyhow::Result<Loaded> {
         code_selector: tables::CODE,
         data_selector: tables::DATA,
         // The image always is where it is linked to be loaded: only its virtual address moves.
-        placement: Placement { slide: kernel.slide.unwrap_or(0), phys_base: 0, levels: 4 },
+        placement: Placement { slide: kernel.slide.unwrap_or(0), phys_base: 0, levels },
     })
 }
 

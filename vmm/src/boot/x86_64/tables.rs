@@ -17,17 +17,21 @@ pub(super) fn gdt() -> Vec<u8> {
 }
 
 /// 4 GiB mapped to themselves in 2 MiB pages (Intel SDM volume 3, 4.5): all of the kernel, the initramfs, the tables.
-pub(super) fn identity_map() -> Vec<u8> {
+pub(super) fn identity_map(levels: u8) -> Vec<u8> {
     const PRESENT_WRITABLE: u64 = 3;
     const LARGE: u64 = 1 << 7;
-    const ENTRIES: u64 = 512;
-    let table = |index: u64| PAGE_TABLES.0 + index * 0x1000;
+    const ENTRIES: usize = 512;
+    let table = |index: usize| PAGE_TABLES.0 + index as u64 * 0x1000;
     let mut entries = vec![0; (PAGE_TABLES_LEN / 8) as usize];
-    entries[0] = table(1) | PRESENT_WRITABLE;
-    for k in 0..4 {
-        entries[(ENTRIES + k) as usize] = table(2 + k) | PRESENT_WRITABLE;
+    // One table of each level above the one whose entries stand for 1 GiB.
+    let middle = usize::from(levels) - 3;
+    for level in 0..middle {
+        entries[level * ENTRIES] = table(level + 1) | PRESENT_WRITABLE;
     }
-    for (k, entry) in (0..).zip(&mut entries[2 * ENTRIES as usize..]) {
+    for k in 0..4 {
+        entries[middle * ENTRIES + k] = table(middle + 1 + k) | PRESENT_WRITABLE;
+    }
+    for (k, entry) in (0..).zip(&mut entries[(middle + 1) * ENTRIES..][..4 * ENTRIES]) {
         *entry = k << 21 | PRESENT_WRITABLE | LARGE;
     }
     entries.iter().flat_map(|e: &u64| e.to_le_bytes()).collect()

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::arch::layout;
+use introspect::arch::AddressSpace;
 use introspect::image::{Format, KernelImage, Relocations, Segment};
 use introspect::memory::{PhysicalMemory, Va};
 
@@ -30,7 +31,7 @@ fn attempt(image: &KernelImage, change: impl FnOnce(&mut Config<'_>)) -> anyhow:
     config.mem_bytes = 128 * MIB;
     change(&mut config);
     let ram = GuestRam::new(layout::ram(config.mem_bytes))?;
-    let loaded = load(&ram, &config)?;
+    let loaded = load(&ram, &config, 4)?;
     Ok((ram, loaded))
 }
 
@@ -84,4 +85,20 @@ fn a_seed_repeats_the_place() {
     assert_eq!(slide(Some(1)), slide(Some(1)));
     assert_ne!(slide(Some(1)), slide(Some(2)));
     assert_eq!(slide(None) % (2 * MIB), 0);
+}
+
+#[test]
+fn four_gigabytes_are_mapped_to_themselves() {
+    for levels in [4, 5] {
+        let image = image();
+        let config = Config::new(&image);
+        let ram = GuestRam::new(layout::ram(128 * MIB)).unwrap();
+        let loaded = load(&ram, &config, levels).unwrap();
+        let space = AddressSpace { root: loaded.page_tables, levels };
+        for pa in [0, 0x1234, 128 * MIB, 0xffff_ffff] {
+            assert_eq!(space.translate(&ram, Va(pa)).unwrap(), Pa(pa), "{levels} levels");
+        }
+        assert!(space.translate(&ram, Va(1 << 32)).is_err());
+        assert_eq!(loaded.placement.levels, levels);
+    }
 }
