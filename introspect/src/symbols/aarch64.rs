@@ -107,8 +107,10 @@ fn is_list_head(image: &KernelImage, va: Va) -> bool {
 
 /// `__per_cpu_start` and `__per_cpu_end`.
 fn percpu_section(symbols: &SymbolTable, types: Option<&Btf>) -> Vec<Derived> {
-    let Some((variables, size)) = types.and_then(Btf::percpu_section) else { return Vec::new() };
-    let starts = variables.iter().filter_map(|(name, offset)| Some(symbols.lookup(name)? - *offset));
+    let Some((types, size)) = types.and_then(|types| Some((types, types.percpu_bytes()?))) else {
+        return Vec::new();
+    };
+    let starts = types.percpu_variables().filter_map(|(name, offset)| Some(symbols.lookup(name)? - offset));
     let mut starts: Vec<Va> = starts.collect();
     starts.sort_unstable();
     // One name may be two variables': most agree.

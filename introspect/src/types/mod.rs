@@ -202,18 +202,12 @@ impl Btf {
         })
     }
 
-    /// All per-CPU variables of the image by name with their offsets, and the size of their section; None when BTF does not
-    /// describe it.
-    pub fn percpu_section(&self) -> Option<(Vec<(&str, u64)>, u64)> {
-        let records = self.raw.ids().filter_map(|id| self.raw.get(id));
-        let mut sections =
-            records.filter(|r| r.kind == Kind::DataSection && self.raw.string_is(r.name, PERCPU_SECTION));
-        let section = sections.next()?;
-        let named = section.variables().filter_map(|(id, offset)| {
-            let name = str::from_utf8(self.raw.string_bytes(self.raw.get(id)?.name)).ok()?;
-            Some((name, u64::from(offset)))
-        });
-        Some((named.collect(), section.value.into()))
+    /// Size of the section they are in; None when BTF does not describe it.
+    pub fn percpu_bytes(&self) -> Option<u64> {
+        let mut records = self.raw.ids().filter_map(|id| self.raw.get(id));
+        let is_section =
+            |r: &Record<'_>| r.kind == Kind::DataSection && self.raw.string_is(r.name, PERCPU_SECTION);
+        records.find(is_section).map(|section| section.value.into())
     }
 
     fn find(&self, kind: Kind, name: &str) -> Option<TypeId> {
