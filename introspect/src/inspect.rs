@@ -2,7 +2,7 @@
 
 use crate::image::{Format, KernelImage};
 use crate::kernel::Kernel;
-use crate::symbols;
+use crate::symbols::{self, Derived};
 use crate::types::Btf;
 use crate::unwind::{HAS_TABLES, OrcTable};
 use serde::Serialize;
@@ -51,6 +51,8 @@ pub struct Inspection {
     pub relocations: Option<RelocationPart>,
     /// Symbols.
     pub symbols: SymbolPart,
+    /// Symbols that no table names, and how they were found.
+    pub derived: Vec<Derived>,
     /// Symbols that modules may use.
     pub exports: ExportPart,
     /// Structure layouts.
@@ -151,6 +153,7 @@ impl Inspection {
                 RelocationPart { abs64, abs32, inverse32 }
             }),
             symbols: SymbolPart { source: kernel.symbols.provenance(), count: kernel.symbols.len() },
+            derived: kernel.symbols.derived().to_vec(),
             exports: ExportPart { count: plain + gpl, gpl },
             types: kernel.types.as_ref().map(|types| TypePart {
                 bytes: image.section(".BTF").map_or(0, |s| s.size),
@@ -232,6 +235,9 @@ impl fmt::Display for Inspection {
             None => writeln!(f, "relocations   none")?,
         }
         writeln!(f, "symbols       {}", self.symbols.source)?;
+        for s in &self.derived {
+            writeln!(f, "symbol        {:<18} {:<19} by {}", s.va.to_string(), s.name, s.how)?;
+        }
         writeln!(f, "exports       {}, of them {} GPL", self.exports.count, self.exports.gpl)?;
         if let Some(types) = &self.types {
             writeln!(f, "types         BTF, {} types in {} bytes", types.count, types.bytes)?;
@@ -249,7 +255,7 @@ impl fmt::Display for Inspection {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
     use super::*;
     use crate::image::synthetic::{self, BANNER, BASE, Block};

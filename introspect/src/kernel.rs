@@ -2,7 +2,7 @@
 
 use crate::callee_saved::CalleeSaved;
 use crate::image::KernelImage;
-use crate::symbols::SymbolTable;
+use crate::symbols::{self, SymbolTable};
 use crate::types::Btf;
 use crate::unwind::OrcTable;
 use anyhow::{bail, ensure};
@@ -54,11 +54,12 @@ impl Kernel {
     /// # Errors
     /// As [`Self::recover`]; or the file has no types, or those of another kernel.
     pub fn recover_with(image: KernelImage, types_file: Option<Vec<u8>>) -> anyhow::Result<Self> {
-        let symbols = SymbolTable::recover(&image)?;
+        let mut symbols = SymbolTable::recover(&image)?;
         let types = match &types_file {
             Some(bytes) => Some(types_of_file(bytes, &image, &symbols)?),
             None => Btf::recover(&image).ok(),
         };
+        symbols::complete(&mut symbols, &image, types.as_ref());
         let orc = OrcTable::recover(&image, &symbols, types.as_ref()).ok();
         Ok(Self { image, symbols, types, types_file, orc, callee_saved: CalleeSaved::default() })
     }

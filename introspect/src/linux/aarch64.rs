@@ -6,6 +6,7 @@ use crate::arch::layout::{MIN_VA_BITS, PAGE_STRUCT_SHIFT, page_end, page_offset}
 use crate::arch::{AddressSpace, CpuState, Leaf, Translation};
 use crate::kernel::Kernel;
 use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, Pa, PhysicalMemory, Va};
+use crate::symbols;
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -148,7 +149,7 @@ pub(super) const SAVED_SP: &str = "thread.cpu_context.sp";
 
 /// Size of a kernel stack, bytes; 0 when it is not known.
 pub(super) fn stack_size(lookup: &Lookup<'_>) -> u64 {
-    lookup.types.size_of("thread_union").unwrap_or(0)
+    symbols::stack_size(lookup.symbols, lookup.image).unwrap_or(0)
 }
 
 /// Where a CPU keeps what it runs.

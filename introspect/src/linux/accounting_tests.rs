@@ -25,7 +25,7 @@ fn busy() -> Guest {
 }
 
 fn cpu(sp: u64, user_mode: bool) -> CpuState {
-    let registers = Registers { rsp: sp, ..Registers::default() };
+    let registers = Registers::with_sp(sp);
     CpuState { registers, user_mode, online: true, ..CpuState::default() }
 }
 

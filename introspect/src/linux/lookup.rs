@@ -12,7 +12,7 @@ use anyhow::Context;
 pub(super) struct Lookup<'a> {
     pub image: &'a KernelImage,
     pub types: &'a Btf,
-    symbols: &'a SymbolTable,
+    pub symbols: &'a SymbolTable,
     slide: u64,
     percpu_slide: u64,
 }

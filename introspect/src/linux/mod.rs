@@ -6,12 +6,12 @@
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod accounting_tests;
 pub mod counters;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod counters_tests;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod damage_tests;
 mod lookup;
 mod module_map;
@@ -31,10 +31,10 @@ mod recorded;
 mod roots;
 pub mod slab;
 mod slab_map;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod synthetic;
 pub mod tasks;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
 pub mod totals;
 pub mod vmalloc;

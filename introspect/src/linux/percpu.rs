@@ -23,12 +23,16 @@ const MAX_CHUNKS: usize = 1 << 12;
 const MAX_PAGES: u64 = 1 << 14;
 const MAX_COST: usize = 1 << 23;
 
+/// Lists from that of free chunks on, itself included (`pcpu_setup_first_chunk`, 5.14 and later).
+const BEHIND_FREE_SLOT: u64 = 3;
+
 /// Offsets and variables; run-time addresses.
 pub(super) struct Layout {
     /// `pcpu_slot` before 5.9. (From 5.9 to 5.13 there is a second set of lists behind them, for memory that counts
     /// against a memory cgroup; it is not read.)
     lists: Va,
-    slots: Va,
+    /// Where the number of lists is, less this.
+    slots: (Va, u64),
     unit_offsets: Va,
     reserved: Option<Va>,
     list: u64,
@@ -46,7 +50,10 @@ impl Layout {
         let lists = lookup.symbol_if_any("pcpu_chunk_lists");
         Ok(Self {
             lists: lists.map_or_else(|| lookup.symbol("pcpu_slot"), Ok)?,
-            slots: lookup.symbol("pcpu_nr_slots")?,
+            slots: match lookup.symbol_if_any("pcpu_nr_slots") {
+                Some(variable) => (variable, 0),
+                None => (lookup.symbol("pcpu_free_slot")?, BEHIND_FREE_SLOT),
+            },
             unit_offsets: lookup.symbol("pcpu_unit_offsets")?,
             reserved: lookup.symbol_if_any("pcpu_reserved_chunk"),
             list: chunk("list")?,
@@ -92,10 +99,11 @@ impl Linux {
         if lists == Va(0) || offsets == Va(0) {
             return Ok(Vec::new());
         }
-        let slots = u64::from(self.read_u32(memory, layout.slots)?);
+        let (variable, more) = layout.slots;
+        let slots = u64::from(self.read_u32(memory, variable)?) + more;
         if slots > MAX_SLOTS {
             return Err(MemoryError::Corrupt {
-                va: layout.slots,
+                va: variable,
                 what: "the number of per-CPU chunk lists is out of range",
             });
         }

@@ -480,7 +480,7 @@ mod tests {
     }
 
     fn cpu(sp: u64, user_mode: bool, interrupted: u64) -> Cpu {
-        let registers = Registers { rsp: sp, ..Registers::default() };
+        let registers = Registers::with_sp(sp);
         let state = CpuState { registers, user_mode, online: true, ..CpuState::default() };
         let interrupt_stack = Va(0x8000)..Va(0xc000);
         Cpu { state, current: Va(0x1000), interrupt_stack, interrupted: Va(interrupted) }

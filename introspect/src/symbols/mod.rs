@@ -1,15 +1,21 @@
 //! Kernel symbols recovered from the image: kallsyms tables, `__ksymtab`. Addresses are link addresses;
 //! the KASLR slide is applied by [`crate::linux::Placement`].
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 #[cfg(test)]
 pub(crate) mod encoder;
 mod kallsyms;
 mod ksymtab;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 use crate::image::KernelImage;
 use crate::memory::Va;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use aarch64::{complete, stack_size};
 use anyhow::bail;
 use hashbrown::HashTable;
 pub use ksymtab::Export;
@@ -17,6 +23,8 @@ use rustc_hash::FxBuildHasher;
 use serde::{Deserialize, Serialize};
 use std::hash::BuildHasher;
 use std::ops::Range;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86_64::complete;
 
 /// One symbol, owning its name: what modules bring, and what a table's [`SymbolRef`] turns into.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +67,22 @@ pub struct Resolved<'a> {
     pub module: Option<&'a str>,
 }
 
+/// A symbol that no table names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Derived {
+    /// Name.
+    pub name: String,
+    /// Link address.
+    #[serde(serialize_with = "as_hex")]
+    pub va: Va,
+    /// How it was found.
+    pub how: String,
+}
+
+fn as_hex<S: serde::Serializer>(va: &Va, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(va)
+}
+
 /// Every symbol of the kernel image.
 ///
 /// Addresses ascend; equal ones keep the image's order. Names lie in one buffer, found through a hash table of
@@ -70,6 +94,7 @@ pub struct SymbolTable {
     /// Where [`SymbolTable::resolve`] answers: kernel text and, with CONFIG_KALLSYMS_ALL, data.
     kernel: Vec<Range<u64>>,
     provenance: String,
+    derived: Vec<Derived>,
 }
 
 impl SymbolTable {
@@ -130,7 +155,30 @@ impl SymbolTable {
                 .entry(hash(name), |&m| names.name(m as usize) == name, |&m| hash(names.name(m as usize)))
                 .or_insert(n);
         }
-        Self { addresses, names, by_name, kernel: Vec::new(), provenance: String::new() }
+        Self { addresses, names, by_name, kernel: Vec::new(), provenance: String::new(), derived: Vec::new() }
+    }
+
+    /// Adds data symbols. Where names are asked for by address ([`SymbolTable::resolve`]) stays as it is.
+    #[cfg_attr(target_arch = "x86_64", expect(dead_code, reason = "kallsyms has them"))]
+    fn insert(&mut self, more: Vec<(Va, String)>) {
+        let mut all: Vec<(u64, char, &str)> =
+            self.iter().map(|symbol| (symbol.va.0, symbol.kind, symbol.name)).collect();
+        all.extend(more.iter().map(|(va, name)| (va.0, 'D', name.as_str())));
+        // Stable: of several at one address those of the table stay the first.
+        all.sort_by_key(|symbol| symbol.0);
+        let (mut names, mut addresses) = (Names::with_capacity(all.len()), Vec::with_capacity(all.len()));
+        for (va, kind, name) in all {
+            if names.push([&[kind as u8][..], name.as_bytes()].into_iter(), usize::MAX).is_some() {
+                addresses.push(va);
+            }
+        }
+        let (kernel, provenance) = (std::mem::take(&mut self.kernel), std::mem::take(&mut self.provenance));
+        *self = Self { kernel, provenance, ..Self::new(addresses, names) };
+    }
+
+    /// Symbols that no table of the image names, and how they were found.
+    pub fn derived(&self) -> &[Derived] {
+        &self.derived
     }
 
     /// Number of symbols.

@@ -8,7 +8,7 @@ mod pointers;
 mod raw;
 #[cfg(test)]
 pub(crate) mod synthetic;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
 
 use crate::image::{KernelImage, find_all};
@@ -201,6 +201,14 @@ impl Btf {
             let variable = self.raw.get(id).filter(|v| v.kind == Kind::Variable)?;
             Some((self.raw.string(variable.name), offset.into()))
         })
+    }
+
+    /// Size of the section they are in; None when BTF does not describe it.
+    pub fn percpu_bytes(&self) -> Option<u64> {
+        let mut records = self.raw.ids().filter_map(|id| self.raw.get(id));
+        let is_section =
+            |r: &Record<'_>| r.kind == Kind::DataSection && self.raw.string_is(r.name, PERCPU_SECTION);
+        records.find(is_section).map(|section| section.value.into())
     }
 
     fn find(&self, kind: Kind, name: &str) -> Option<TypeId> {

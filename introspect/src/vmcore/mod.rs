@@ -12,7 +12,7 @@
 
 mod notes;
 mod read;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
 mod write;
 

@@ -1,6 +1,5 @@
 use super::*;
 use crate::memory::FlatMemory;
-use std::time::{Duration, Instant};
 
 const KERNEL_48: Va = Va(0xffff_0000_0000_0000);
 
@@ -137,10 +136,9 @@ fn damaged_tables_end() {
     let words: Vec<(u64, u64)> = (0..512).map(|n| (8 * n, 3)).collect();
     let memory = ram(0x1000, &words);
     let space = AddressSpace { root: Pa(0), translation: Translation::default() };
-    let begin = Instant::now();
-    let result = space.leaves(&memory, KERNEL_48, 1 << 48, |_| ControlFlow::Continue(()));
+    let mut left = 100_000;
+    let result = space.leaves_within(&memory, KERNEL_48, 1 << 48, &mut left, |_| ControlFlow::Continue(()));
     assert!(matches!(result, Err(MemoryError::Corrupt { .. })));
-    assert!(begin.elapsed() < Duration::from_secs(20));
     let outside = ram(0x1000, &[(0, 0x10_0000 | 3)]);
     assert_eq!(space.leaf(&outside, KERNEL_48), Err(MemoryError::Unbacked { pa: Pa(0x10_0000) }));
 }

@@ -70,6 +70,11 @@ impl Registers {
         Some(strip_pac(self.link()))
     }
 
+    #[cfg(test)]
+    pub(crate) fn with_sp(sp: u64) -> Self {
+        Self { sp, ..Self::default() }
+    }
+
     /// Every general register, for conservative root scanning.
     pub fn words(&self) -> [u64; 32] {
         let mut words = [self.sp; 32];

@@ -65,6 +65,11 @@ impl Registers {
         Va(self.rsp)
     }
 
+    #[cfg(test)]
+    pub(crate) fn with_sp(sp: u64) -> Self {
+        Self { rsp: sp, ..Self::default() }
+    }
+
     /// Every general register, for conservative root scanning.
     pub fn words(&self) -> [u64; 16] {
         [

@@ -81,6 +81,6 @@ fn parse(format: Format, mut image: Vec<u8>, packed: Vec<u8>) -> anyhow::Result<
     let segment = Segment { va: base, pa: Pa(0), file: 0..image.len(), mem_size: size };
     let sections = sections::find(&image, base);
     let parsed = Parsed { segments: vec![segment], sections, entry: Pa(0) };
-    let relocations = Relocations { count: found.count };
+    let relocations = found.relocations();
     KernelImage::assemble(format, image, parsed, Some(relocations), packed)
 }

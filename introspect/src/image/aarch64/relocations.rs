@@ -18,12 +18,26 @@ const ALIGN: u64 = 2 << 20;
 pub struct Relocations {
     /// Number of fields, all of 64 bits.
     pub(super) count: usize,
+    /// Where their table ends in the image.
+    pub(super) end: usize,
+}
+
+impl Found {
+    /// What the kernel image keeps of it.
+    pub fn relocations(&self) -> Relocations {
+        Relocations { count: self.count, end: self.at + self.count * ENTRY_BYTES }
+    }
 }
 
 impl Relocations {
     /// Numbers of 64-bit fields, of 32-bit ones, and of 32-bit ones to subtract from.
     pub fn counts(&self) -> [usize; 3] {
         [self.count, 0, 0]
+    }
+
+    /// Where their table ends in the image.
+    pub(crate) fn end(&self) -> usize {
+        self.end
     }
 
     /// Number of fields.
@@ -41,7 +55,7 @@ impl Relocations {
 pub(super) struct Found {
     /// Where it is in the image.
     at: usize,
-    pub count: usize,
+    count: usize,
     /// Link address of the image.
     pub base: Va,
 }

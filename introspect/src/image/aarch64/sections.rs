@@ -62,8 +62,7 @@ fn export_name(image: &[u8], at: usize) -> Option<&[u8]> {
         field.checked_add_signed(distance as isize)
     };
     let start = target(at + 4)?;
-    // Names follow each other: the byte before one ends another.
-    if !is_name_byte(*image.get(start)?) || *image.get(start.checked_sub(1)?)? != 0 {
+    if !is_name_byte(*image.get(start)?) {
         return None;
     }
     let name = text(image, start)?;

@@ -9,11 +9,11 @@ use crate::types::Btf;
 /// `thread.cpu_context` in `struct task_struct`, where `cpu_switch_to` leaves x19 to x29, sp and pc.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SleepingFrame {
-    fp: u64,
-    sp: u64,
-    pc: u64,
+    pub(super) fp: u64,
+    pub(super) sp: u64,
+    pub(super) pc: u64,
     /// What a new task is made to return to, link address.
-    fork_return: Option<Va>,
+    pub(super) fork_return: Option<Va>,
 }
 
 impl SleepingFrame {
