@@ -16,6 +16,7 @@ mod aarch64;
 mod elf;
 mod identify;
 #[cfg(test)]
+#[cfg_attr(target_arch = "aarch64", allow(dead_code, reason = "most of it is for tests on x86-64 kernels"))]
 pub(crate) mod synthetic;
 mod unpack;
 #[cfg(target_arch = "x86_64")]

@@ -19,6 +19,7 @@ fn recovered(function: &str, callee: &str, words: &[u32]) -> (KernelImage, Symbo
         (function, FUNCTION),
         ("behind", FUNCTION + 4 * words.len() as u64),
         ("_etext", TEXT_END),
+        ("_sinittext", 0x7000),
     ];
     let symbols = symbols.map(|(name, at)| Symbol { va: Va(BASE + at), kind: 'T', name: name.to_owned() });
     let blocks = [

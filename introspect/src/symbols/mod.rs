@@ -4,6 +4,7 @@
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 #[cfg(test)]
+#[cfg_attr(target_arch = "aarch64", allow(dead_code, reason = "most of it is for tests on x86-64 kernels"))]
 pub(crate) mod encoder;
 mod kallsyms;
 mod ksymtab;

@@ -7,6 +7,7 @@
 mod pointers;
 mod raw;
 #[cfg(test)]
+#[cfg_attr(target_arch = "aarch64", allow(dead_code, reason = "most of it is for tests on x86-64 kernels"))]
 pub(crate) mod synthetic;
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
