@@ -88,8 +88,8 @@ impl Record {
     pub fn stack(&self, va: Va) -> Option<u64> {
         let offset = va.0.wrapping_sub(self.word(RSP));
         let words = self.words() as u64;
-        let at = STACK + usize::try_from(offset).ok()?;
-        (offset.is_multiple_of(8) && offset / 8 < words).then(|| self.word(at))
+        // Below a slot's length, if it is one of the words.
+        (offset.is_multiple_of(8) && offset / 8 < words).then(|| self.word(STACK + offset as usize))
     }
 }
 
