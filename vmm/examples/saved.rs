@@ -122,8 +122,8 @@ fn stacks<M: FrozenMemory>(input: &ScanInput<'_, M>) -> Result<Vec<Registers>> {
     let frame =
         SleepingFrame::recover(types, &linux.kernel.symbols).context("Nobody knows how tasks sleep")?;
     let sleeping = linux.tasks(input.memory)?.into_iter().filter(|task| !task.on_cpu && task.stack != Va(0));
-    let start = |sp| frame.start(sp, linux.placement.slide, linux.word_reader(input.memory));
-    let starts = sleeping.filter_map(|task| start(task.saved_sp)).filter(|start| !start.exact);
+    let start = |task: &_| frame.start(task, linux.placement.slide, linux.word_reader(input.memory));
+    let starts = sleeping.filter_map(|task| start(&task)).filter(|start| !start.exact);
     Ok(starts.map(|s| Registers { rip: s.ip.0, rsp: s.sp.0, rbp: s.bp.0, ..Registers::default() }).collect())
 }
 
