@@ -9,7 +9,7 @@ use anyhow::Result;
 use guest_profiles::hooks::Role;
 use introspect::accounting::growth::FreedBy;
 use introspect::arch::Registers;
-use introspect::hooks::record::{self, Record};
+use introspect::hooks::record::Record;
 use introspect::linux::{Linux, ModuleMap, PagePlaces, pages, percpu};
 use introspect::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
 use introspect::registry::{AllocEvent, Kind, MAX_DEVICE, MAX_FRAMES, Paint, Registry};
@@ -391,11 +391,11 @@ impl Recorder {
             Moment::Now { cpu } => {
                 (linux.allocating_comm_and_pid(ram, cpu).unwrap_or_default(), linux.jiffies(ram).unwrap_or(0))
             }
-            Moment::Past(record) => (linux.recorded_comm_and_pid(record), record.word(record::JIFFIES)),
+            Moment::Past(record) => (linux.recorded_comm_and_pid(record), record.jiffies()),
         };
         let mut origin = Origin { comm, pid, jiffies, stack: [Va(0); MAX_FRAMES], depth: 0 };
         let modules = self.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let (unwinder, start, stack) = (self.unwinder(), Start::running(registers), &mut origin.stack);
+        let (unwinder, start, stack) = (self.unwinder(), Start::at_boundary(registers), &mut origin.stack);
         let trace = match moment {
             Moment::Now { .. } => unwinder.unwind(&*modules, &start, linux.word_reader(ram), stack),
             Moment::Past(record) => unwinder.unwind(&*modules, &start, |va| record.stack(va), stack),

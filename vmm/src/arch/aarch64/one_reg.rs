@@ -10,7 +10,7 @@ pub(crate) struct Reg(u64);
 
 /// A word of `struct kvm_regs` (arch/arm64/include/uapi/asm/kvm.h); KVM counts in halves.
 const fn core(word: u64) -> Reg {
-    Reg(KVM_REG_ARM64 as u64 | KVM_REG_SIZE_U64 as u64 | KVM_REG_ARM_CORE as u64 | word * 2)
+    Reg(KVM_REG_ARM64 as u64 | KVM_REG_SIZE_U64 as u64 | KVM_REG_ARM_CORE as u64 | (word * 2))
 }
 
 /// A system register, by its encoding.
