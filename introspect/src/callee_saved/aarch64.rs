@@ -2,4 +2,4 @@
 
 /// The answers found so far for one kernel image: none.
 #[derive(Default)]
-pub struct CalleeSaved;
+pub struct CalleeSaved {}

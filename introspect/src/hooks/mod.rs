@@ -14,12 +14,12 @@ mod x86_64;
 
 #[cfg(target_arch = "aarch64")]
 use aarch64 as code;
-pub use code::{Displaced, RETURN_IS_DISPLACED};
+pub use code::{Displaced, JUMP_LEN, Jump, RETURN_IS_DISPLACED, record};
 pub use site::{Site, SiteError, Step};
 #[cfg(target_arch = "x86_64")]
 use x86_64 as code;
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{Instruction, JUMP_LEN, Jump, Stub, StubPoint, Surroundings, Writer, record};
+pub use x86_64::{Instruction, Stub, StubPoint, Surroundings, Writer};
 
 use crate::kernel::Kernel;
 use crate::memory::Va;

@@ -18,7 +18,7 @@ mod module_map;
 pub mod modules;
 mod page_lists;
 mod page_structs;
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod page_structs_tests;
 mod page_tables;
 pub mod pages;
@@ -26,7 +26,6 @@ pub mod percpu;
 pub mod processes;
 mod rcu_free;
 pub(crate) mod read;
-#[cfg(target_arch = "x86_64")]
 mod recorded;
 mod roots;
 pub mod slab;

@@ -1,8 +1,7 @@
-//! What the ring's stubs need to know of a kernel, and what they wrote down of who ran.
+//! What the ring's stubs wrote down of who ran.
 
 use super::Linux;
 use super::tasks::Context;
-use crate::hooks::Surroundings;
 use crate::hooks::record::Record;
 
 impl Linux {
@@ -12,21 +11,6 @@ impl Linux {
         match self.context_of(preempt_count, softirqs) {
             Context::Task => record.task(),
             interrupt => interrupt.comm_and_pid(),
-        }
-    }
-
-    /// What stubs read of where an event happens.
-    pub fn surroundings(&self) -> Surroundings {
-        let layout = &self.tasks;
-        Surroundings {
-            current: layout.running.current,
-            preempt_count: layout.running.preempt_count,
-            softirq_disable_cnt: layout.softirq_disable_cnt,
-            comm: layout.comm,
-            pid: layout.pid,
-            stack: layout.stack,
-            stack_size: layout.stack_size,
-            jiffies: self.addresses.jiffies_64,
         }
     }
 }

@@ -5,6 +5,7 @@ use super::lookup::Lookup;
 use super::read::physical_end;
 use crate::arch::layout::{DIRECT_MAP_4, DIRECT_MAP_5, KERNEL_MAP, PAGE_STRUCTS_4, PAGE_STRUCTS_5};
 use crate::arch::{AddressSpace, CpuState, Leaf};
+use crate::hooks::Surroundings;
 use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, Pa, PhysicalMemory, Va};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -139,6 +140,21 @@ impl Running {
 const PTI: (u64, u32) = (7 * 4, 1 << 11);
 
 impl Linux {
+    /// What stubs read of where an event happens.
+    pub fn surroundings(&self) -> Surroundings {
+        let layout = &self.tasks;
+        Surroundings {
+            current: layout.running.current,
+            preempt_count: layout.running.preempt_count,
+            softirq_disable_cnt: layout.softirq_disable_cnt,
+            comm: layout.comm,
+            pid: layout.pid,
+            stack: layout.stack,
+            stack_size: layout.stack_size,
+            jiffies: self.addresses.jiffies_64,
+        }
+    }
+
     /// Start of the direct map of RAM (`page_offset_base`, which KASLR moves early in boot).
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Breakpoints that gdb sets: software ones are trap instructions in the kernel's text, hardware ones debug registers.
 
 use super::target::{Target, is_kernels, thread};
-use crate::arch::{DEBUG_POINTS, Point, PointKind};
+use crate::arch::{Point, PointKind};
 use crate::machine::TrapHandler;
 use anyhow::{Context, Result, ensure};
 use gdbstub::stub::MultiThreadStopReason;
@@ -85,7 +85,7 @@ impl Target {
     fn watch(&mut self, va: u64, len: u64, kind: PointKind) -> bool {
         let Ok(len) = u8::try_from(len) else { return false };
         let point = Point { va: Va(va), len, kind };
-        let fits = self.points.len() < DEBUG_POINTS && point.is_possible();
+        let fits = point.is_possible(self.points.len());
         if self.parts.hardware && fits {
             self.points.push(point);
         }

@@ -3,11 +3,10 @@
 use super::control::*;
 use super::{Order, Stop, Why};
 use introspect::arch::CpuState;
-use introspect::linux::Placement;
 use introspect::memory::{PAGE_SIZE, Pa, RamRange, Va};
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -28,7 +27,7 @@ fn worker(control: &Arc<Control>, cpu: usize, deaf: bool) -> Worker {
         // SAFETY: the flag lives until `ended`.
         control.started(cpu, unsafe { Kicker::new(NonNull::from(&flag)) });
         let snapshot = || Snapshot {
-            state: Ok(CpuState { gs_base: counter.load(SeqCst), ..Default::default() }),
+            state: Ok(CpuState { index: counter.load(SeqCst) as usize, ..Default::default() }),
             debug: None,
             exits: Vec::new(),
         };
@@ -68,7 +67,7 @@ fn nothing_runs_during_a_pause_and_all_run_after_it() {
         std::thread::yield_now();
         for ((worker, count), snapshot) in workers.iter().zip(&counts).zip(&snapshots) {
             assert_eq!(worker.count.load(SeqCst), *count);
-            assert_eq!(snapshot.state.as_ref().unwrap().gs_base, *count);
+            assert_eq!(snapshot.state.as_ref().unwrap().index as u64, *count);
         }
         control.resume();
     }
@@ -152,8 +151,7 @@ fn a_held_pause_outlasts_others_until_it_is_released() {
 fn a_debugger_stops_all_and_lets_those_go_on_that_it_wants() {
     let (control, workers) = setup(3);
     let ram = super::GuestRam::new(vec![RamRange { start: Pa(0), len: PAGE_SIZE }]).unwrap();
-    let placement = Placement { slide: 0, phys_base: 0, levels: 4 };
-    let guest = super::Guest::new(ram, control.clone(), Arc::default(), placement.into());
+    let guest = super::Guest::new(ram, control.clone(), Arc::default(), OnceLock::new());
     let counts = || workers.iter().map(|w| w.count.load(SeqCst)).collect::<Vec<_>>();
     let moved = |wanted: [bool; 3]| {
         let before = counts();

@@ -3,14 +3,15 @@
 //! The traps are written into guest memory before the kernel allocates anything and stay: the displaced
 //! instructions are carried out on the vCPU's registers, so no other vCPU can slip past a lifted trap.
 
+use super::handover::Moved;
 use super::recorder::{Moment, Recorder};
-use super::ring::{Moved, Ring};
+use super::ring::Ring;
 use crate::arch::synchronise_code;
 use crate::machine::{GuestRam, Paused, TrapHandler, TrapInstruction, TrapOutcome};
 use anyhow::{Context, Result, bail};
 use guest_profiles::hooks::Role;
 use introspect::arch::Registers;
-use introspect::hooks::{Displaced, JUMP_LEN, Jump, Plan, SiteError, Step};
+use introspect::hooks::{Displaced, JUMP_LEN, Jump, Plan, RETURN_IS_DISPLACED, SiteError, Step};
 use introspect::linux::Linux;
 use introspect::memory::{Pa, PhysicalMemory, Va};
 use rustc_hash::FxHashMap;
@@ -234,8 +235,11 @@ impl TrapHandler for Breakpoints {
             // What happened before comes first.
             ring.drain();
         }
+        let moment = Moment::Now { cpu };
         if trap.entry {
-            self.recorder.entered(trap.role, trap.argument, registers, Moment::Now { cpu });
+            self.recorder.entered(trap.role, trap.argument, registers, moment);
+        } else if RETURN_IS_DISPLACED {
+            self.recorder.returned(trap.role, registers, moment);
         }
         if !self.step_over(trap, registers) {
             // The guest overflows its stack, or reads where nothing is: let it meet its own page fault. The site stays without a trap until
@@ -244,8 +248,8 @@ impl TrapHandler for Breakpoints {
             synchronise_code(&self.ram, trap.at, trap.original.len());
             return TrapOutcome::Resume;
         }
-        if !trap.entry {
-            self.recorder.returned(trap.role, registers, Moment::Now { cpu });
+        if !trap.entry && !RETURN_IS_DISPLACED {
+            self.recorder.returned(trap.role, registers, moment);
         }
         TrapOutcome::Resume
     }

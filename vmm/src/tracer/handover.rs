@@ -5,15 +5,32 @@
 //! before, by the stub after. Traps and stubs work side by side for as long as it takes.
 
 use super::breakpoint::{Breakpoints, Trap};
-use super::ring::{Moved, Ring};
-use crate::arch::layout;
+use super::ring::Ring;
 use crate::machine::Paused;
-use anyhow::{Context, Result, ensure};
-use introspect::arch::gigabyte_leaf;
-use introspect::arch::layout::{TRACER_CODE, TRACER_RING};
-use introspect::hooks::{JUMP_LEN, Jump, StubPoint};
-use introspect::memory::{PhysicalMemory, Va};
+use anyhow::{Context, Result};
+use introspect::hooks::{JUMP_LEN, Jump};
+use introspect::memory::{Pa, PhysicalMemory, Va};
 use std::ops::Range;
+
+/// A jump in the place of a trap.
+pub struct Moved {
+    /// Where it is in guest memory.
+    pub at: Pa,
+    /// It.
+    pub jump: [u8; JUMP_LEN],
+    /// What belongs there instead.
+    pub original: [u8; JUMP_LEN],
+}
+
+/// What `status` says of the ring.
+pub struct RingStatus {
+    /// Events read.
+    pub events: u64,
+    /// Positions given out that are not read yet.
+    pub lag: u64,
+    /// Exits for want of a free slot.
+    pub waits: u64,
+}
 
 impl Breakpoints {
     /// Hooks whose trap a jump can take the place of, and has not yet.
@@ -39,7 +56,7 @@ impl Breakpoints {
         is_free: impl Fn(&str, Range<Va>) -> bool,
     ) -> Result<()> {
         let Some(ring) = self.ring() else { return Ok(()) };
-        self.map(paused).context("Cannot map the tracer's ring")?;
+        ring.map(&self.linux, paused).context("Cannot map the tracer's ring")?;
         for trap in self.traps.values() {
             let Ok(jump) = trap.jump else { continue };
             let va = jump.va() + self.linux.placement.slide;
@@ -60,8 +77,7 @@ impl Breakpoints {
     }
 
     fn hand_over_one(&self, ring: &Ring, paused: &mut Paused<'_>, trap: &Trap, jump: Jump) -> Result<()> {
-        let slide = self.linux.placement.slide;
-        let va = jump.va() + slide;
+        let va = jump.va() + self.linux.placement.slide;
         let at = self.linux.translate(&self.ram, va)?;
         let mut live = vec![0; jump.len()];
         self.ram.read(at, &mut live)?;
@@ -69,35 +85,11 @@ impl Breakpoints {
         if at == trap.at {
             live[..trap_len].copy_from_slice(&trap.original[..trap_len]);
         }
-        let displaced = jump.displaced(&self.linux.kernel, slide, &live)?;
-        let point = match jump {
-            Jump::Entry { .. } => StubPoint::Entry(va + jump.len() as u64),
-            Jump::Return { .. } => StubPoint::Return,
-        };
-        let stub = ring.add_stub(trap.number, point, &displaced)?;
-        let distance = stub.start.0.wrapping_sub(va.0 + JUMP_LEN as u64).cast_signed();
-        let distance = i32::try_from(distance).context("The stub is out of reach")?;
-        let mut bytes = [0xe9, 0, 0, 0, 0];
-        bytes[1..].copy_from_slice(&distance.to_le_bytes());
-        let original = *live.first_chunk().context("A jump needs five bytes")?;
+        let bytes = ring.lead_to_stub(&self.linux, trap.number, jump, &live)?;
+        let original = *live.first_chunk().context("A jump needs more bytes")?;
         paused.write(trap.at, &trap.original[..trap_len])?;
         paused.write(at, &bytes)?;
         let _ = trap.moved.set(Moved { at, jump: bytes, original });
-        Ok(())
-    }
-
-    /// Maps the ring and the stubs in the kernel's page tables, by one entry each: a table of ours would lead the guest's own
-    /// walks out of its memory.
-    fn map(&self, paused: &mut Paused<'_>) -> Result<()> {
-        let entries = [
-            (TRACER_RING, gigabyte_leaf(layout::TRACER_RING, true)),
-            (TRACER_CODE, gigabyte_leaf(layout::TRACER_CODE, false)),
-        ];
-        for (va, leaf) in entries {
-            let (at, there) = self.linux.space.gigabyte_entry(&self.ram, va)?;
-            ensure!(there == 0 || there == leaf, "The guest uses the addresses at {va}: entry {there:#x}");
-            paused.write(at, &leaf.to_le_bytes())?;
-        }
         Ok(())
     }
 }

@@ -4,10 +4,17 @@
 //! final, to stubs that write events down without an exit. Whatever the mechanism, events end in the [`Recorder`], which
 //! knows what a hook's registers mean and keeps the registry.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 pub mod breakpoint;
 mod handover;
 mod recorder;
-pub mod ring;
-mod slots;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
+#[cfg(target_arch = "aarch64")]
+pub use aarch64::ring;
+pub use handover::RingStatus;
 pub use recorder::{Moment, Recorder, State};
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::ring;

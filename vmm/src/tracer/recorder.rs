@@ -9,7 +9,7 @@ use anyhow::Result;
 use guest_profiles::hooks::Role;
 use introspect::accounting::growth::FreedBy;
 use introspect::arch::Registers;
-use introspect::hooks::record::{self, Record};
+use introspect::hooks::record::Record;
 use introspect::linux::{Linux, ModuleMap, PagePlaces, pages, percpu};
 use introspect::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
 use introspect::registry::{AllocEvent, Kind, MAX_DEVICE, MAX_FRAMES, Paint, Registry};
@@ -147,7 +147,8 @@ impl Recorder {
             }
             Role::Ioremap => self.pend(registers, registers.argument(1)),
             Role::PageAlloc => self.pend(registers, registers.argument(1) & 0xffff_ffff),
-            Role::PageBulkAlloc => self.pend(registers, Filled::at(registers, self.bulk_list).0),
+            Role::PageBulkAlloc => self
+                .pend(registers, Filled::at(registers.argument(4), registers.argument(5), self.bulk_list).0),
             Role::PageFree => {
                 let order = registers.argument(argument + 1) & 0xffff_ffff;
                 self.free_pages(|_| Ok(vec![(Va(value), order)]));
@@ -391,11 +392,11 @@ impl Recorder {
             Moment::Now { cpu } => {
                 (linux.allocating_comm_and_pid(ram, cpu).unwrap_or_default(), linux.jiffies(ram).unwrap_or(0))
             }
-            Moment::Past(record) => (linux.recorded_comm_and_pid(record), record.word(record::JIFFIES)),
+            Moment::Past(record) => (linux.recorded_comm_and_pid(record), record.jiffies()),
         };
         let mut origin = Origin { comm, pid, jiffies, stack: [Va(0); MAX_FRAMES], depth: 0 };
         let modules = self.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let (unwinder, start, stack) = (self.unwinder(), Start::running(registers), &mut origin.stack);
+        let (unwinder, start, stack) = (self.unwinder(), Start::at_boundary(registers), &mut origin.stack);
         let trace = match moment {
             Moment::Now { .. } => unwinder.unwind(&*modules, &start, linux.word_reader(ram), stack),
             Moment::Past(record) => unwinder.unwind(&*modules, &start, |va| record.stack(va), stack),
@@ -409,13 +410,13 @@ impl Recorder {
 struct Filled(u64);
 
 impl Filled {
-    /// From the arguments `struct list_head *page_list`, on kernels that have it, and `struct page **page_array`, one of
-    /// which is NULL.
-    fn at(registers: &Registers, has_list: bool) -> Self {
-        match (has_list, registers.argument(5)) {
-            (true, 0) => Self(registers.argument(4)),
+    /// From the fifth and the sixth argument: `struct list_head *page_list`, on kernels that have it, and `struct page
+    /// **page_array`, one of which is NULL.
+    fn at(fifth: u64, sixth: u64, has_list: bool) -> Self {
+        match (has_list, sixth) {
+            (true, 0) => Self(fifth),
             (true, array) => Self(array | 1),
-            (false, _) => Self(registers.argument(4) | 1),
+            (false, _) => Self(fifth | 1),
         }
     }
 
@@ -500,10 +501,9 @@ mod tests {
 
     #[test]
     fn bulk_calls_fill_an_array_or_a_list() {
-        let registers = |r8, r9| Registers { r8, r9, ..Registers::default() };
-        assert_eq!(Filled::at(&registers(0, 0xffff_c900_0000_1000), true).0, 0xffff_c900_0000_1001);
-        assert_eq!(Filled::at(&registers(0xffff_c900_0000_2000, 0), true).0, 0xffff_c900_0000_2000);
-        assert_eq!(Filled::at(&registers(0xffff_c900_0000_3000, 7), false).0, 0xffff_c900_0000_3001);
+        assert_eq!(Filled::at(0, 0xffff_c900_0000_1000, true).0, 0xffff_c900_0000_1001);
+        assert_eq!(Filled::at(0xffff_c900_0000_2000, 0, true).0, 0xffff_c900_0000_2000);
+        assert_eq!(Filled::at(0xffff_c900_0000_3000, 7, false).0, 0xffff_c900_0000_3001);
     }
 
     #[test]

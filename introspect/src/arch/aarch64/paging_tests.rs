@@ -109,7 +109,7 @@ fn every_granule_and_size_finds_its_last_page() {
         for level in 0..levels {
             let first_bits = u32::from(va_bits) - u32::from(page_shift) - (levels - 1) * level_bits;
             let entries = if level == 0 { 1 << first_bits } else { 1 << level_bits };
-            words.push((page * u64::from(level) + 8 * (entries - 1), page * u64::from(level + 1) | 3));
+            words.push((page * u64::from(level) + 8 * (entries - 1), (page * u64::from(level + 1)) | 3));
         }
         let memory = ram((page * u64::from(levels + 1)) as usize, &words);
         let space = AddressSpace { root: Pa(0), translation };

@@ -14,11 +14,12 @@
 //! probes) is one of a `nop`, `b`, `bl`, `paciasp`, `autiasp`, a constant or system instruction of hand-written assembly, none
 //! of which takes a trap.
 
-use super::Displaced;
+use super::{Displaced, Jump};
 use crate::arch::instruction::{BYTES, Indirect, Instruction};
 use crate::hooks::site::{MAX_FUNCTION, Site, SiteError};
 use crate::kernel::Kernel;
 use crate::memory::Va;
+use guest_profiles::hooks::Role;
 use rustc_hash::FxHashSet;
 
 /// A decoded function.
@@ -112,6 +113,11 @@ impl Function {
             return Err(SiteError::NoReturn);
         }
         self.returns.iter().map(|&index| self.site(index, trap_len)).collect()
+    }
+
+    /// Where a jump can take over from the trap at `site`.
+    pub(in crate::hooks) fn jump(&self, _role: Role, _entry: bool, site: &Site) -> Result<Jump, SiteError> {
+        Err(SiteError::NoJump(site.va, "arm64 has no stubs".to_owned()))
     }
 
     fn site(&self, index: usize, trap_len: usize) -> Result<Site, SiteError> {

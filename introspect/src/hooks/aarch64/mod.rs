@@ -2,6 +2,8 @@
 
 mod displaced;
 mod function;
+mod jump;
+pub mod record;
 
 /// True where a return trap displaces the return itself, so that its event is to be recorded before it is carried out; else
 /// it displaces what comes before that.
@@ -9,3 +11,4 @@ pub const RETURN_IS_DISPLACED: bool = true;
 
 pub use displaced::Displaced;
 pub(super) use function::Function;
+pub use jump::{JUMP_LEN, Jump};

@@ -74,6 +74,11 @@ impl Record {
         (self.0[COMM..COMM + 16].try_into().expect("16 bytes"), self.u32(PID).cast_signed())
     }
 
+    /// `jiffies_64`.
+    pub fn jiffies(&self) -> u64 {
+        self.word(JIFFIES)
+    }
+
     /// The return address.
     pub fn caller(&self) -> Va {
         Va(self.word(STACK))

@@ -14,9 +14,6 @@ pub type DebugArch = gdbstub_arch::aarch64::AArch64;
 /// All registers that gdb knows; those of the FPU are not read.
 pub type DebugRegisters = AArch64CoreRegs;
 
-/// Addresses the processor is asked to watch: none yet.
-pub const DEBUG_POINTS: usize = 0;
-
 /// What the processor watches an address for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PointKind {
@@ -40,8 +37,8 @@ pub struct Point {
 }
 
 impl Point {
-    /// Whether the processor can watch it.
-    pub fn is_possible(self) -> bool {
+    /// Whether the processor can watch it beside so many others: it is not asked to yet.
+    pub fn is_possible(self, _others: usize) -> bool {
         false
     }
 }

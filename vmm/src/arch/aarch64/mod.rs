@@ -15,7 +15,7 @@ mod trap;
 pub use cache::synchronise_code;
 pub use counter::counter_khz;
 pub use debug::{
-    DEBUG_POINTS, DebugArch, DebugRegisters, DebugStatus, Point, PointKind, debug_registers, reflect_debug,
+    DebugArch, DebugRegisters, DebugStatus, Point, PointKind, debug_registers, reflect_debug,
     set_debug_registers, set_debugging, set_instruction_pointer,
 };
 pub use exits::ExitRecord;
@@ -26,7 +26,7 @@ pub use registers::{
     cpu_state, describe_failure, enable_traps, is_reset, reflect, resumed, set_trap_registers, trap_places,
     trap_registers,
 };
-pub use setup::{assemble, check_capabilities, page_table_levels};
+pub use setup::{assemble, check_capabilities, has_gigabyte_pages, page_table_levels};
 pub use trap::{TrapChoice, TrapInstruction};
 
 /// What the guest calls its console.

@@ -10,13 +10,13 @@ pub(crate) struct Reg(u64);
 
 /// A word of `struct kvm_regs` (arch/arm64/include/uapi/asm/kvm.h); KVM counts in halves.
 const fn core(word: u64) -> Reg {
-    Reg(KVM_REG_ARM64 as u64 | KVM_REG_SIZE_U64 as u64 | KVM_REG_ARM_CORE as u64 | word * 2)
+    Reg(KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE as u64 | (word * 2))
 }
 
 /// A system register, by its encoding.
 const fn system(op0: u64, op1: u64, crn: u64, crm: u64, op2: u64) -> Reg {
     let encoding = op0 << 14 | op1 << 11 | crn << 7 | crm << 3 | op2;
-    Reg(KVM_REG_ARM64 as u64 | KVM_REG_SIZE_U64 as u64 | KVM_REG_ARM64_SYSREG as u64 | encoding)
+    Reg(KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG as u64 | encoding)
 }
 
 impl Reg {

@@ -49,6 +49,11 @@ pub fn page_table_levels(_kvm: &Kvm, wanted: FiveLevels) -> Result<u8, HostError
     }
 }
 
+/// True: pages of 4 KiB go with blocks of one GiB (Arm ARM, D8.3).
+pub fn has_gigabyte_pages(_kvm: &Kvm) -> bool {
+    true
+}
+
 /// Creates the vCPUs, the first at the kernel's entry, the others off until it starts them, then the interrupt controller,
 /// which wants to know them, the tree that describes it, and the devices.
 ///

@@ -17,7 +17,7 @@ pub type DebugArch = gdbstub_arch::x86::X86_64_SSE;
 pub type DebugRegisters = X86_64CoreRegs;
 
 /// Addresses the processor can watch (DR0 to DR3).
-pub const DEBUG_POINTS: usize = 4;
+const DEBUG_POINTS: usize = 4;
 
 /// What the processor watches an address for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,9 +60,9 @@ impl Point {
         self.va.0.is_multiple_of(u64::from(self.len)).then_some(len << 2 | kind)
     }
 
-    /// Whether the processor can watch it.
-    pub fn is_possible(self) -> bool {
-        self.control().is_some()
+    /// Whether the processor can watch it beside so many others.
+    pub fn is_possible(self, others: usize) -> bool {
+        others < DEBUG_POINTS && self.control().is_some()
     }
 }
 

@@ -14,7 +14,7 @@ mod trap;
 pub use cache::synchronise_code;
 pub use counter::counter_khz;
 pub use debug::{
-    DEBUG_POINTS, DebugArch, DebugRegisters, DebugStatus, Point, PointKind, debug_registers, reflect_debug,
+    DebugArch, DebugRegisters, DebugStatus, Point, PointKind, debug_registers, reflect_debug,
     set_debug_registers, set_debugging, set_instruction_pointer,
 };
 pub use exits::ExitRecord;

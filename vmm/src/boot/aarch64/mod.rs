@@ -57,7 +57,7 @@ pub fn load(ram: &GuestRam, config: &Config<'_>, _levels: u8) -> anyhow::Result<
     let header = Header::of(image)?;
     let start = Pa(RAM.0 + header.text_offset);
     let end = start.0.saturating_add(header.image_size.max(image.len() as u64));
-    let fdt = Pa((RAM.0 + config.mem_bytes & !(FDT_MAX - 1)) - FDT_MAX);
+    let fdt = Pa(((RAM.0 + config.mem_bytes) & !(FDT_MAX - 1)) - FDT_MAX);
     ensure!(
         end <= fdt.0,
         "The kernel does not fit: it takes {} MiB, the guest has {} MiB",

@@ -67,6 +67,7 @@ fn run(boot: &mut VcpuFd, platform: &Platform) -> anyhow::Result<()> {
         match next {
             Next::Enter | Next::Checkpoint => {}
             Next::Trap(_) => return Ok(()),
+            Next::Debug(status) => bail!("a debug exception, syndrome {:#x}", status.0),
             Next::End(outcome) => bail!("{outcome}"),
             Next::Fail(why) => bail!(why),
         }

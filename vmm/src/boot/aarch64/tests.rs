@@ -1,5 +1,4 @@
 use super::*;
-use crate::arch::Gic;
 
 fn image(text_offset: u64, image_size: u64) -> Vec<u8> {
     let mut bytes = vec![0; 4096];

@@ -109,7 +109,7 @@ impl Code {
                 in("x3") PRIVATE_ANONYMOUS, in("x4") -1, in("x5") 0,
             );
         }
-        assert!(page % 4096 == 0 && page != 0, "no page for code");
+        assert!(page.is_multiple_of(4096) && page != 0, "no page for code");
         Self(page as *mut u32)
     }
 
@@ -209,11 +209,10 @@ fn instruction() -> impl Strategy<Value = Instruction> {
             .prop_map(|(a, b, place)| Instruction::LoadPair { to: [a, b], place }),
         (register(), register(), place(true))
             .prop_map(|(a, b, place)| Instruction::StorePair { from: [a, b], place }),
-        (0..16_u8, branch.clone())
-            .prop_map(|(condition, offset)| Instruction::Conditional { condition, offset }),
-        (any::<bool>(), register(), any::<bool>(), branch.clone()).prop_map(
-            |(wide, register, nonzero, offset)| Instruction::CompareZero { wide, register, nonzero, offset }
-        ),
+        (0..16_u8, branch).prop_map(|(condition, offset)| Instruction::Conditional { condition, offset }),
+        (any::<bool>(), register(), any::<bool>(), branch).prop_map(|(wide, register, nonzero, offset)| {
+            Instruction::CompareZero { wide, register, nonzero, offset }
+        }),
         (register(), 0..64_u8, any::<bool>(), branch).prop_map(|(register, bit, nonzero, offset)| {
             Instruction::TestBit { register, bit, nonzero, offset }
         }),
@@ -328,9 +327,8 @@ fn compare(word: u32, mut words: [u64; WORDS], seed: u64) -> Result<(), TestCase
     let mut memory = Memory(std::array::from_fn(|n| seed.wrapping_mul(2 * n as u64 + 1)));
     let start = (&raw mut memory).cast::<u64>() as u64;
     words[SP] = start + MIDDLE as u64;
-    match base(decoded) {
-        Some(Register::X(n)) => words[usize::from(n)] = start + MIDDLE as u64,
-        _ => {}
+    if let Some(Register::X(n)) = base(decoded) {
+        words[usize::from(n)] = start + MIDDLE as u64;
     }
     let code = Code::new();
     code.put(word);

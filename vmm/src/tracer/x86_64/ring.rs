@@ -1,17 +1,17 @@
 //! The ring in the guest: its memory, its stubs, and what their records say.
 
-use super::recorder::{Moment, Recorder};
 use super::slots::Slots;
 use crate::arch::layout;
-use crate::machine::{Machine, PrivatePages, TrapInstruction, TrapOutcome};
-use anyhow::{Result, ensure};
+use crate::machine::{Machine, Paused, PrivatePages, TrapInstruction, TrapOutcome};
+use crate::tracer::{Moment, Recorder, RingStatus};
+use anyhow::{Context, Result, ensure};
 use guest_profiles::hooks::Role;
-use introspect::arch::Registers;
 use introspect::arch::layout::{TRACER_CODE, TRACER_RING};
+use introspect::arch::{Registers, gigabyte_leaf};
 use introspect::hooks::record::{self, Record};
-use introspect::hooks::{Instruction, JUMP_LEN, Plan, Stub, StubPoint, Writer};
+use introspect::hooks::{Instruction, JUMP_LEN, Jump, Plan, Stub, StubPoint, Writer};
 use introspect::linux::Linux;
-use introspect::memory::{Pa, Va};
+use introspect::memory::Va;
 use rustc_hash::FxHashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,16 +23,6 @@ const COUNT: u64 = 8192;
 const CODE_LEN: usize = 0x1_0000;
 /// Stubs begin in lines of their own.
 const STUB_ALIGN: usize = 64;
-
-/// A jump in the place of a trap.
-pub struct Moved {
-    /// Where it is in guest memory.
-    pub at: Pa,
-    /// It.
-    pub jump: [u8; JUMP_LEN],
-    /// What belongs there instead.
-    pub original: [u8; JUMP_LEN],
-}
 
 /// What a hook's number stands for.
 struct Hook {
@@ -47,16 +37,6 @@ struct Hook {
 #[derive(Default)]
 struct Code {
     len: usize,
-}
-
-/// What `status` says of the ring.
-pub struct RingStatus {
-    /// Events read.
-    pub events: u64,
-    /// Positions given out that are not read yet.
-    pub lag: u64,
-    /// Exits for want of a free slot.
-    pub waits: u64,
 }
 
 /// See the module.
@@ -118,11 +98,51 @@ impl Ring {
         TRACER_CODE..TRACER_CODE + CODE_LEN as u64
     }
 
-    /// Writes the stub of a hook.
+    /// Maps the ring and the stubs in the kernel's page tables, by one entry each: a table of ours would lead the guest's own
+    /// walks out of its memory.
+    ///
+    /// # Errors
+    /// The page tables have no room.
+    pub(in crate::tracer) fn map(&self, linux: &Linux, paused: &mut Paused<'_>) -> Result<()> {
+        let entries = [
+            (TRACER_RING, gigabyte_leaf(layout::TRACER_RING, true)),
+            (TRACER_CODE, gigabyte_leaf(layout::TRACER_CODE, false)),
+        ];
+        for (va, leaf) in entries {
+            let (at, there) = linux.space.gigabyte_entry(&paused.memory(), va)?;
+            ensure!(there == 0 || there == leaf, "The guest uses the addresses at {va}: entry {there:#x}");
+            paused.write(at, &leaf.to_le_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// Writes the stub of a hook; `live` is what memory holds where the jump will be. The jump to it.
     ///
     /// # Errors
     /// It cannot be made.
-    pub(super) fn add_stub(&self, hook: u32, point: StubPoint, displaced: &[Instruction]) -> Result<Stub> {
+    pub(in crate::tracer) fn lead_to_stub(
+        &self,
+        linux: &Linux,
+        hook: u32,
+        jump: Jump,
+        live: &[u8],
+    ) -> Result<[u8; JUMP_LEN]> {
+        let slide = linux.placement.slide;
+        let va = jump.va() + slide;
+        let displaced = jump.displaced(&linux.kernel, slide, live)?;
+        let point = match jump {
+            Jump::Entry { .. } => StubPoint::Entry(va + jump.len() as u64),
+            Jump::Return { .. } => StubPoint::Return,
+        };
+        let stub = self.add_stub(hook, point, &displaced)?;
+        let distance = stub.start.0.wrapping_sub(va.0 + JUMP_LEN as u64).cast_signed();
+        let distance = i32::try_from(distance).context("The stub is out of reach")?;
+        let mut bytes = [0xe9, 0, 0, 0, 0];
+        bytes[1..].copy_from_slice(&distance.to_le_bytes());
+        Ok(bytes)
+    }
+
+    fn add_stub(&self, hook: u32, point: StubPoint, displaced: &[Instruction]) -> Result<Stub> {
         let mut written = lock(&self.written);
         let stub = self.writer.stub(hook, point, displaced, TRACER_CODE + written.len as u64)?;
         ensure!(written.len + stub.code.len() <= CODE_LEN, "There is no room for more stubs");
@@ -133,12 +153,12 @@ impl Ring {
     }
 
     /// True for the trap of a stub that has no free slot.
-    pub(super) fn is_request(&self, ip: Va) -> bool {
+    pub(in crate::tracer) fn is_request(&self, ip: Va) -> bool {
         self.requests.read().unwrap_or_else(PoisonError::into_inner).contains(&ip.0)
     }
 
     /// At such a trap: reads events until the slot is free. The vCPUs that still fill those before it need the time.
-    pub(super) fn make_room(&self, registers: &mut Registers) -> TrapOutcome {
+    pub(in crate::tracer) fn make_room(&self, registers: &mut Registers) -> TrapOutcome {
         self.waits.fetch_add(1, Ordering::Relaxed);
         self.drain();
         if registers.rax < self.slots.limit() {

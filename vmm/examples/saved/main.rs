@@ -1,9 +1,20 @@
 //! How fast scans and traced events are on a machine that was saved, whose file is the argument: one line of JSON for each
 //! figure, for `cargo xtask bench`. (No benchmark to cargo, for which it would compile everything once more.)
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+#[cfg(target_arch = "aarch64")]
+use aarch64 as platform;
+#[cfg(target_arch = "x86_64")]
+use x86_64 as platform;
+
 use anyhow::{Context, Result, ensure};
 use guest_profiles::hooks::Role;
 use introspect::arch::Registers;
+use introspect::linux::tasks::Task;
 use introspect::memory::{FrozenMemory, PhysicalMemory, Va};
 use introspect::registry::{Kind, Registry};
 use introspect::scan::{ScanInput, ScanResult, scan};
@@ -93,12 +104,12 @@ fn events(detector: &Detector) -> Result<()> {
     for _ in 0..ROUNDS {
         let start = Instant::now();
         for (n, victim) in victims.iter().enumerate() {
-            let registers = Registers { rdi: victim.0, ..stacks[n % stacks.len()] };
+            let registers = platform::with_argument(&stacks[n % stacks.len()], victim.0);
             recorder.entered(Role::Free, 0, &registers, Moment::Now { cpu: 0 });
         }
         let freed = start.elapsed();
         for (n, victim) in victims.iter().enumerate() {
-            let registers = Registers { rax: victim.0, ..stacks[n % stacks.len()] };
+            let registers = platform::with_result(&stacks[n % stacks.len()], victim.0);
             recorder.returned(Role::SlabAlloc, &registers, Moment::Now { cpu: 0 });
         }
         free = free.min(freed.as_secs_f64());
@@ -122,9 +133,9 @@ fn stacks<M: FrozenMemory>(input: &ScanInput<'_, M>) -> Result<Vec<Registers>> {
     let frame =
         SleepingFrame::recover(types, &linux.kernel.symbols).context("Nobody knows how tasks sleep")?;
     let sleeping = linux.tasks(input.memory)?.into_iter().filter(|task| !task.on_cpu && task.stack != Va(0));
-    let start = |task: &_| frame.start(task, linux.placement.slide, linux.word_reader(input.memory));
+    let start = |task: &Task| frame.start(task, linux.placement.slide, linux.word_reader(input.memory));
     let starts = sleeping.filter_map(|task| start(&task)).filter(|start| !start.exact);
-    Ok(starts.map(|s| Registers { rip: s.ip.0, rsp: s.sp.0, rbp: s.bp.0, ..Registers::default() }).collect())
+    Ok(starts.map(|start| platform::asleep(&start)).collect())
 }
 
 fn objects(registry: &Registry) -> Vec<Va> {

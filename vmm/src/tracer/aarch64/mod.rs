@@ -1,0 +1,3 @@
+//! arm64: no ring yet.
+
+pub mod ring;

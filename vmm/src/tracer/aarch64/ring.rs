@@ -1,0 +1,77 @@
+//! The ring in the guest, which arm64 has not yet: its stubs would have to be written for it.
+
+use crate::machine::{Machine, Paused, TrapInstruction, TrapOutcome};
+use crate::tracer::{Recorder, RingStatus};
+use anyhow::{Result, bail};
+use introspect::arch::Registers;
+use introspect::hooks::{JUMP_LEN, Jump, Plan};
+use introspect::linux::Linux;
+use introspect::memory::Va;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// There is none.
+pub enum Ring {}
+
+impl Ring {
+    /// None can be made.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn new(
+        _machine: &Machine,
+        _linux: &Linux,
+        _recorder: Arc<Recorder>,
+        _plan: &Plan,
+        _instruction: TrapInstruction,
+    ) -> Result<Self> {
+        bail!("It is for x86-64 only")
+    }
+
+    /// Where stubs are.
+    pub fn code(&self) -> Range<Va> {
+        match *self {}
+    }
+
+    /// Maps the ring and the stubs in the guest.
+    ///
+    /// # Errors
+    /// The page tables have no room.
+    pub(in crate::tracer) fn map(&self, _linux: &Linux, _paused: &mut Paused<'_>) -> Result<()> {
+        match *self {}
+    }
+
+    /// Writes the stub of a hook. The jump to it.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub(in crate::tracer) fn lead_to_stub(
+        &self,
+        _linux: &Linux,
+        _hook: u32,
+        _jump: Jump,
+        _live: &[u8],
+    ) -> Result<[u8; JUMP_LEN]> {
+        match *self {}
+    }
+
+    /// True for the trap of a stub that has no free slot.
+    pub(in crate::tracer) fn is_request(&self, _ip: Va) -> bool {
+        match *self {}
+    }
+
+    /// At such a trap: reads events until the slot is free.
+    pub(in crate::tracer) fn make_room(&self, _registers: &mut Registers) -> TrapOutcome {
+        match *self {}
+    }
+
+    /// Reads all events that were complete when it was called.
+    pub fn drain(&self) {
+        match *self {}
+    }
+
+    /// For `status`.
+    pub fn status(&self) -> RingStatus {
+        match *self {}
+    }
+}

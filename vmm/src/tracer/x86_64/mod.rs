@@ -1,0 +1,4 @@
+//! x86-64: the ring.
+
+pub mod ring;
+mod slots;
