@@ -314,8 +314,8 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
         set_vmalloc_specials(input, &mut marker)?;
         self.pages.join(&mut marker);
         let treated = self.set_treatments(input, &mut marker);
-        self.roots.stacks.iter().for_each(|stack| marker.set_black(stack.0));
-        self.roots.dead.iter().for_each(|page| marker.set_no_scan(page.0));
+        // In use, although only their own lists, which are not read, may lead to the latter.
+        self.roots.stacks.iter().chain(&self.roots.dead).for_each(|block| marker.set_black(block.0));
         Ok((marker, treated))
     }
 
