@@ -50,14 +50,24 @@ fn reported(client: &mut Client) -> Result<Objects> {
     leaks.iter().map(|leak| object(leak).with_context(|| format!("no object: {leak}"))).collect()
 }
 
-/// Scans; what is reported must be what is lost.
+/// Lost objects of a storm that may be held all the same: memory of 40 objects was others' before, and a stale pointer in
+/// what is alive, or a number that equals a per-CPU cookie, is a reference like any other.
+const MAX_HELD: usize = 2;
+
+/// Scans; what is reported must be what is lost. What is not must be held from a root, and that is said.
 fn compare(client: &mut Client, lost: &Objects) -> Result<()> {
     client.ask("scan")?;
     let found = reported(client)?;
-    let mut wrong = String::new();
+    let (mut held, mut wrong) = (0, String::new());
     for (address, size) in lost.iter().filter(|(address, size)| found.get(address) != Some(size)) {
         let why = client.ask(&format!("path={address}"))?;
-        wrong += &format!("{address} of {size} is lost, {:?} reported\n{why}\n", found.get(address));
+        let said = format!("{address} of {size} is lost, {:?} reported\n{why}\n", found.get(address));
+        if why.starts_with("root ") && !found.contains_key(address) && held < MAX_HELD {
+            held += 1;
+            eprint!("{said}");
+        } else {
+            wrong += &said;
+        }
     }
     for address in found.keys().filter(|address| !lost.contains_key(address)) {
         wrong += &format!("{address} is reported\n{}\n", client.ask(&format!("dump={address}"))?);
