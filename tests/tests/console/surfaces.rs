@@ -48,7 +48,7 @@ fn line(usage: &str, object: &str) -> Result<Option<Line>> {
     let name = usage.split_inclusive('=').next().and_then(|name| name.split(' ').next()).unwrap_or_default();
     let text = match name {
         "scan=" => "scan=off".to_owned(),
-        "stack=" => "stack=on".to_owned(),
+        "stack=" | "typed=" => format!("{name}on"),
         "dump=" | "path=" | "not_leak=" | "ignore=" | "no_scan=" => format!("{name}{object}"),
         "alloc_calls=" | "refs=" => format!("{name}dentry"),
         "snapshot=" | "core=" => format!("{name}{}", saved().display()),
@@ -57,8 +57,8 @@ fn line(usage: &str, object: &str) -> Result<Option<Line>> {
         "bt" => "bt 1".to_owned(),
         "json" => "json help scan".to_owned(),
         "slabinfo" | "vmallocinfo" | "meminfo" | "buddyinfo" | "vmstat" | "scan" | "report" | "clear"
-        | "off" | "on" | "roots" | "canary" | "status" | "audit" | "growth" | "mark" | "ps" | "procrank"
-        | "regs" | "pause" | "resume" | "help" => name.to_owned(),
+        | "off" | "on" | "roots" | "possible" | "canary" | "status" | "audit" | "growth" | "mark" | "ps"
+        | "procrank" | "regs" | "pause" | "resume" | "help" => name.to_owned(),
         // The last one of all.
         "quit" => return Ok(None),
         _ => bail!("{usage:?} is in help and not tested here"),
