@@ -127,17 +127,24 @@ impl Bases {
         }
     }
 
+    /// Bits of the addresses that the linear map was laid out for, by where that starts (`memstart_addr`): an image for 52 bits
+    /// on a processor with 48 starts to count where the larger linear map would start.
+    fn linear_bits(&self, memstart: u64) -> u32 {
+        if memstart.cast_signed() < -(1_i64 << MIN_VA_BITS) { 52 } else { self.va_bits }
+    }
+
     /// Where `struct page`s may start (`VMEMMAP_START`, arch/arm64/include/asm/memory.h): it moved twice, and no symbol
     /// says where to.
-    fn vmemmap_candidates(&self) -> [Va; 3] {
-        let linear = page_end(self.va_bits) - page_offset(self.va_bits);
+    fn vmemmap_candidates(&self, memstart: u64) -> [Va; 3] {
+        let va_bits = self.linear_bits(memstart);
+        let linear = page_end(va_bits) - page_offset(va_bits);
         let shift = PAGE_SHIFT - PAGE_STRUCT_SHIFT;
         let below_top = |bytes: u64| Va(bytes.wrapping_neg());
         [
             // 6.9 and later: below the last GiB.
             below_top((1 << 30) + (linear >> shift)),
             // 5.11 to 6.8.
-            below_top(1 << (self.va_bits - shift)),
+            below_top(1 << (va_bits - shift)),
             // Before: below the last 2 MiB.
             below_top((2 << 20) + (linear >> shift)),
         ]
@@ -175,11 +182,8 @@ impl Linux {
     /// # Errors
     /// The variable is not in RAM, or not set yet.
     pub fn direct_map_base(&self, memory: &impl PhysicalMemory) -> Result<Va, MemoryError> {
-        let bases = &self.addresses.bases;
         let start = self.memstart(memory)?;
-        // An image for 52 bits on a processor with 48 starts to count where the larger linear map would start.
-        let larger = start.cast_signed() < -(1_i64 << MIN_VA_BITS);
-        Ok(page_offset(if larger { 52 } else { bases.va_bits }) - start)
+        Ok(page_offset(self.addresses.bases.linear_bits(start)) - start)
     }
 
     /// `memstart_addr`: the physical address at which the linear map starts; negative where that starts with a gap.
@@ -200,7 +204,8 @@ impl Linux {
     pub fn page_structs_base(&self, memory: &impl PhysicalMemory) -> Result<Va, MemoryError> {
         let bases = &self.addresses.bases;
         // The array starts with the struct of the first page of the linear map.
-        let skipped = (self.memstart(memory)?.cast_signed() >> PAGE_SHIFT) << PAGE_STRUCT_SHIFT;
+        let memstart = self.memstart(memory)?;
+        let skipped = (memstart.cast_signed() >> PAGE_SHIFT) << PAGE_STRUCT_SHIFT;
         let base = |start: Va| start - skipped as u64;
         if let Some(&start) = bases.vmemmap.get() {
             return Ok(base(start));
@@ -208,9 +213,10 @@ impl Linux {
         let frames = memory.ranges().iter().map(|range| range.start.0 >> PAGE_SHIFT << PAGE_STRUCT_SHIFT);
         let mapped =
             |start: &Va| frames.clone().any(|offset| self.space.leaf(memory, base(*start) + offset).is_ok());
-        let found = bases.vmemmap_candidates().into_iter().find(mapped);
+        let candidates = bases.vmemmap_candidates(memstart);
+        let found = candidates.into_iter().find(mapped);
         let what = "no page structures are mapped where this kernel may have them";
-        let start = found.ok_or(MemoryError::Corrupt { va: bases.vmemmap_candidates()[0], what })?;
+        let start = found.ok_or(MemoryError::Corrupt { va: candidates[0], what })?;
         Ok(base(*bases.vmemmap.get_or_init(|| start)))
     }
 
