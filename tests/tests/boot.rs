@@ -34,6 +34,7 @@ fn main() -> ExitCode {
         &VMX_PACKAGES,
     ));
     trials.push(long_test("many_cpus", || size("1G", 8)));
+    trials.push(long_test("clean_6.12-cloud-arm64_2cpu", || clean_arm64("6.12-cloud-arm64")));
     tests::main(trials)
 }
 
@@ -51,10 +52,23 @@ fn clean_by_int3(line: &str) -> Result<()> {
     Ok(())
 }
 
-fn clean_guest(mut guest: Guest) -> Result<Value> {
+/// An arm64 guest, in the lab that has its processors.
+fn clean_arm64(line: &str) -> Result<()> {
+    let mut guest = Guest::new(&kernel(line)?, 2)?;
+    guest.option("--lab", "arm");
+    let report = clean_guest_with(guest, "/dev/ttyAMA1")?;
+    ensure!(report["host"]["trap"] == "brk" && report["host"]["lab"] == "arm", "{}", report["host"]);
+    Ok(())
+}
+
+fn clean_guest(guest: Guest) -> Result<Value> {
+    clean_guest_with(guest, "/dev/ttyS1")
+}
+
+fn clean_guest_with(mut guest: Guest, port: &str) -> Result<Value> {
     guest
         .flag("--fail-on-leak")
-        .script("sleep 3; echo audit > /dev/ttyS1; cat /dev/ttyS1; dmesg > /dev/null")?;
+        .script(&format!("sleep 3; echo audit > {port}; cat {port}; dmesg > /dev/null"))?;
     let finished = guest.boot(0)?;
     no_kernel_complaint(&finished.stdout)?;
     ensure!(finished.stdout.contains("missing 0, stale 0"), "audit: {}", tests::tail(&finished.stdout, 10));

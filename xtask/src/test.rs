@@ -36,6 +36,8 @@ pub fn run(options: &Options) -> Result<()> {
     setup::install(&[Purpose::Guests, Purpose::Tests])?;
     if options.full {
         setup::install(&[Purpose::Oracle, Purpose::LongTests])?;
+        // Where `--lab arm` looks for it.
+        build::beside(&build::binary()?)?;
     }
     let cache = Cache::of_workspace();
     for (name, own) in GUESTS {

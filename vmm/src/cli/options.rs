@@ -33,8 +33,6 @@ pub enum LabChoice {
     /// Always, with Intel's virtualisation emulated by Bochs: slower, but with breakpoint exits.
     Vmx,
     /// Always, with arm64's virtualisation emulated by QEMU: for arm64 kernels.
-    // Not on the command line before the tests boot guests in it.
-    #[value(skip)]
     Arm,
 }
 
