@@ -226,6 +226,16 @@ impl Linux {
         (block(slab >> PAGE_SHIFT) == block(frame)).then(|| at..at + 8)
     }
 
+    /// Where in a slab's entry the link to the next one is that waits for a grace period: a slab of a cache with
+    /// `SLAB_TYPESAFE_BY_RCU` waits in the same list as all that was given to `call_rcu`, so that what was queued behind it
+    /// hangs from there. None for a slab in use.
+    pub fn rcu_link(&self, structs: &PageStructs<'_>, frame: u64) -> Option<Range<Va>> {
+        let late = self.slab.late.as_ref()?;
+        let waits = late.text.contains(&Va(le64(structs.from(frame)?, late.head + late.func)));
+        let at = structs.base + frame * structs.size + late.head;
+        waits.then(|| at..at + 8)
+    }
+
     /// True for the first frame of a compound page, such as a large kmalloc's.
     pub fn is_compound(&self, structs: &PageStructs<'_>, frame: u64) -> bool {
         structs.from(frame).is_some_and(|page| le64(page, self.pages.flags) & self.pages.head != 0)

@@ -17,21 +17,29 @@ const STRANGER: u64 = FRAME + 0x40;
 const LINK: u64 = 16;
 const FREELIST: u64 = 32;
 const PRIVATE: u64 = 40;
+/// Of `struct slab`, in place of its free list.
+const RCU_HEAD: u64 = 32;
 
 /// What is lost where words of `struct page`s are these: frame, member, value.
 fn leaks(era: Era, words: &[(u64, u64, u64)]) -> Vec<u64> {
-    let mut guest = Guest::new(era);
+    let mut guest = guest(era);
     for &(frame, member, value) in words {
         guest.put(Guest::page(frame) + member, value);
     }
     leaks_of(guest)
 }
 
-/// What is lost of the one object there is, in a guest in which the frames named are in use.
-fn leaks_of(mut guest: Guest) -> Vec<u64> {
+/// A guest in which the frames named are in use.
+fn guest(era: Era) -> Guest {
+    let mut guest = Guest::new(era);
     for frame in (FRAME..FRAME + PAGES).chain([NEIGHBOUR, STRANGER]) {
         guest.put32(Guest::page(frame) + 48, u32::MAX);
     }
+    guest
+}
+
+/// What is lost of the one object there is.
+fn leaks_of(guest: Guest) -> Vec<u64> {
     let mut registry = Registry::default();
     registry.alloc(&AllocEvent {
         address: DIRECT_MAP + OBJECT,
@@ -85,6 +93,27 @@ fn a_large_kmalloc_is_not_held_by_what_former_users_left() {
     }
 }
 
+/// In what was queued behind it; a slab in use has other members there, and what they are is no reference.
+#[test]
+fn a_slab_that_waits_for_a_grace_period_is_a_link() {
+    for era in [Era::Flags, Era::Types] {
+        let in_slab = |func: Option<&str>| {
+            let mut guest = guest(era);
+            let page = Guest::page(STRANGER);
+            guest.put(page + RCU_HEAD, DIRECT_MAP.0 + OBJECT);
+            guest.put(page + RCU_HEAD + 8, func.map_or(0, |name| guest.symbol(name).0));
+            match era {
+                Era::Flags => guest.put(page, 1 << 9),
+                Era::Types => guest.put32(page + 48, 0xf5 << 24),
+            }
+            leaks_of(guest)
+        };
+        assert_eq!(in_slab(Some("_stext")), [0; 0], "{era:?}");
+        assert_eq!(in_slab(None), [OBJECT], "{era:?}");
+        assert_eq!(in_slab(Some("_etext")), [OBJECT], "{era:?}");
+    }
+}
+
 /// In a page of the kernel's own, as any other, and in one that `kfree_rcu` collects pointers in, wherever it hangs.
 #[test]
 fn what_kfree_rcu_collected_holds_nothing() {
@@ -96,7 +125,7 @@ fn what_kfree_rcu_collected_holds_nothing() {
             Era::Types => (0, [168, 24, 40 + 64 + 32 + 16]),
         };
         let in_page = |head: Option<u64>| {
-            let mut guest = Guest::new(era);
+            let mut guest = guest(era);
             guest.put(page + 0x100, DIRECT_MAP.0 + OBJECT);
             if let Some(head) = head {
                 let link = if head == 168 { 0 } else { link };

@@ -5,6 +5,7 @@ use super::lookup::Lookup;
 use super::read::{Walk, le64, physical_end};
 use crate::memory::{MemoryError, PAGE_SHIFT, PhysicalMemory, Va};
 use crate::types::Field;
+use std::ops::Range;
 
 pub use super::slab_map::{Damage, SlabMap, SlabPage};
 
@@ -78,6 +79,18 @@ pub(super) struct Layout {
     pub objects: u64,
     /// None on kernels without KFENCE.
     pub kfence: Option<KfenceLayout>,
+    /// Of slabs that are given back after a grace period.
+    pub late: Option<LateLayout>,
+}
+
+/// How a slab of a cache with `SLAB_TYPESAFE_BY_RCU` waits to be given back (`free_slab`, mm/slub.c).
+pub(super) struct LateLayout {
+    /// Offset of `rcu_head` in `struct slab`; the rest of the time other members lie there.
+    pub head: u64,
+    /// Offset of `func` in `rcu_head`.
+    pub func: u64,
+    /// The kernel's code, in which that function is.
+    pub text: Range<Va>,
 }
 
 /// `struct kmem_cache_cpu`.
@@ -134,6 +147,17 @@ impl Layout {
             inuse: slab("inuse")?,
             objects: slab("objects")?,
             kfence: KfenceLayout::new(lookup)?,
+            late: LateLayout::new(lookup),
+        })
+    }
+}
+
+impl LateLayout {
+    fn new(lookup: &Lookup<'_>) -> Option<Self> {
+        Some(Self {
+            head: lookup.types.offset("slab", "rcu_head")?,
+            func: lookup.types.offset("callback_head", "func")?,
+            text: lookup.symbol_if_any("_stext")?..lookup.symbol_if_any("_etext")?,
         })
     }
 }

@@ -326,8 +326,15 @@ fn types(era: Era) -> Vec<u8> {
         &mut b,
         "slab",
         64,
-        &[("slab_cache", word, 24), ("freelist", word, 32), ("inuse", short, 40), ("objects", short, 42)],
+        &[
+            ("slab_cache", word, 24),
+            ("rcu_head", word, 32),
+            ("freelist", word, 32),
+            ("inuse", short, 40),
+            ("objects", short, 42),
+        ],
     );
+    structure(&mut b, "callback_head", 16, &[("next", word, 0), ("func", word, 8)]);
     structure(
         &mut b,
         "page",

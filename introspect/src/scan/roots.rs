@@ -124,8 +124,9 @@ impl Roots {
     }
 
     /// `struct page`s of frames in use. Those of slab pages are left out: what they refer to (the free list, the
-    /// cache) is no object or is found elsewhere, and their vectors of cgroups are annotated. So are the free lists that
-    /// former slabs left there: the memory on them is somebody else's by now.
+    /// cache) is no object or is found elsewhere, and their vectors of cgroups are annotated; but slabs that are given back
+    /// after a grace period are links of the list of all that waits for one. Left out are also the free lists that former
+    /// slabs left there: the memory on them is somebody else's by now.
     fn add_page_structs<M: FrozenMemory>(
         &mut self,
         input: &RootInput<'_>,
@@ -134,7 +135,7 @@ impl Roots {
         claims: &mut Claims,
     ) -> Result<(), MemoryError> {
         let structs = input.linux.page_structs(memory)?;
-        let (mut used, mut left, mut unused) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut used, mut left, mut unused, mut links) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let freelist = |frame| input.linux.left_freelist(&structs, Va(guest.direct().start), frame);
         let entries = |frames: Range<u64>| {
             structs.base + frames.start * structs.size..structs.base + frames.end * structs.size
@@ -160,8 +161,15 @@ impl Roots {
                 let parts = without(entries(run), &left[first..]);
                 used.extend(parts.into_iter().flat_map(|part| guest.extents(part)));
             }
-            unused.extend(runs(frames.filter(|frame| !in_use(frame))).map(entries));
+            for run in runs(frames.filter(|frame| !in_use(frame))) {
+                let slabs = run.clone().filter(|frame| input.uses.get(*frame) == Use::Slab);
+                let first = links.len();
+                links.extend(slabs.filter_map(|frame| input.linux.rcu_link(&structs, frame)));
+                unused.extend(without(entries(run), &links[first..]));
+            }
         }
+        used.extend(links.into_iter().flat_map(|link| guest.extents(link)));
+        used.sort_by_key(|extent| extent.start);
         self.add("page structs".into(), used);
         self.leave("page structs of pages that are free or slabs", unused);
         self.leave("free lists of former slabs in page structs", left);
