@@ -1,7 +1,7 @@
 //! Allocators in a storm: at every moment the registry is right, everything the module `storm` forgot is named, and nothing
 //! else is.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use introspect::memory::Va;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -39,15 +39,22 @@ fn truth(console: &str, state: &str) -> Objects {
     console.lines().filter_map(object).collect()
 }
 
-/// What is reported now.
-fn reported(client: &mut Client) -> Result<Objects> {
-    let report: Value = serde_json::from_str(&client.ask("json report")?)?;
-    let leaks = report["leaks"].as_array().context("leaks")?;
-    let object = |leak: &Value| {
-        let address = leak["address"].as_str()?.strip_prefix("0x")?;
-        Some((Va(u64::from_str_radix(address, 16).ok()?), leak["size"].as_u64()?))
+/// What is reported now, as it is reported.
+fn reports(client: &mut Client) -> Result<BTreeMap<Va, Value>> {
+    let mut report: Value = serde_json::from_str(&client.ask("json report")?)?;
+    let Value::Array(leaks) = report["leaks"].take() else { bail!("no leaks: {report}") };
+    let address = |leak: &Value| {
+        let digits = leak["address"].as_str()?.strip_prefix("0x")?;
+        Some(Va(u64::from_str_radix(digits, 16).ok()?))
     };
-    leaks.iter().map(|leak| object(leak).with_context(|| format!("no object: {leak}"))).collect()
+    let entry = |leak| Ok((address(&leak).with_context(|| format!("no object: {leak}"))?, leak));
+    leaks.into_iter().map(entry).collect()
+}
+
+/// The objects of that, with their sizes.
+fn reported(client: &mut Client) -> Result<Objects> {
+    let object = |(address, leak): (Va, Value)| Ok((address, leak["size"].as_u64().context("size")?));
+    reports(client)?.into_iter().map(object).collect()
 }
 
 /// Lost objects of a storm that may be held all the same: memory of 40 objects was others' before, and a stale pointer in
@@ -137,7 +144,7 @@ fn bustle(line: &str, seconds: u64) -> Result<()> {
     let mut session = guest.start()?;
     session.wait_for("\nBEGUN", RUN_TIMEOUT)?;
     let mut client = Client::of(&guest)?;
-    let (mut ever, mut audits, mut scans) = (Objects::new(), 0, 0);
+    let (mut ever, mut audits, mut scans) = (BTreeMap::new(), 0, 0);
     while !session.shown().contains("\nQUIET") {
         ensure!(session.is_running()?, "it ended\n{}", tail(&session.shown(), 40));
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -150,7 +157,7 @@ fn bustle(line: &str, seconds: u64) -> Result<()> {
             }
             1 => {
                 client.ask("scan")?;
-                ever.extend(reported(&mut client)?);
+                ever.extend(reports(&mut client)?);
                 scans += 1;
             }
             _ => {
@@ -164,8 +171,11 @@ fn bustle(line: &str, seconds: u64) -> Result<()> {
     println!("{line}: {audits} audits and {scans} scans under load, {} objects lost, {told}", lost.len());
     ensure!(shown.contains("\nBUSTLE 0"), "{}", tail(&shown, 40));
     ensure!(audits > 0 && scans > 0 && lost.len() > 10, "{} lost", lost.len());
-    let strangers: Vec<&Va> = ever.keys().filter(|address| !lost.contains_key(address)).collect();
-    ensure!(strangers.is_empty(), "reported under load, and not lost: {strangers:?}, {told}");
+    for (address, leak) in ever.iter().filter(|(address, _)| !lost.contains_key(address)) {
+        let digits = address.to_string();
+        let told_of: Vec<&str> = shown.lines().filter(|line| line.contains(&digits[2..])).collect();
+        bail!("reported under load, and not lost, {told}: {leak:#}\nThe guest said of it: {told_of:#?}");
+    }
     compare(&mut client, &lost).with_context(|| told.clone())?;
     audit(&mut client)?;
     end(&mut client)?;
