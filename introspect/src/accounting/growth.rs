@@ -6,8 +6,9 @@
 //!
 //! - the Mann-Kendall test finds a rising trend, whatever its form (H. B. Mann, Nonparametric tests against trend,
 //!   Econometrica 13, 1945; ties as in M. G. Kendall, Rank correlation methods, 1975), and
-//! - the least count of each part of the time is above that of the part before. What is freed now and then falls back,
-//!   what has reached its size stays.
+//! - the least count of each part of the time is above that of the part before: what is freed now and then falls back; and
+//! - within the last part it still rises, by a quarter of what it rises by in general at least: what has reached its size
+//!   stays.
 //!
 //! Objects that the kernel keeps for later, or has not got round to freeing yet, are not counted: their number rises for
 //! minutes and falls at once, and a workload that scans see between two such moments would be taken for a leak.
@@ -21,6 +22,7 @@ use crate::registry::{Kind, Registry, StackId};
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::ops::Range;
 
 /// Counts kept; when they are full every second is dropped, so that they reach back to the beginning.
 const MAX_SAMPLES: usize = 64;
@@ -28,6 +30,8 @@ const MAX_SAMPLES: usize = 64;
 pub const MIN_SAMPLES: usize = 5;
 /// Parts of the time whose least counts are compared.
 const PARTS: usize = 4;
+/// What has slowed down to less than this part of its general slope is taken to have reached its size.
+const STILL: f64 = 0.25;
 /// Callers remembered that free the objects of one backtrace.
 const MAX_FREERS: usize = 4;
 const SECONDS_PER_HOUR: f64 = 3600.0;
@@ -188,10 +192,7 @@ impl Series {
     }
 
     fn growing(self, name: Name, hours: &[f64]) -> Option<Growing> {
-        let confidence = rising(&self.objects).filter(|confidence| *confidence >= 0.95)?;
-        if !minima_rise(&self.objects) {
-            return None;
-        }
+        let confidence = trend(hours, &self.objects)?;
         let mut freed_by: Vec<(String, u64)> = self.freed.into_iter().collect();
         freed_by.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
         freed_by.truncate(MAX_FREERS);
@@ -228,12 +229,51 @@ fn rising(counts: &[f64]) -> Option<f64> {
     (variance > 0.0).then(|| normal((sum - 1.0) / variance.sqrt()))
 }
 
-/// Whether the least count of each part of the time is above that of the part before.
-fn minima_rise(counts: &[f64]) -> bool {
-    let parts = PARTS.min(counts.len() / 2).max(1);
-    let part = |k: usize| &counts[k * counts.len() / parts..(k + 1) * counts.len() / parts];
-    let least = |k| part(k).iter().copied().fold(f64::INFINITY, f64::min);
-    parts > 1 && (1..parts).all(|k| least(k) > least(k - 1))
+/// Confidence that the counts rise, where they show neither a sawtooth nor a plateau.
+fn trend(times: &[f64], counts: &[f64]) -> Option<f64> {
+    let confidence = rising(counts).filter(|confidence| *confidence >= 0.95)?;
+    let parts = parts(times);
+    (minima_rise(&parts, counts) && still_rises(times, counts, parts.last()?.start)).then_some(confidence)
+}
+
+/// The samples of each part of the time; a part without any is none.
+fn parts(times: &[f64]) -> Vec<Range<usize>> {
+    let count = PARTS.min(times.len() / 2).max(1);
+    let (Some(first), Some(last)) = (times.first(), times.last()) else { return Vec::new() };
+    let part = |time: &f64| (((time - first) / (last - first) * count as f64) as usize).min(count - 1);
+    let mut end = 0;
+    let chunks = times.chunk_by(|a, b| part(a) == part(b));
+    let place = |chunk: &[f64]| {
+        end += chunk.len();
+        end - chunk.len()..end
+    };
+    chunks.map(place).collect()
+}
+
+/// Whether the least count of each part is above that of the part before.
+fn minima_rise(parts: &[Range<usize>], counts: &[f64]) -> bool {
+    let least: Vec<f64> =
+        parts.iter().map(|part| counts[part.clone()].iter().copied().fold(f64::INFINITY, f64::min)).collect();
+    least.len() > 1 && least.is_sorted_by(|a, b| a < b)
+}
+
+/// Whether the second half of the samples from `last` on is above the first as the slope of all lets expect.
+fn still_rises(times: &[f64], counts: &[f64], last: usize) -> bool {
+    let start = last.min(times.len().saturating_sub(2));
+    let middle = start + (times.len() - start) / 2;
+    let rise = |of: &[f64]| median(of[middle..].to_vec()) - median(of[start..middle].to_vec());
+    let rose = rise(counts);
+    rose > 0.0 && rose >= STILL * slope(times, counts) * rise(times)
+}
+
+/// 0 of nothing.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match (values.len(), values.len() / 2) {
+        (0, _) => 0.0,
+        (n, middle) if n % 2 == 0 => (values[middle - 1] + values[middle]) / 2.0,
+        (_, middle) => values[middle],
+    }
 }
 
 /// Median slope between all pairs; 0 when all are at one time.
@@ -243,12 +283,7 @@ fn slope(times: &[f64], counts: &[f64]) -> f64 {
         let later = times[i + 1..].iter().zip(&counts[i + 1..]).filter(|(later, _)| *later > t);
         slopes.extend(later.map(|(later, count)| (count - c) / (later - t)));
     }
-    slopes.sort_by(f64::total_cmp);
-    match (slopes.len(), slopes.len() / 2) {
-        (0, _) => 0.0,
-        (n, middle) if n % 2 == 0 => (slopes[middle - 1] + slopes[middle]) / 2.0,
-        (_, middle) => slopes[middle],
-    }
+    median(slopes)
 }
 
 /// Distribution function of the standard normal distribution for z >= 0, to 7 digits (Abramowitz and Stegun, Handbook of
@@ -351,7 +386,38 @@ mod tests {
 
     fn listed(counts: &[u32]) -> bool {
         let counts: Vec<f64> = counts.iter().map(|&c| c.into()).collect();
-        rising(&counts).is_some_and(|confidence| confidence >= 0.95) && minima_rise(&counts)
+        let times: Vec<f64> = (0..counts.len()).map(|n| n as f64).collect();
+        trend(&times, &counts).is_some()
+    }
+
+    /// As soon as two counts are equal at the top, that is.
+    #[test]
+    fn what_has_filled_up_is_not_listed_at_any_scan_after() {
+        let ramp =
+            |rising: u32, flat: u32| (0..rising + flat).map(move |n| 10 * (n.min(rising) + 1)).collect();
+        for (rising, flat) in [(2, 3), (3, 3), (3, 60), (8, 8), (48, 16)] {
+            let counts: Vec<u32> = ramp(rising, flat);
+            for len in (rising + flat.min(1 + rising / 3) + 1) as usize..=counts.len() {
+                assert!(!listed(&counts[..len]), "{:?}", &counts[..len]);
+            }
+        }
+        let fills = [10, 40, 70, 90, 100, 100, 100, 100, 100, 100, 100, 100];
+        for len in 6..fills.len() {
+            assert!(!listed(&fills[..len]), "{:?}", &fills[..len]);
+        }
+        let leaks: Vec<u32> = ramp(64, 0);
+        for len in MIN_SAMPLES..leaks.len() {
+            assert!(listed(&leaks[..len]), "{:?}", &leaks[..len]);
+        }
+    }
+
+    /// Old counts are further apart than new ones; parts are of the time, not of the counts.
+    #[test]
+    fn parts_are_of_the_time() {
+        assert_eq!(parts(&[0.0, 4.0, 8.0, 12.0, 13.0, 14.0, 15.0, 16.0]), [0..1, 1..2, 2..3, 3..8]);
+        assert_eq!(parts(&[0.0, 1.0, 2.0, 99.0, 100.0, 100.0]), [0..3, 3..6]);
+        assert_eq!(parts(&[5.0; 6]), [0..6]);
+        assert_eq!(parts(&[]), []);
     }
 
     #[test]
@@ -446,7 +512,8 @@ mod tests {
         fn nothing_panics(counts in prop::collection::vec(0..50_u32, 0..70), times in prop::collection::vec(0..9_u64, 70)) {
             let counts: Vec<f64> = counts.into_iter().map(f64::from).collect();
             let times: Vec<f64> = times[..counts.len().min(70)].iter().map(|&t| t as f64).collect();
-            let _ = (rising(&counts), minima_rise(&counts), slope(&times, &counts[..times.len()]));
+            let counts = &counts[..times.len()];
+            let _ = (rising(counts), trend(&times, counts), slope(&times, counts));
         }
     }
 }
