@@ -16,8 +16,9 @@ use super::terminal::{self, RawTerminal};
 use crate::devices::{SerialInput, SerialSink};
 use anyhow::Context;
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -282,7 +283,10 @@ impl Session {
     }
 
     /// Reads until standard input ends or `stop` is written to.
-    fn run(&mut self, stdin: &io::Stdin, stop: &EventFd) {
+    fn run(&mut self, stdin: &(impl AsFd + AsRawFd), stop: &EventFd) {
+        // Not through `io::stdin()`'s own buffer: `poll` does not know of what waits there.
+        let Ok(input) = stdin.as_fd().try_clone_to_owned() else { return };
+        let mut input = File::from(input);
         let mut buffer = [0; 4096];
         loop {
             // The guest sets the pace of a long input.
@@ -293,7 +297,7 @@ impl Session {
                 Ready::Nothing => continue,
                 Ready::Input => {}
             }
-            match stdin.lock().read(&mut buffer) {
+            match input.read(&mut buffer) {
                 Ok(0) => return,
                 Ok(n) => self.take(&buffer[..n], stdin),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -302,7 +306,7 @@ impl Session {
         }
     }
 
-    fn take(&mut self, bytes: &[u8], stdin: &io::Stdin) {
+    fn take(&mut self, bytes: &[u8], stdin: &impl AsRawFd) {
         if !self.interactive {
             self.port.push(bytes);
             return;
@@ -447,6 +451,24 @@ pub(super) mod tests {
         fn guest_got(&self) -> Vec<u8> {
             std::mem::take(&mut *self.port.0.lock().unwrap())
         }
+    }
+
+    /// Who writes much at once and waits for an answer, the pipe open.
+    #[test]
+    fn nothing_stays_behind_in_a_buffer() {
+        let Rig { mut session, port, .. } = rig(false);
+        let (input, mut output) = io::pipe().unwrap();
+        let stop = EventFd::new(EFD_NONBLOCK).unwrap();
+        let stopped = stop.try_clone().unwrap();
+        let thread = std::thread::spawn(move || session.run(&input, &stopped));
+        output.write_all(&[b'x'; 8000]).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while port.0.lock().unwrap().len() < 8000 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        stop.write(1).unwrap();
+        thread.join().unwrap();
+        assert_eq!(port.0.lock().unwrap().len(), 8000);
     }
 
     #[test]

@@ -213,12 +213,13 @@ fn serve(shared: &Shared, input: &dyn SerialInput, commands: &dyn Commands, mut 
         match shared.next(deadline) {
             Next::Closed => return,
             Next::Deadline => protocol.on_time(shared.now()),
-            Next::Event(_, Event::Output(bytes)) => protocol.on_output(&bytes),
+            Next::Event(time, Event::Output(bytes)) => protocol.on_output(time, &bytes),
             Next::Event(_, Event::LostOutput) => protocol.on_lost_output(),
             Next::Event(time, Event::Open) => protocol.on_open(time),
             Next::Event(_, Event::Close { unread }) => protocol.on_close(unread + outgoing.clear()),
         }
-        carry_out(&mut protocol, commands, || shared.now(), |bytes| outgoing.bytes.extend(bytes));
+        let unread = outgoing.bytes.len();
+        carry_out(&mut protocol, commands, unread, || shared.now(), |bytes| outgoing.bytes.extend(bytes));
     }
 }
 
@@ -248,10 +249,11 @@ impl Outgoing<'_> {
     }
 }
 
-/// Does what the protocol wants, and what follows from that.
+/// Does what the protocol wants, and what follows from that. The guest has not taken `unread` bytes yet.
 fn carry_out(
     protocol: &mut Protocol,
     commands: &dyn Commands,
+    unread: usize,
     now: impl Fn() -> Time,
     mut send: impl FnMut(&[u8]),
 ) {
@@ -262,6 +264,7 @@ fn carry_out(
         }
         for action in actions {
             match action {
+                Action::Run(line) if protocol.is_full(unread) => protocol.on_refused(now(), &line),
                 Action::Run(line) => {
                     let reply = commands.answer(&line);
                     protocol.on_reply(now(), &line, reply.body);
@@ -269,7 +272,7 @@ fn carry_out(
                         commands.quit();
                     }
                 }
-                Action::Report => protocol.on_report(&commands.answer("report").body),
+                Action::Report => protocol.on_report(now(), &commands.answer("report").body),
                 Action::Send(bytes) => send(&bytes),
             }
         }

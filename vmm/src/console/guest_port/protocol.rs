@@ -14,6 +14,7 @@
 //! the waiting. Replies not fetched are dropped when a later opener writes a command of its own.
 
 use super::super::command::{Command, Request};
+use super::super::execute::Reply;
 use super::echo::Echo;
 use std::mem;
 use std::time::Duration;
@@ -24,6 +25,9 @@ pub const EOT: u8 = 4;
 pub const MAX_REPLY_LINE: usize = 4000;
 /// Longest command.
 const MAX_LINE: usize = 1024;
+/// Replies that are not read: beyond so many bytes, or so many of them, commands are not carried out.
+const MAX_UNREAD: usize = 4 << 20;
+const MAX_UNREAD_REPLIES: usize = 256;
 /// Lines in a row that are no command, after which the port is taken for something else (a login prompt, the
 /// kernel's messages) and errors are no longer answered.
 const MAX_ERRORS: u32 = 16;
@@ -76,6 +80,8 @@ pub struct Protocol {
     pending: Vec<Pending>,
     /// They are those of a session that ended.
     left_over: bool,
+    /// A command was refused because of them, and that was said.
+    refused: bool,
     /// No reply before this.
     ready_at: Time,
     /// The last sends of this session: what the driver has not taken of them when it closes waits again.
@@ -94,6 +100,7 @@ impl Protocol {
             errors: 0,
             pending: Vec::new(),
             left_over: false,
+            refused: false,
             ready_at: Time::ZERO,
             sent: Vec::new(),
             actions: Vec::new(),
@@ -148,7 +155,7 @@ impl Protocol {
     }
 
     /// The guest sent bytes.
-    pub fn on_output(&mut self, bytes: &[u8]) {
+    pub fn on_output(&mut self, now: Time, bytes: &[u8]) {
         // The kernel's own messages (console=ttyS1) come without an opener.
         let Some(session) = &mut self.session else { return };
         session.wrote |= !session.served;
@@ -156,7 +163,7 @@ impl Protocol {
             match (byte, &mut self.line) {
                 (b'\n' | b'\r', line) => {
                     if let Some(line) = line.replace(Vec::new()) {
-                        self.on_line(&line);
+                        self.on_line(now, &line);
                     }
                 }
                 (_, Some(line)) if line.len() < MAX_LINE => line.push(byte),
@@ -165,9 +172,9 @@ impl Protocol {
         }
     }
 
-    fn on_line(&mut self, line: &[u8]) {
+    fn on_line(&mut self, now: Time, line: &[u8]) {
         let Some(line) = command_text(line) else { return };
-        if self.echo.swallow(line.as_bytes()) {
+        if self.echo.swallow(now, line.as_bytes()) {
             return;
         }
         let request = Request::parse(line);
@@ -177,7 +184,7 @@ impl Protocol {
             // An error that was echoed must not be answered with another one.
             let ours = line.starts_with("error: ") || line.starts_with("{\"error\":");
             self.errors += 1;
-            if ours || self.errors > MAX_ERRORS || self.echo.is_under_way() {
+            if ours || self.errors > MAX_ERRORS || self.echo.is_under_way(now) {
                 return;
             }
         }
@@ -196,7 +203,24 @@ impl Protocol {
     pub fn on_reply(&mut self, now: Time, command: &str, text: String) {
         let scan = Request::parse(command) == Request { command: Ok(Command::Scan), json: false };
         self.pending.push(Pending { text, scan });
+        self.refused = false;
         self.ready_at = now;
+    }
+
+    /// True when so much waits to be read, `outgoing` bytes of it on their way, that a command is to be refused: the guest
+    /// may ask for ever and read nothing.
+    pub fn is_full(&self, outgoing: usize) -> bool {
+        let waiting: usize = self.pending.iter().map(|reply| reply.text.len()).sum();
+        self.pending.len() >= MAX_UNREAD_REPLIES || waiting + outgoing >= MAX_UNREAD
+    }
+
+    /// The command was not carried out; the first of several is told.
+    pub fn on_refused(&mut self, now: Time, command: &str) {
+        if !self.refused {
+            let why = "too many replies wait to be read: read them first";
+            self.on_reply(now, command, Reply::error(why, Request::parse(command).json).body);
+            self.refused = true;
+        }
     }
 
     /// When [`Protocol::on_time`] has something to do; None: not before the next event.
@@ -221,12 +245,12 @@ impl Protocol {
             // The writer of the commands is still there: each reply gets an end of its own.
             for reply in mem::take(&mut self.pending) {
                 let text = reply.text.clone();
-                self.send(&text, vec![reply]);
+                self.send(now, &text, vec![reply]);
             }
         } else if self.pending.is_empty() || self.pending.iter().any(|reply| reply.scan) {
             self.actions.push(Action::Report);
         } else {
-            self.on_report("");
+            self.on_report(now, "");
         }
         if let Some(session) = &mut self.session {
             session.served = true;
@@ -235,19 +259,19 @@ impl Protocol {
     }
 
     /// Serves a reader: what was left over for it, and `report`, all with one end.
-    pub fn on_report(&mut self, report: &str) {
+    pub fn on_report(&mut self, now: Time, report: &str) {
         let replies = mem::take(&mut self.pending);
         let text: String = replies.iter().map(|reply| reply.text.as_str()).chain([report]).collect();
         // A report that was not read is fetched anew; only replies wait.
-        self.send(&text, replies);
+        self.send(now, &text, replies);
         self.left_over = false;
     }
 
     /// Sends a text, and remembers which replies are in it.
-    fn send(&mut self, text: &str, replies: Vec<Pending>) {
+    fn send(&mut self, now: Time, text: &str, replies: Vec<Pending>) {
         const REMEMBERED: usize = 8;
         let text = fold_lines(text);
-        self.echo.sent(&text);
+        self.echo.sent(now, &text);
         let mut bytes = text.into_bytes();
         bytes.push(EOT);
         if self.sent.len() == REMEMBERED {

@@ -75,7 +75,7 @@ impl Guest {
     /// `write(2)`, with ONLCR in canonical mode.
     fn write(&mut self, text: &str) {
         let bytes = if self.canonical { text.replace('\n', "\r\n") } else { text.to_owned() };
-        self.protocol.on_output(bytes.as_bytes());
+        self.protocol.on_output(self.now, bytes.as_bytes());
         self.settle();
     }
 
@@ -85,7 +85,14 @@ impl Guest {
             let start = self.now;
             let ran = self.target.calls.lock().unwrap().len();
             let (now, pause, wire) = (&mut self.now, self.pause, &mut self.wire);
-            carry_out(&mut self.protocol, &self.commands, || start + pause, |bytes| wire.extend(bytes));
+            let unread = wire.len();
+            carry_out(
+                &mut self.protocol,
+                &self.commands,
+                unread,
+                || start + pause,
+                |bytes| wire.extend(bytes),
+            );
             if self.target.calls.lock().unwrap().len() > ran {
                 *now = start + pause;
             }
@@ -93,7 +100,7 @@ impl Guest {
             if echo.is_empty() {
                 return;
             }
-            self.protocol.on_output(&echo);
+            self.protocol.on_output(self.now, &echo);
         }
     }
 
@@ -349,7 +356,7 @@ fn long_json_stays_json() {
     let mut protocol = Protocol::new(SETTLE);
     let long = serde_json::json!({ "leaks": (0..2000).map(|i| format!("leak \"{i}\"")).collect::<Vec<_>>() });
     protocol.on_open(Time::ZERO);
-    protocol.on_report(&format!("{long}\n"));
+    protocol.on_report(Time::ZERO, &format!("{long}\n"));
     let Some(Action::Send(bytes)) = protocol.take_actions().pop() else { panic!() };
     let text = String::from_utf8(bytes[..bytes.len() - 1].to_vec()).unwrap();
     assert!(text.lines().all(|line| line.len() <= MAX_REPLY_LINE));
@@ -366,11 +373,11 @@ fn the_drivers_probing_is_no_opener_and_line_noise_no_command() {
     }
     guest.run(1000);
     // The kernel's messages with console=ttyS1 come without an opener.
-    guest.protocol.on_output(b"scan\r\n[    0.0] Linux version\r\n");
+    guest.protocol.on_output(guest.now, b"scan\r\n[    0.0] Linux version\r\n");
     guest.run(1000);
     assert_eq!(guest.target.log(), "");
     guest.open();
-    guest.protocol.on_output(b"\xff\xfe\0\0garbage\r\n\0\r\n\r\nscan\r\n");
+    guest.protocol.on_output(guest.now, b"\xff\xfe\0\0garbage\r\n\0\r\n\r\nscan\r\n");
     guest.close();
     guest.settle();
     assert_eq!(guest.cat(), format!("{SCANNED}{REPORT}"));
@@ -492,4 +499,45 @@ fn the_port_serves_on_its_own_thread() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert!(wire.0.lock().unwrap().0 == expected.as_bytes());
+}
+
+/// `yes report > /dev/ttyS1`, and a program that asks and never reads.
+#[test]
+fn replies_that_nobody_reads_do_not_pile_up() {
+    let mut guest = Guest::new();
+    *guest.target.report.lock().unwrap() = format!("{}\n", "x".repeat(3000)).repeat(100);
+    guest.stalled = true;
+    guest.open();
+    for _ in 0..5 {
+        guest.write(&"report\n".repeat(500));
+        guest.run(300);
+    }
+    let ran = guest.target.calls.lock().unwrap().len();
+    assert!((10..50).contains(&ran), "{ran}");
+    assert!(guest.wire.len() < 16 << 20, "{}", guest.wire.len());
+    guest.stalled = false;
+    guest.run(1000);
+    let mut refusals = 0;
+    while let Some(line) = guest.read() {
+        refusals += usize::from(line.starts_with("error: too many replies"));
+    }
+    assert!((1..=5).contains(&refusals), "{refusals}");
+    guest.write("status\n");
+    guest.run(1000);
+    assert!(guest.read_to_end().starts_with("tracer: "), "it goes on");
+}
+
+/// `stty -echo` behind the first reply.
+#[test]
+fn a_mistake_is_answered_after_echo_was_switched_off() {
+    let mut guest = Guest::new();
+    guest.open();
+    guest.write("status\n");
+    assert!(guest.read_to_end().starts_with("tracer: "));
+    guest.echo = false;
+    guest.write("status\n");
+    assert!(guest.read_to_end().starts_with("tracer: "));
+    guest.run(6000);
+    guest.write("bogus\n");
+    assert!(guest.read_to_end().starts_with("error: unknown command"));
 }
