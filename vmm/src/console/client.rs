@@ -3,7 +3,7 @@
 use super::command::Request;
 use super::execute::Reply;
 use super::socket::END_OF_REPLY;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde_json::Value;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -40,10 +40,11 @@ impl<R: Read, W: Write> Client<R, W> {
     pub fn request(&mut self, line: &str) -> io::Result<Reply> {
         let line = line.replace('\n', " ");
         let request = Request::parse(&line);
-        self.output.write_all(format!("{line}\n").as_bytes())?;
-        self.output.flush()?;
-        let body = if request.json { self.line()? } else { self.text()? };
-        let failed = body.starts_with(if request.json { "{\"error\":" } else { "error: " });
+        let sent = self.output.write_all(format!("{line}\n").as_bytes()).and_then(|()| self.output.flush());
+        let body = if request.json { self.line() } else { self.text() };
+        // Who refuses to listen says why before he hangs up.
+        let body = body.map_err(|error| sent.err().unwrap_or(error))?;
+        let failed = body.starts_with("error: ") || request.json && body.starts_with("{\"error\":");
         let quit = !failed && request.command == Ok(super::Command::Quit);
         Ok(Reply { body, failed, quit })
     }
@@ -54,6 +55,7 @@ impl<R: Read, W: Write> Client<R, W> {
     /// As [`Client::request`]; or the reply is no JSON.
     pub fn json(&mut self, command: &str) -> anyhow::Result<Value> {
         let reply = self.request(&format!("json {command}"))?;
+        ensure!(!reply.body.starts_with("error: "), "{}", reply.body.trim_end());
         serde_json::from_str(&reply.body).with_context(|| format!("The reply to {command} is no JSON"))
     }
 

@@ -531,16 +531,22 @@ pub const COMMANDS: &[Entry] = &[
 /// Behind `json ` and `help ` commands are completed too.
 pub fn complete(prefix: &str) -> Vec<String> {
     let start = prefix.trim_start();
-    for outer in ["json ", "help "] {
-        if let Some(rest) = start.strip_prefix(outer) {
-            let inner =
-                complete(rest).into_iter().filter(|c| !c.starts_with("json ") && !c.starts_with("help "));
-            return inner.map(|c| format!("{outer}{c}")).collect();
-        }
+    if let Some(rest) = start.strip_prefix("json ") {
+        let inner = complete(rest).into_iter().filter(|c| !c.starts_with("json "));
+        return inner.map(|c| format!("json {c}")).collect();
     }
-    let spellings = COMMANDS.iter().flat_map(|entry| entry.completions);
-    let mut found: Vec<String> = spellings.filter(|c| c.starts_with(start)).map(|&c| c.to_owned()).collect();
+    let mut found: Vec<String> = match start.strip_prefix("help ") {
+        Some(rest) => {
+            let names = COMMANDS.iter().map(|entry| entry.name.trim_end_matches('='));
+            names.filter(|name| name.starts_with(rest)).map(|name| format!("help {name}")).collect()
+        }
+        None => {
+            let spellings = COMMANDS.iter().flat_map(|entry| entry.completions);
+            spellings.filter(|c| c.starts_with(start)).map(|&c| c.to_owned()).collect()
+        }
+    };
     found.sort();
+    found.dedup();
     found
 }
 

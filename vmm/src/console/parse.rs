@@ -78,7 +78,7 @@ impl Command {
             "canary" => Self::Canary,
             "audit" => Self::Audit,
             "quit" => Self::Quit,
-            "stack" => return Err("stack takes a value: stack=on or stack=off".into()),
+            "stack" | "typed" => return Err(format!("{name} takes a value: {name}=on or {name}=off")),
             "refs" => return Err("refs takes an address or a slab cache: refs=ADDR or refs=CACHE".into()),
             "alloc_calls" => return Err("alloc_calls takes a slab cache: alloc_calls=CACHE".into()),
             "snapshot" | "core" => return Err(format!("{name} takes a file: {name}=FILE")),

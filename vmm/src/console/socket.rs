@@ -198,7 +198,13 @@ fn accept_clients(
             std::thread::sleep(Duration::from_millis(100));
             continue;
         };
-        if clients.load(SeqCst) >= MAX_CLIENTS || stream.set_write_timeout(Some(WRITE_TIMEOUT)).is_err() {
+        if stream.set_write_timeout(Some(WRITE_TIMEOUT)).is_err() {
+            continue;
+        }
+        if clients.load(SeqCst) >= MAX_CLIENTS {
+            let refusal = Reply::error(&format!("too many clients: {MAX_CLIENTS} at most"), false);
+            // It may have gone again.
+            let _ = (&stream).write_all(frame(&refusal.body, false).as_bytes());
             continue;
         }
         clients.fetch_add(1, SeqCst);
@@ -228,8 +234,9 @@ pub fn serve_stream(input: impl Read, mut output: impl Write, commands: &dyn Com
             return Ok(());
         }
         if read == MAX_LINE && !line.ends_with(b"\n") {
-            let refusal = Reply::error(&format!("line longer than {MAX_LINE} bytes"), false);
-            output.write_all(frame(&refusal.body, false).as_bytes())?;
+            let json = Request::parse(&String::from_utf8_lossy(&line)).json;
+            let refusal = Reply::error(&format!("line longer than {MAX_LINE} bytes"), json);
+            output.write_all(frame(&refusal.body, json).as_bytes())?;
             return Err(io::Error::new(io::ErrorKind::InvalidData, "line too long"));
         }
         let text = String::from_utf8_lossy(&line);

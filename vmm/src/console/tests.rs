@@ -255,7 +255,10 @@ fn completion_offers_each_spelling() {
     assert_eq!(complete("st"), ["stack=off", "stack=on", "status"]);
     assert_eq!(complete("scan"), ["scan", "scan=", "scan=off", "scan=on"]);
     assert_eq!(complete("json cl"), ["json clear"]);
-    assert_eq!(complete("help r"), ["help refs=", "help regs", "help report", "help resume", "help roots"]);
+    assert_eq!(complete("help r"), ["help refs", "help regs", "help report", "help resume", "help roots"]);
+    for completion in complete("help ") {
+        assert!(!answer(&completion).failed, "{completion}");
+    }
     assert_eq!(complete("json j"), Vec::<String>::new());
     assert!(complete("x").is_empty());
     assert!(complete("").len() > COMMANDS.len());
