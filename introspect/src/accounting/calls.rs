@@ -148,13 +148,7 @@ pub fn site(frames: &[Va], at: u64, symbolize: Symbolize<'_>) -> String {
 }
 
 fn describe(frame: Va, name: Option<&Resolved<'_>>) -> String {
-    name.map_or_else(
-        || frame.to_string(),
-        |n| {
-            let module = n.module.map(|m| format!(" [{m}]")).unwrap_or_default();
-            format!("{}+{:#x}/{:#x}{module}", n.name, n.offset, n.size)
-        },
-    )
+    name.map_or_else(|| frame.to_string(), Resolved::to_string)
 }
 
 /// The layout of slub_debug's `alloc_traces`.

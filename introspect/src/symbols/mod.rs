@@ -22,6 +22,7 @@ use hashbrown::HashTable;
 pub use ksymtab::Export;
 use rustc_hash::FxBuildHasher;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::hash::BuildHasher;
 use std::ops::Range;
 #[cfg(target_arch = "x86_64")]
@@ -66,6 +67,14 @@ pub struct Resolved<'a> {
     pub size: u64,
     /// Module name for module symbols.
     pub module: Option<&'a str>,
+}
+
+/// As the kernel's `%pS` prints it: `name+0xOFFSET/0xSIZE [module]`.
+impl fmt::Display for Resolved<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}+{:#x}/{:#x}", self.name, self.offset, self.size)?;
+        self.module.map_or(Ok(()), |module| write!(f, " [{module}]"))
+    }
 }
 
 /// A symbol that no table names.

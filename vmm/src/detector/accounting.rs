@@ -24,9 +24,17 @@ type Tables = Vec<(&'static str, Table)>;
 pub(super) type Mark = FxHashMap<Account, Tables>;
 
 impl Detector {
+    /// All rows as JSON; who reads it may want another order than that of bytes.
     pub(super) fn top_now(&self, by: TopBy) -> Result<Answer> {
+        let (word, mut table) = self.top_table(by)?;
+        let json = json!({ word: table.json() });
+        table.truncate(TOP);
+        Ok(Answer { text: table.text(), json })
+    }
+
+    fn top_table(&self, by: TopBy) -> Result<(&'static str, Table)> {
         let _work = self.work();
-        let (word, mut table) = match by {
+        Ok(match by {
             TopBy::Sites => ("sites", calls::sites(&self.calls(None)?)),
             TopBy::Caches => {
                 let caches = self.caches()?;
@@ -34,9 +42,7 @@ impl Detector {
                 let name = |va: Va| names.get(&va).cloned().unwrap_or_else(|| format!("cache at {va}"));
                 ("caches", calls::caches(&self.parts.recorder.state().registry, name))
             }
-        };
-        table.truncate(TOP);
-        Ok(Answer { text: table.text(), json: json!({ word: table.json(), "omitted": table.omitted }) })
+        })
     }
 
     pub(super) fn alloc_calls_of(&self, name: &str) -> Result<Answer> {
@@ -64,16 +70,21 @@ impl Detector {
 
     /// Who holds the guest's memory: the largest sites and caches, and what grows.
     pub fn holders(&self) -> Result<Answer> {
-        let (sites, caches) = (self.top_now(TopBy::Sites)?, self.top_now(TopBy::Caches)?);
-        let mut text = format!("{}\n{}", sites.text, caches.text);
-        let mut members = Map::new();
-        for part in [sites.json, caches.json] {
-            let Value::Object(part) = part else { continue };
-            members.extend(part.into_iter().filter(|(name, _)| name != "omitted"));
+        let (mut text, mut members) = (String::new(), Map::new());
+        for by in [TopBy::Sites, TopBy::Caches] {
+            match self.top_table(by) {
+                Ok((word, mut table)) => {
+                    table.truncate(TOP);
+                    text.push_str(&format!("{}\n", table.text()));
+                    members.insert(word.to_owned(), table.json());
+                }
+                // The other one says enough.
+                Err(error) => text.push_str(&format!("error: {error:#}\n\n")),
+            }
         }
         // Too few scans to tell are no news.
         if let Ok(growth) = self.growth_now() {
-            text.push_str(&format!("\n{}", growth.text));
+            text.push_str(&growth.text);
             members.insert("growth".into(), growth.json["growth"].clone());
         }
         Ok(Answer { text, json: Value::Object(members) })

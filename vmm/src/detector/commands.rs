@@ -6,8 +6,10 @@ use anyhow::{Result, bail, ensure};
 use guest_profiles::hooks::Tracked;
 use introspect::memory::Va;
 use introspect::registry::Paint;
+use introspect::scan::object_at;
 use serde_json::{Value, json};
 use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
 
 impl Target for Detector {
     fn scan(&self) -> Result<usize> {
@@ -24,12 +26,7 @@ impl Target for Detector {
 
     fn clear(&self) -> Result<usize> {
         let work = self.work();
-        let reported = self.current_addresses(&work);
-        let mut state = self.parts.recorder.state();
-        for &address in &reported {
-            state.registry.paint(address, Paint::Gray);
-        }
-        Ok(reported.len())
+        Ok(self.clear_reported(&work))
     }
 
     fn off(&self) -> Result<()> {
@@ -40,6 +37,7 @@ impl Target for Detector {
         self.parts.recorder.state().reset();
         work.history.clear();
         work.scanned = None;
+        work.off = true;
         Ok(())
     }
 
@@ -52,7 +50,9 @@ impl Target for Detector {
             bail!("Nothing can be tracked: this machine was started without traps");
         }
         work.scanned = None;
-        self.reseed()
+        let seeded = self.reseed()?;
+        work.off = false;
+        Ok(seeded)
     }
 
     fn set_stack(&self, on: bool) -> Result<()> {
@@ -66,18 +66,17 @@ impl Target for Detector {
     }
 
     fn set_scan_period(&self, seconds: u64) -> Result<()> {
-        let mut work = self.work();
-        work.period = seconds;
         if seconds > 0 {
-            work.last_period = seconds;
+            self.work().last_period = seconds;
         }
+        self.period.store(seconds, Relaxed);
         Ok(())
     }
 
     fn set_periodic_scan(&self, on: bool) -> Result<u64> {
-        let mut work = self.work();
-        work.period = if on { work.last_period } else { 0 };
-        Ok(work.period)
+        let period = if on { self.work().last_period } else { 0 };
+        self.period.store(period, Relaxed);
+        Ok(period)
     }
 
     fn dump(&self, address: Va) -> Result<Answer> {
@@ -146,7 +145,7 @@ impl Target for Detector {
         say("overwritten", json!(counters.overwrites));
         say("stack", json!(work.options.stack));
         say("typed", json!(work.options.typed));
-        say("scan_period_s", json!(work.period));
+        say("scan_period_s", json!(self.period()));
         say("min_age_ms", json!(work.options.min_age_ms));
         say("scans", json!(work.scans));
         if let Some(scanned) = &work.scanned {
@@ -198,8 +197,10 @@ impl Target for Detector {
 
     fn annotate(&self, how: Annotation, address: Va) -> Result<Answer> {
         let _work = self.work();
-        let (_, object) = self.object_at(address)?;
+        // One guard over both: between them the address may be freed and become another object's.
         let registry = &mut self.parts.recorder.state().registry;
+        let containing = |va| registry.containing(va);
+        let (_, object) = object_at(&self.parts.linux, self.ram(), address, containing)?;
         match how {
             Annotation::NotLeak => registry.paint(object.address, Paint::Gray),
             Annotation::Ignore => registry.paint(object.address, Paint::Black),

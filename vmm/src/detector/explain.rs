@@ -48,12 +48,6 @@ impl Detector {
         })
     }
 
-    /// See [`object_at`]. The guest goes on meanwhile.
-    pub(super) fn object_at(&self, address: Va) -> Result<(Va, Object)> {
-        let containing = |va| self.parts.recorder.state().registry.containing(va);
-        object_at(&self.parts.linux, self.ram(), address, containing)
-    }
-
     /// Everything that is known of an object.
     pub(super) fn dump_of(&self, address: Va) -> Result<Answer> {
         self.look(|input| {

@@ -16,7 +16,7 @@ pub use canary::CANARY;
 use crate::machine::{FrozenRam, Guest, Outcome, Paused};
 use crate::run::RuleFiles;
 use crate::tracer::{Recorder, breakpoint::Breakpoints};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use guest_profiles::annotations::Rules;
 use guest_profiles::hooks::Tracked;
 use introspect::accounting::growth::History;
@@ -33,6 +33,7 @@ use introspect::scan::{CacheTypes, ScanInput, ScanResult, Treatments, scan};
 use quiet::Allocator;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -111,8 +112,9 @@ struct Scanned {
 /// What commands change; its lock serialises them.
 struct Work {
     options: ScanOptions,
-    /// Seconds between automatic scans, 0 for none; what `scan=on` goes back to.
-    period: u64,
+    /// Tracking was switched off at the console.
+    off: bool,
+    /// Seconds between automatic scans that `scan=on` goes back to.
     last_period: u64,
     treatments: Treatments,
     /// Modules seen when `treatments` was resolved.
@@ -133,6 +135,8 @@ pub struct Detector {
     parts: Parts,
     allocator: Allocator,
     types: CacheTypes,
+    /// Seconds between automatic scans, 0 for none; apart, since who watches the time must not wait for a command.
+    period: AtomicU64,
     work: Mutex<Work>,
     started: Instant,
 }
@@ -145,7 +149,7 @@ impl Detector {
         let types = CacheTypes::new(&parts.rules);
         let work = Work {
             options,
-            period,
+            off: false,
             last_period: if period == 0 { 600 } else { period },
             treatments: Treatments::default(),
             treatments_modules: usize::MAX,
@@ -157,7 +161,8 @@ impl Detector {
             history: History::default(),
             save_leak: None,
         };
-        Self { parts, allocator, types, work: Mutex::new(work), started: Instant::now() }
+        let period = AtomicU64::new(period);
+        Self { parts, allocator, types, period, work: Mutex::new(work), started: Instant::now() }
     }
 
     /// Has the machine saved to `path` as it stands at the first scan that finds leaks.
@@ -179,7 +184,12 @@ impl Detector {
 
     /// Seconds between automatic scans, 0 for none.
     pub fn period(&self) -> u64 {
-        self.work().period
+        self.period.load(Relaxed)
+    }
+
+    /// Whether tracking was switched off at the console.
+    pub fn is_off(&self) -> bool {
+        self.work().off
     }
 
     /// Number of scans so far.
@@ -196,6 +206,7 @@ impl Detector {
     /// Returns the number of objects that are reported for the first time.
     fn scan_now(&self) -> Result<usize> {
         let mut work = self.work();
+        ensure!(!work.off, "Tracking is off, so a scan would find nothing: on starts it again");
         let begin = Instant::now();
         let paused = self.pause_with_traps()?;
         let new = self.scan_paused(&mut work, &paused, begin);
@@ -306,7 +317,6 @@ impl Detector {
     /// Compares registry and guest when nobody is inside the allocator. Where somebody always is, such as a task that sleeps
     /// there for want of memory, a moment at which both agree all the same proves as much.
     fn audit_now(&self) -> Result<Audit> {
-        let mut work = self.work();
         let audit = self.at_a_moment(|paused, quiet, number| {
             if quiet {
                 return self.audit_paused(&paused).map(Some);
@@ -315,7 +325,8 @@ impl Detector {
             let audit = (number % BUSY_STEP == 0).then(|| self.audit_paused(&paused).ok()).flatten();
             Ok(audit.filter(|audit| audit.missing == 0 && audit.stale == 0))
         })?;
-        work.audit = Some(audit.clone());
+        // Others need not wait for the quiet moment.
+        self.work().audit = Some(audit.clone());
         Ok(audit)
     }
 

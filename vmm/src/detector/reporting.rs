@@ -29,13 +29,16 @@ impl Detector {
 
     /// What the last scan found and is still there, not cleared since.
     fn current_report(&self, work: &Work) -> Option<Report> {
-        let scanned = work.scanned.as_ref()?;
         let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
         let state = self.parts.recorder.state();
-        let leaks =
-            scanned.result.leaks.iter().filter(|l| still_there(&state.registry, l)).cloned().collect();
+        self.report_now(work, &state.registry, &modules)
+    }
+
+    fn report_now(&self, work: &Work, registry: &Registry, modules: &ModuleMap) -> Option<Report> {
+        let scanned = work.scanned.as_ref()?;
+        let leaks = scanned.result.leaks.iter().filter(|l| still_there(registry, l)).cloned().collect();
         let result = ScanResult { leaks, ..scanned.result.clone() };
-        Some(self.report_of(work, &Scanned { result, ..*scanned }, &state.registry, &modules))
+        Some(self.report_of(work, &Scanned { result, ..*scanned }, registry, modules))
     }
 
     /// What is reported now.
@@ -43,9 +46,18 @@ impl Detector {
         self.current_report(work).map_or(0, |report| report.leaks.len())
     }
 
-    /// Addresses of what is reported now.
-    pub(super) fn current_addresses(&self, work: &Work) -> Vec<Va> {
-        self.current_report(work).map_or_else(Vec::new, |r| r.leaks.iter().map(|l| l.address).collect())
+    /// Paints gray what is reported now; how many objects that is.
+    pub(super) fn clear_reported(&self, work: &Work) -> usize {
+        let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
+        // One guard over both: between them an address may be freed and become another object's.
+        let mut state = self.parts.recorder.state();
+        let report = self.report_now(work, &state.registry, &modules);
+        let addresses: Vec<Va> =
+            report.iter().flat_map(|report| report.leaks.iter().map(|leak| leak.address)).collect();
+        for &address in &addresses {
+            state.registry.paint(address, Paint::Gray);
+        }
+        addresses.len()
     }
 
     pub(super) fn report_of(
@@ -102,12 +114,12 @@ impl Detector {
     /// `name+0xOFF/0xSIZE [module]` of a code address, as it is now.
     pub fn name(&self, va: Va) -> Option<String> {
         let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
-        resolve(&self.parts.linux, &modules, va, u64::MAX).map(|r| describe(&r))
+        resolve(&self.parts.linux, &modules, va, u64::MAX).map(|r| r.to_string())
     }
 
     /// A frame of a backtrace taken at event `at`.
     pub(super) fn symbolise(&self, va: Va, at: u64, modules: &ModuleMap) -> String {
-        let name = resolve(&self.parts.linux, modules, va, at).map(|r| describe(&r));
+        let name = resolve(&self.parts.linux, modules, va, at).map(|r| r.to_string());
         format!("[<{:016x}>] {}", va.0, name.unwrap_or_else(|| va.to_string()))
     }
 
@@ -147,9 +159,4 @@ pub(super) fn resolve<'a>(
     at: u64,
 ) -> Option<Resolved<'a>> {
     linux.kernel.symbols.resolve(va - linux.placement.slide).or_else(|| modules.resolve(va, at))
-}
-
-fn describe(resolved: &Resolved<'_>) -> String {
-    let module = resolved.module.map(|m| format!(" [{m}]")).unwrap_or_default();
-    format!("{}+{:#x}/{:#x}{module}", resolved.name, resolved.offset, resolved.size)
 }

@@ -19,7 +19,7 @@ pub fn draw(frame: &mut Frame<'_>, live: &Live) {
     frame.render_widget(Paragraph::new(machine_line(&live.status)).style(reversed), machine);
     frame.render_widget(Paragraph::new(scans_line(&live.status)), scans);
     frame.render_widget(Paragraph::new(live.message.escape_debug().to_string()), message);
-    frame.render_widget(rows(live), table);
+    frame.render_widget(rows(live, table.height.into()), table);
     let help = format!(
         "Tab {} | o sort: {} | s scan | c clear | q quit",
         match live.view.word() {
@@ -63,7 +63,8 @@ fn scans_line(status: &Value) -> String {
     line
 }
 
-fn rows(live: &Live) -> Table<'_> {
+/// What fits into so many lines, the heading among them.
+fn rows(live: &Live, height: usize) -> Table<'_> {
     let cells = |row: &Row| {
         let rate = row.rate.map_or_else(|| "-".to_owned(), |rate| format!("{}/s", signed(rate)));
         let numbers = [size(row.bytes as f64), row.objects.to_string(), rate];
@@ -72,9 +73,13 @@ fn rows(live: &Live) -> Table<'_> {
             numbers.into_iter().chain([Cell::from(sparkline(&row.history)), Cell::from(row.name.clone())]),
         )
     };
-    let mut lines: Vec<widgets::Row<'_>> = live.rows().into_iter().map(cells).collect();
-    if live.omitted > 0 {
-        let more = Cell::from(format!("and {} more", live.omitted));
+    let rows = live.rows();
+    let room = height.saturating_sub(1);
+    let shown = if rows.len() > room { room.saturating_sub(1) } else { rows.len() };
+    let omitted = rows.len() - shown;
+    let mut lines: Vec<widgets::Row<'_>> = rows.into_iter().take(shown).map(cells).collect();
+    if omitted > 0 {
+        let more = Cell::from(format!("and {omitted} more"));
         lines.push(widgets::Row::new([
             Cell::default(),
             Cell::default(),

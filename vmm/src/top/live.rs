@@ -117,8 +117,6 @@ pub struct Live {
     pub status: Value,
     /// The last command's reply, or what is being waited for.
     pub message: String,
-    /// Rows that the machine left out.
-    pub omitted: i64,
     rows: Vec<Row>,
     history: FxHashMap<(View, String), History>,
 }
@@ -180,7 +178,6 @@ impl Live {
 
     fn take(&mut self, table: &Value, now: Duration) {
         let view = self.view;
-        self.omitted = table["omitted"].as_i64().unwrap_or(0);
         let rows = table[view.word()].as_array().map_or(&[][..], Vec::as_slice);
         self.rows.clear();
         for row in rows {
