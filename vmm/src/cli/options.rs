@@ -244,6 +244,10 @@ pub struct RunOptions {
     #[arg(long, value_name = "DIR", help_heading = "Results")]
     pub report_dir: Option<PathBuf>,
 
+    /// Number of the first report in --report-dir [default: behind the last one there]
+    #[arg(long, value_name = "N", requires = "report_dir", help_heading = "Results")]
+    pub report_number: Option<u32>,
+
     /// Save the machine, for kleak-vmm analyze, at the first scan that finds leaks
     #[arg(long, value_name = "FILE", help_heading = "Results")]
     pub snapshot_on_leak: Option<PathBuf>,

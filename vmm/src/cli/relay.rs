@@ -3,6 +3,7 @@
 use super::options::{ReportFormat, RunOptions};
 use super::values::format_size;
 use crate::gdb::Address;
+use crate::run::next_number;
 use clap::ValueEnum;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -38,6 +39,11 @@ impl RunOptions {
             if let Some(path) = path {
                 line.option(name, map(path, usage));
             }
+        }
+        if let Some(dir) = &self.report_dir {
+            // The directory inside is another one, and empty.
+            let number = self.report_number.unwrap_or_else(|| next_number(dir));
+            line.option("--report-number", number.to_string());
         }
         if let Some(gdb) = &self.gdb {
             let mut value = match &gdb.address {

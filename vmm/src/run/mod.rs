@@ -7,6 +7,7 @@ mod watch;
 
 pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS, recover, types_file};
 pub use rules::RuleFiles;
+pub use watch::next_number;
 
 use crate::boot;
 use crate::cli::options::{PagingChoice, RunOptions, TracerChoice};

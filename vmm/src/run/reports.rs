@@ -17,7 +17,7 @@ use std::path::Path;
 /// A file cannot be written.
 pub fn write(detector: &Detector, reports: &Reports, quiet: bool, looked: &Looked<'_>) -> Result<()> {
     let reports = &reports.0;
-    if detector.scans() == 0 {
+    if detector.scans() == 0 || detector.is_off() {
         return without_scan(detector, reports, looked);
     }
     if reports.is_empty() {

@@ -3,12 +3,15 @@
 use super::reports;
 use crate::cli::options::{RunOptions, ScanTrigger};
 use crate::cli::{ExitCode, Failure};
-use crate::console::Target;
+use crate::console::{Answer, Target};
 use crate::detector::Detector;
 use crate::machine::{Machine, Outcome};
 use crate::regress::Looked;
 use anyhow::{Context, Result};
 use images::initramfs::{EXEC_EXITED, FAILED};
+use serde_json::json;
+use std::fs::{DirEntry, read_dir};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How often the guest's state is looked at.
@@ -24,7 +27,8 @@ pub fn until_end(
     let deadline = timeout.map(|t| Instant::now() + t);
     let mut last_scan = Instant::now();
     let mut ooms = 0;
-    let mut reports = 0;
+    let first = || options.report_dir.as_deref().map_or(1, next_number);
+    let mut number = options.report_number.unwrap_or_else(first);
     loop {
         if let Some(outcome) = machine.wait(Some(STEP)) {
             return Some(outcome);
@@ -34,22 +38,23 @@ pub fn until_end(
             return None;
         }
         let period = detector.period();
-        let due = period > 0 && last_scan.elapsed() >= Duration::from_secs(period);
+        let due = period > 0 && last_scan.elapsed() >= Duration::from_secs(period) && !detector.is_off();
         let killed = machine.console_log().oom_kills();
         let oom = killed > ooms && options.scan_on.contains(&ScanTrigger::Oom);
         ooms = killed;
         if due || oom {
             last_scan = Instant::now();
-            reports += 1;
-            if let Err(error) = scan_and_keep(machine, detector, options, reports, oom) {
+            if let Err(error) = scan_and_keep(machine, detector, options, number, oom) {
                 eprintln!("kleak-vmm: warning: {error:#}");
             }
+            number = number.saturating_add(1);
         }
     }
 }
 
 /// One automatic scan: says what is new, keeps its report, clears when asked. When the guest has run out of memory it also
-/// says who holds it: most of that is referenced.
+/// says who holds it: most of that is referenced. What one part cannot do keeps nothing from the others; the first error is
+/// returned.
 fn scan_and_keep(
     machine: &Machine,
     detector: &Detector,
@@ -57,35 +62,71 @@ fn scan_and_keep(
     number: u32,
     oom: bool,
 ) -> Result<()> {
-    let new = detector.scan()?;
-    let holders = if oom { Some(detector.holders()?) } else { None };
-    if let Some(holders) = holders.as_ref().filter(|_| !options.quiet) {
+    let new = detector.scan();
+    let holders = oom.then(|| detector.holders()).transpose();
+    if let (Ok(Some(holders)), false) = (&holders, options.quiet) {
         eprint!("kleak-vmm: the guest has run out of memory\n{}", holders.text);
     }
-    if new > 0 {
+    let files = options.report_dir.as_ref().map(|dir| numbered(dir, number));
+    if let Ok(new @ 1..) = new {
         // In the words of the kernel's own.
         let notice = format!("kmemleak: {new} new suspected memory leaks");
         if options.notice_on_console {
             machine.announce(&notice);
         }
+        let place =
+            files.as_ref().map_or_else(|| "`report`".to_owned(), |[text, _]| text.display().to_string());
         if !options.quiet {
-            eprintln!("kleak-vmm: {notice}; `report` shows them");
+            eprintln!("kleak-vmm: {notice}; {place} has them");
         }
     }
-    if let Some(dir) = &options.report_dir {
-        let (mut text, mut json) = (detector.report_text()?, detector.report_json()?);
-        if let Some(holders) = holders {
-            text.push_str("\n# The guest has run out of memory. Who holds it:\n");
-            text.extend(holders.text.lines().map(|line| format!("# {line}\n")));
-            json["holders"] = holders.json;
+    let kept = match &files {
+        Some(files) if new.is_ok() || matches!(holders, Ok(Some(_))) => {
+            keep(detector, files, new.is_ok(), holders.as_ref().ok().and_then(Option::as_ref))
         }
-        reports::write_file(&dir.join(format!("scan-{number:04}.txt")), &text)?;
-        reports::write_file(&dir.join(format!("scan-{number:04}.json")), &format!("{json:#}\n"))?;
-    }
-    if options.clear_after_scan {
+        _ => Ok(()),
+    };
+    // What could not be written is not to be forgotten.
+    if options.clear_after_scan && new.is_ok() && kept.is_ok() {
         detector.clear()?;
     }
-    Ok(())
+    new.map(drop).and(holders.map(drop)).and(kept)
+}
+
+/// The files of a report: as text, and as JSON.
+fn numbered(dir: &Path, number: u32) -> [PathBuf; 2] {
+    ["txt", "json"].map(|form| dir.join(format!("scan-{number:04}.{form}")))
+}
+
+/// The number behind the last one that reports in `dir` have: another run's are kept.
+pub fn next_number(dir: &Path) -> u32 {
+    let number = |entry: std::io::Result<DirEntry>| {
+        let name = entry.ok()?.file_name().into_string().ok()?;
+        name.strip_prefix("scan-")?.split_once('.')?.0.parse().ok()
+    };
+    // Nothing there that can be read is nothing that could be overwritten.
+    let last: Option<u32> = read_dir(dir).ok().and_then(|entries| entries.filter_map(number).max());
+    last.map_or(1, |last| last.saturating_add(1))
+}
+
+/// Writes the report of a scan, if there was one, and who holds the memory.
+fn keep(
+    detector: &Detector,
+    [text, json]: &[PathBuf; 2],
+    scanned: bool,
+    holders: Option<&Answer>,
+) -> Result<()> {
+    let (mut as_text, mut as_json) = match scanned {
+        true => (detector.report_text()?, detector.report_json()?),
+        false => ("# The scan failed\n".to_owned(), json!({})),
+    };
+    if let Some(holders) = holders {
+        as_text.push_str("\n# The guest has run out of memory. Who holds it:\n");
+        as_text.extend(holders.text.lines().map(|line| format!("# {line}\n")));
+        as_json["holders"] = holders.json.clone();
+    }
+    reports::write_file(text, &as_text)?;
+    reports::write_file(json, &format!("{as_json:#}\n"))
 }
 
 /// A machine that has ended.
@@ -121,7 +162,10 @@ impl Ended<'_> {
         let panicked = matches!(outcome, Some(Outcome::Panic(_)));
         let trigger = if panicked { ScanTrigger::Panic } else { ScanTrigger::Exit };
         let wanted = self.options.scan_at_exit && self.options.scan_on.contains(&trigger);
-        let scanned = if wanted { self.last_scan() } else { Ok(()) };
+        if wanted && self.detector.is_off() {
+            eprintln!("kleak-vmm: warning: Tracking was switched off, so nothing was scanned at the end");
+        }
+        let scanned = if wanted && !self.detector.is_off() { self.last_scan() } else { Ok(()) };
         let of_job = if failure.is_none() { self.embedded_init().err() } else { None };
         let of_job = of_job.map(|error| format!("{error:#}"));
         let kernel = self.options.kernel_path();
@@ -194,6 +238,20 @@ fn failure_of(outcome: Option<&Outcome>, timeout_s: Option<u64>) -> Option<Strin
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reports_of_an_earlier_run_are_kept() {
+        let dir = std::env::temp_dir().join(format!("kleak-watch-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        assert_eq!(next_number(&dir), 1);
+        assert_eq!(next_number(Path::new("/nonexistent")), 1);
+        for name in ["scan-0001.txt", "scan-0012.json", "scan-x.txt", "other-0099.txt"] {
+            std::fs::write(dir.join(name), "").unwrap();
+        }
+        assert_eq!(next_number(&dir), 13);
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(numbered(Path::new("d"), 13)[0], Path::new("d/scan-0013.txt"));
+    }
 
     #[test]
     fn only_an_end_that_was_meant_is_none() {
