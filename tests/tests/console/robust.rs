@@ -23,7 +23,7 @@ const FEWER_COMMANDS: usize = 1000;
 const PAUSED: &str = "The machine is paused";
 
 /// Commands that take no value and change nothing that a later one needs.
-const PLAIN: [&str; 21] = [
+const PLAIN: [&str; 22] = [
     "scan",
     "report",
     "status",
@@ -44,6 +44,7 @@ const PLAIN: [&str; 21] = [
     "bt",
     "regs",
     "roots",
+    "possible",
     "canary",
 ];
 
@@ -222,8 +223,12 @@ fn many(guest: &Guest, commands: usize) -> Result<()> {
             let mut stream = connect()?;
             let mut reader = BufReader::new(stream.try_clone()?);
             for number in 0..commands / 2 {
-                // Most cost nothing, so that it is the way that is tested, and some pause the guest.
-                let command = if number % 100 == 0 { "json ps\n" } else { "json help quit\n" };
+                // Most cost nothing, so that it is the way that is tested; some ask the detector, some pause the guest.
+                let command = match number % 100 {
+                    0 => "json ps\n",
+                    n if n % 10 == 0 => "json status\n",
+                    _ => "json help quit\n",
+                };
                 stream.write_all(command.as_bytes())?;
                 let mut line = String::new();
                 reader.read_line(&mut line)?;
