@@ -3,6 +3,7 @@
 use super::baseline::{Baseline, Entry};
 use super::suite::Expected;
 use crate::cli::ExitCode;
+use introspect::accounting::calls;
 use introspect::report::plural;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -146,27 +147,10 @@ fn new() -> State {
 impl Group {
     /// The innermost function that is no allocator's: what a reader calls the leak by.
     pub fn site(&self) -> String {
-        const ALLOCATORS: [&str; 12] = [
-            "kmalloc",
-            "kmem_cache_alloc",
-            "kzalloc",
-            "kvmalloc",
-            "krealloc",
-            "kmemdup",
-            "kstrdup",
-            "kstrndup",
-            "vmalloc",
-            "vzalloc",
-            "slab_alloc",
-            "memdup",
-        ];
-        let allocates = |frame: &&Frame| {
-            let name = frame.symbol.as_deref().unwrap_or("?").trim_start_matches('_');
-            !ALLOCATORS.iter().any(|prefix| name.starts_with(prefix))
-        };
+        let is_none = |frame: &&Frame| !frame.symbol.as_deref().is_some_and(calls::is_allocator);
         self.backtrace
             .iter()
-            .find(allocates)
+            .find(is_none)
             .or(self.backtrace.first())
             .map_or_else(|| "?".to_owned(), Frame::text)
     }
@@ -509,6 +493,14 @@ mod tests {
         assert_eq!(group.site(), "my_open [my]");
         group.backtrace.truncate(1);
         assert_eq!(group.site(), "__kmalloc_node_track_caller");
+        for allocators in [["kvasprintf", "kasprintf"], ["pcpu_alloc_noprof", "__alloc_percpu_gfp"]] {
+            group.backtrace = allocators
+                .into_iter()
+                .chain(["my_probe"])
+                .map(|name| Frame { symbol: Some(name.into()), module: None })
+                .collect();
+            assert_eq!(group.site(), "my_probe", "as the console's top sites has it");
+        }
         group.backtrace.clear();
         assert_eq!(group.site(), "?");
     }
