@@ -2,7 +2,7 @@
 
 use super::baseline::Baseline;
 use super::boot::Sink;
-use super::result::{BootResult, FOUND, Results, TestResult};
+use super::result::{BootResult, FOUND, Outcome, Results, TestResult};
 use super::suite::Test;
 use super::write;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -98,6 +98,9 @@ fn bar(tests: u64) -> ProgressBar {
 impl Sink for Collector {
     fn test(&self, mut result: TestResult, test: &Test) {
         result.judge(&test.expected, &self.baseline);
+        if result.outcome == Outcome::Passed {
+            result.console.clear();
+        }
         let mut number = 0;
         let line = write::line(&result);
         self.change(|results| {

@@ -3,8 +3,9 @@
 //! ```text
 //! suite.rs -> matrix.rs -> boots, several at a time (this file)
 //!   boot.rs: driver.rs in the guest <-> worker.rs: `kleak-vmm run`, one process a boot, asked by findings.rs
-//!     -> result.rs <- baseline.rs
-//!       -> write/: text, JSON, JUnit, SARIF, HTML, anew after each test
+//!     -> judge.rs <- baseline.rs
+//!       -> result.rs, collect.rs
+//!         -> write/: text, JSON, JUnit, SARIF, HTML, anew after each test
 //! ```
 
 mod baseline;
@@ -17,6 +18,7 @@ mod files;
 mod findings;
 #[cfg(test)]
 mod fixture;
+mod judge;
 mod matrix;
 mod merge;
 mod options;

@@ -1,10 +1,8 @@
 //! What a suite came to, `kleak-regress/1`: the model that every form of result is written from, and that `merge` reads.
 
 use super::baseline::{Baseline, Entry};
-use super::suite::Expected;
 use crate::cli::ExitCode;
 use introspect::accounting::calls;
-use introspect::report::plural;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -155,7 +153,8 @@ impl Group {
             .map_or_else(|| "?".to_owned(), Frame::text)
     }
 
-    fn has(&self, function: &str) -> bool {
+    /// Whether this function is in the backtrace, whatever the compiler has put behind its name.
+    pub fn has(&self, function: &str) -> bool {
         let plain = |symbol: &str| symbol.split('.').next() == Some(function);
         self.backtrace.iter().filter_map(|frame| frame.symbol.as_deref()).any(plain)
     }
@@ -202,36 +201,6 @@ impl TestResult {
     /// Number of leaks in these states.
     pub fn leaks(&self, state: State) -> u64 {
         self.groups.iter().filter(|group| group.state == state).map(|group| group.count).sum()
-    }
-
-    /// Sets the state of each group, and the outcome of a test that ran to its end as it should.
-    pub fn judge(&mut self, expected: &Expected, baseline: &Baseline) {
-        for group in &mut self.groups {
-            let named = expected.functions.iter().any(|function| group.has(function));
-            let any = expected.functions.is_empty() && expected.count.is_some_and(|count| count > 0);
-            group.state = match () {
-                () if named || any => State::Expected,
-                () if baseline.has(&group.id) => State::Known,
-                () => State::New,
-            };
-        }
-        self.groups.sort_by_key(|group| (group.state, std::cmp::Reverse(group.retained_bytes)));
-        let (new, made) = (self.leaks(State::New), self.leaks(State::Expected));
-        let absent = expected.functions.iter().find(|f| !self.groups.iter().any(|group| group.has(f)));
-        let (outcome, message) = match (expected.count, absent) {
-            _ if new > 0 => (Outcome::Leaked, format!("{new} new leak{}", plural(new))),
-            (Some(count), _) if made > count => {
-                (Outcome::Leaked, format!("{made} leak{}, {count} expected", plural(made)))
-            }
-            (Some(count), _) if made < count => {
-                (Outcome::Missing, format!("{made} leak{}, {count} expected", plural(made)))
-            }
-            (_, Some(function)) => (Outcome::Missing, format!("no leak by {function}, which is expected")),
-            _ => (Outcome::Passed, String::new()),
-        };
-        if self.outcome.is_verdict() {
-            (self.outcome, self.message) = (outcome, message);
-        }
     }
 }
 
@@ -387,45 +356,6 @@ pub const FOUND: &str = "found";
 mod tests {
     use super::super::fixture::{group, results, test};
     use super::*;
-
-    fn judged(groups: Vec<Group>, expected: &Expected, baseline: &Baseline) -> (Outcome, Vec<State>, String) {
-        let mut result = test("k/g/t", groups);
-        result.judge(expected, baseline);
-        (result.outcome, result.groups.iter().map(|group| group.state).collect(), result.message)
-    }
-
-    fn expecting(count: Option<u64>, functions: &[&str]) -> Expected {
-        Expected { count, functions: functions.iter().map(|&f| f.to_owned()).collect() }
-    }
-
-    #[test]
-    fn leaks_are_new_known_or_expected() {
-        use State::{Expected as Meant, Known, New};
-        let none = Baseline::default();
-        let mut known = Baseline::default();
-        known.update(&results(vec![test("k/g/t", vec![group("b", 2, "b_probe")])]));
-        let a = || group("a", 3, "a_probe.constprop.0");
-        let b = || group("b", 2, "b_probe");
-        let table = [
-            (vec![], expecting(None, &[]), &none, Outcome::Passed, vec![]),
-            (vec![a()], expecting(None, &[]), &none, Outcome::Leaked, vec![New]),
-            (vec![a()], expecting(Some(0), &[]), &none, Outcome::Leaked, vec![New]),
-            (vec![b()], expecting(None, &[]), &known, Outcome::Passed, vec![Known]),
-            (vec![a(), b()], expecting(None, &[]), &known, Outcome::Leaked, vec![New, Known]),
-            (vec![a(), b()], expecting(Some(3), &["a_probe"]), &known, Outcome::Passed, vec![Known, Meant]),
-            (vec![a(), b()], expecting(Some(3), &["a_probe"]), &none, Outcome::Leaked, vec![New, Meant]),
-            (vec![a(), b()], expecting(Some(5), &[]), &none, Outcome::Passed, vec![Meant, Meant]),
-            (vec![a()], expecting(Some(4), &[]), &none, Outcome::Missing, vec![Meant]),
-            (vec![a()], expecting(Some(2), &[]), &none, Outcome::Leaked, vec![Meant]),
-            (vec![a()], expecting(None, &["a_probe", "b_probe"]), &none, Outcome::Missing, vec![Meant]),
-            (vec![], expecting(Some(1), &["a_probe"]), &none, Outcome::Missing, vec![]),
-        ];
-        for (groups, expected, baseline, outcome, states) in table {
-            let (found, marked, message) = judged(groups, &expected, baseline);
-            assert_eq!((found, marked), (outcome, states), "{expected:?}: {message}");
-            assert_eq!(message.is_empty(), found == Outcome::Passed, "{message}");
-        }
-    }
 
     #[test]
     fn exit_codes_are_the_contracts() {

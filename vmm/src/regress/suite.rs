@@ -146,13 +146,6 @@ pub struct Expected {
     pub functions: Vec<String>,
 }
 
-impl Expected {
-    /// Whether it expects leaks at all.
-    pub fn any(&self) -> bool {
-        self.count.is_some_and(|count| count > 0) || !self.functions.is_empty()
-    }
-}
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {

@@ -84,7 +84,7 @@ fn little_is_needed() {
     assert_eq!((suite.name.as_str(), suite.boot, suite.boot_timeout_s), ("file", BootMode::Shared, 300));
     assert_eq!(suite.guests, [default_guest()]);
     assert_eq!((suite.tests[0].repeat, suite.tests[0].timeout_s), (1, 60));
-    assert!(!suite.tests[0].expected.any());
+    assert_eq!(suite.tests[0].expected, Expected::default());
 }
 
 #[test]
