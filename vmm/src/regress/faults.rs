@@ -1,7 +1,9 @@
 //! Everything that can happen to a boot, without one: the process that would be `kleak-vmm run` is this test program, which
 //! plays the guest's driver and the detector. What each test does is its command: see [`play`].
 
-use super::options::{MergeOptions, Outputs, RegressAction};
+mod shards;
+
+use super::options::Outputs;
 use super::result::{Outcome, State};
 use super::*;
 use crate::cli::options::LabChoice;
@@ -530,29 +532,6 @@ fn a_report_that_cannot_be_written_loses_nothing_else() {
 }
 
 #[test]
-fn an_empty_shard_has_passed() {
-    let mut case = Case::new(&suite("", &["good"], &["exit 0"]));
-    let text = suite::read(case.options.suite.as_ref().unwrap()).unwrap();
-    let shard = |index| matrix::Shard { index, count: 2 };
-    let full = (1..=2).find(|&index| !matrix::boots(&text, Some(shard(index)), &[]).is_empty()).unwrap();
-    let files = [full, 3 - full].map(|index| {
-        case.options.shard = Some(shard(index));
-        case.options.only = vec!["exit".to_owned()];
-        let part = case.run();
-        assert_eq!((part.tests.is_empty(), part.complete), (index != full, true));
-        assert_eq!(part.exit_code(), ExitCode::Success);
-        let file = case.folder.join(format!("{index}.json"));
-        fs::rename(case.folder.join("results.json"), &file).unwrap();
-        file
-    });
-    assert_eq!(merge(&files, &Outputs::default()).unwrap().exit_code().unwrap(), ExitCode::Success);
-    case.options.only = vec!["exit".to_owned(), "absent".to_owned()];
-    let suite = case.options.suite.as_ref().unwrap();
-    let error = run_suite(suite, &case.options, Path::new("x"), PATIENCE, Arc::default()).err().unwrap();
-    assert_eq!(failure::exit_code(&error), ExitCode::Usage);
-}
-
-#[test]
 fn what_an_earlier_run_left_is_no_result() {
     let case = Case::new(&suite("", &["good"], &["exit 0"]));
     let file = case.folder.join("results.json");
@@ -572,46 +551,6 @@ fn what_an_earlier_run_left_is_no_result() {
     });
     case.run_with(&live);
     assert!(ender.join().unwrap(), "the results of the run before stay until the first test has ended");
-}
-
-#[test]
-fn merged_shards_are_the_whole() {
-    let mut case = Case::new(&suite("", &["good"], &["exit 0", "leak a 1", "exit 3", "leak b 1", "noise"]));
-    let whole = case.run();
-    let files: Vec<PathBuf> = (1..=2).map(|index| case.folder.join(format!("{index}.json"))).collect();
-    for (index, file) in files.iter().enumerate() {
-        case.options.shard = Some(matrix::Shard { index: index as u32 + 1, count: 2 });
-        let part = case.run();
-        assert!(part.tests.len() < 5 && !part.tests.is_empty());
-        fs::rename(case.folder.join("results.json"), file).unwrap();
-    }
-    let joined = merge(&files, &Outputs::default()).unwrap().results;
-    let mut all = outcomes(&joined);
-    all.sort_by_key(|(name, _)| whole.tests.iter().position(|test| test.test == *name));
-    assert_eq!((all, joined.shard.clone(), joined.complete), (outcomes(&whole), None, true));
-    let half = merge(&files[..1], &Outputs::default()).unwrap().results;
-    assert!(!half.complete && half.exit_code() != ExitCode::Success, "a shard is missing");
-    let other = case.folder.join("other.json");
-    let results = Results { tests: Vec::new(), suite: "other".into(), ..joined };
-    fs::write(&other, serde_json::to_string(&results).unwrap()).unwrap();
-    let path = |name: &str| case.folder.join(name);
-    for wrong in [
-        vec![files[0].clone(); 2],
-        vec![files[0].clone(), other],
-        vec![path("suite.toml")],
-        vec![path("absent")],
-    ] {
-        let error = merge(&wrong, &Outputs::default()).err().unwrap();
-        assert_eq!(failure::exit_code(&error), ExitCode::Usage);
-    }
-    let action = Some(RegressAction::Merge(MergeOptions {
-        files: vec![case.folder.join("absent")],
-        outputs: Outputs { bisect_exit_codes: true, ..Outputs::default() },
-    }));
-    assert_eq!(
-        regress(&RegressOptions { action, suite: None, ..case.options.clone() }).unwrap(),
-        ExitCode::Untested
-    );
 }
 
 #[test]

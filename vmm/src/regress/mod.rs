@@ -120,10 +120,6 @@ fn run_suite(
     let suite = suite::read(path)?;
     check_files(&suite, &options.outputs)?;
     let boots = matrix::boots(&suite, options.shard, &options.only);
-    let ids = |boot: &Boot| {
-        boot.tests.iter().map(|&test| matrix::id(&suite, boot.kernel, boot.guest, test)).collect::<Vec<_>>()
-    };
-    let order: Vec<String> = boots.iter().flat_map(ids).collect();
     // A shard may well be empty; a name that is none is a mistake.
     let none = |only: &&String| matrix::boots(&suite, None, std::slice::from_ref(*only)).is_empty();
     if let Some(only) = options.only.iter().find(none) {
@@ -139,9 +135,10 @@ fn run_suite(
     // Within a repository, what a reader of the results on another machine can find.
     let here = std::env::current_dir().unwrap_or_default();
     let file = path.strip_prefix(".").or_else(|_| path.strip_prefix(here)).unwrap_or(path);
-    let results = Results::new(&suite.name, file, options.shard.map(|shard| shard.to_string()));
-    let collector =
-        Collector::new(results, order, baseline.clone(), options.outputs.reports.clone(), options.quiet);
+    let new = Results::new(&suite.name, file, options.shard.map(|shard| shard.to_string()));
+    let results = Results { order: matrix::ids(&suite), baseline, ..new };
+    let tests = boots.iter().map(|boot| boot.tests.len()).sum();
+    let collector = Collector::new(results, tests, options.outputs.reports.clone(), options.quiet);
     let scratch = Scratch::new()?;
     collector.begin();
     let environment = Environment {
@@ -154,19 +151,15 @@ fn run_suite(
         live,
     };
     run_boots(&environment, &boots, options.jobs, &collector);
-    Ok(conclude(collector.finish(), baseline, baseline_path.as_deref(), &options.outputs))
+    Ok(conclude(collector.finish(), baseline_path.as_deref(), &options.outputs))
 }
 
 /// Compares with the baseline, brings it up to date where asked, and writes the results for good.
-fn conclude(
-    mut results: Results,
-    mut baseline: Baseline,
-    path: Option<&Path>,
-    outputs: &Outputs,
-) -> Finished {
-    results.compare(&baseline);
+fn conclude(mut results: Results, path: Option<&Path>, outputs: &Outputs) -> Finished {
+    results.compare();
     let mut saved = Ok(());
     if let Some(path) = path.filter(|_| outputs.update_baseline) {
+        let mut baseline = results.baseline.clone();
         baseline.update(&results);
         saved = write::whole(path, &baseline.text());
     }
@@ -259,11 +252,14 @@ fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collect
     });
 }
 
-/// Joins the results of shards.
+/// Joins the results of shards. What is fixed is told by the baseline that they were judged by, or by the one given.
 fn merge(files: &[PathBuf], outputs: &Outputs) -> Result<Finished> {
-    let results = merge::join(files)?;
-    let baseline = read_baseline(outputs.baseline.as_deref(), outputs.update_baseline)?;
-    Ok(conclude(results, baseline, outputs.baseline.as_deref(), outputs))
+    let mut results = merge::join(files)?;
+    let given = read_baseline(outputs.baseline.as_deref(), outputs.update_baseline)?;
+    if outputs.baseline.is_some() {
+        results.baseline = given;
+    }
+    Ok(conclude(results, outputs.baseline.as_deref(), outputs))
 }
 
 /// Lets so many boots run at a time as there is memory for, one at least.

@@ -73,7 +73,7 @@ pub struct Outputs {
     #[arg(long = "report", value_name = "FILE")]
     pub reports: Vec<PathBuf>,
 
-    /// Leaks that are known [default: the suite's]
+    /// Leaks that are known [default: the suite's; for merge, those that the results were judged by]
     #[arg(long, value_name = "FILE")]
     pub baseline: Option<PathBuf>,
 

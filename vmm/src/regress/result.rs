@@ -4,7 +4,7 @@ use super::baseline::{Baseline, Entry};
 use crate::cli::ExitCode;
 use introspect::accounting::calls;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
 
 /// Name and version of the JSON form.
@@ -269,6 +269,12 @@ pub struct Results {
     pub boots: Vec<BootResult>,
     /// Leaks of the baseline whose tests all ran and did not make them any more.
     pub fixed: Vec<Fixed>,
+    /// Ids of all tests of the suite in its order, whichever part of them was to run.
+    #[serde(default)]
+    pub order: Vec<String>,
+    /// The baseline that leaks were known by.
+    #[serde(default)]
+    pub baseline: Baseline,
 }
 
 impl Results {
@@ -286,6 +292,8 @@ impl Results {
             tests: Vec::new(),
             boots: Vec::new(),
             fixed: Vec::new(),
+            order: Vec::new(),
+            baseline: Baseline::default(),
         }
     }
 
@@ -304,13 +312,20 @@ impl Results {
         self.boots.iter().any(|boot| boot.canary.as_deref().is_some_and(|canary| canary != FOUND))
     }
 
+    /// Puts the tests into the suite's order.
+    pub fn sort(&mut self) {
+        let place: HashMap<&str, usize> = self.order.iter().map(String::as_str).zip(0..).collect();
+        // Results of a suite that was changed meanwhile may have others, at the end.
+        self.tests.sort_by_key(|test| place.get(test.id.as_str()).copied().unwrap_or(usize::MAX));
+    }
+
     /// Says which leaks of the baseline are gone.
-    pub fn compare(&mut self, baseline: &Baseline) {
+    pub fn compare(&mut self) {
         let seen: BTreeSet<&str> =
             self.tests.iter().flat_map(|test| &test.groups).map(|group| group.id.as_str()).collect();
         let ran: BTreeMap<&str, bool> =
             self.tests.iter().map(|test| (test.id.as_str(), test.outcome.is_verdict())).collect();
-        let gone = baseline.entries.iter().filter(|entry| {
+        let gone = self.baseline.entries.iter().filter(|entry| {
             let all_ran = entry.tests.iter().all(|id| ran.get(id.as_str()) == Some(&true));
             all_ran && !entry.tests.is_empty() && !seen.contains(entry.id.as_str())
         });
@@ -346,6 +361,10 @@ impl Results {
         self.tests.extend(other.tests);
         self.boots.extend(other.boots);
         self.shard = None;
+        let known: HashSet<String> = self.order.iter().cloned().collect();
+        self.order.extend(other.order.into_iter().filter(|id| !known.contains(id)));
+        self.baseline.join(other.baseline);
+        self.sort();
     }
 }
 
@@ -402,8 +421,8 @@ mod tests {
         let mut known = Baseline::default();
         known.update(&results(vec![leaky("k/g/1"), leaky("k/g/2")]));
         let fixed = |tests: Vec<TestResult>| {
-            let mut results = results(tests);
-            results.compare(&known);
+            let mut results = Results { baseline: known.clone(), ..results(tests) };
+            results.compare();
             results.fixed.len()
         };
         assert_eq!(fixed(vec![clean("k/g/1"), clean("k/g/2")]), 1);
@@ -411,6 +430,36 @@ mod tests {
         assert_eq!(fixed(vec![clean("k/g/1")]), 0, "the other test may be another shard's");
         let crashed = TestResult { outcome: Outcome::Crashed, ..clean("k/g/2") };
         assert_eq!(fixed(vec![clean("k/g/1"), crashed]), 0);
+    }
+
+    #[test]
+    fn what_shards_had_in_common_is_there_once_and_in_order() {
+        let order = ["j/g/1", "j/g/2", "k/g/1", "k/g/2"].map(str::to_owned).to_vec();
+        let shard = |ids: [&str; 2], known: &str| {
+            let mut baseline = Baseline::default();
+            for id in ids {
+                baseline
+                    .update(&results(vec![test(id, vec![group(known, 1, known), group("c", 1, "c_probe")])]));
+            }
+            let tests = ids.map(|id| test(id, Vec::new())).to_vec();
+            Results { order: order.clone(), baseline, ..results(tests) }
+        };
+        let mut all = shard(["j/g/2", "k/g/1"], "a");
+        all.join(shard(["j/g/1", "k/g/2"], "b"));
+        assert_eq!(
+            all.tests.iter().map(|test| &test.id).collect::<Vec<_>>(),
+            order.iter().collect::<Vec<_>>()
+        );
+        assert_eq!(all.order, order);
+        let known: Vec<_> = all.baseline.entries.iter().map(|e| (e.id.as_str(), e.tests.len())).collect();
+        assert_eq!(known, [("a", 2), ("b", 2), ("c", 4)]);
+        all.compare();
+        assert_eq!(all.fixed.len(), 3);
+        let mut changed = shard(["j/g/2", "k/g/2"], "a");
+        changed.join(Results { order: vec!["k/g/3".into()], ..results(vec![test("k/g/3", Vec::new())]) });
+        changed.join(results(vec![test("j/g/1", Vec::new())]));
+        let ids: Vec<_> = changed.tests.iter().map(|test| test.id.as_str()).collect();
+        assert_eq!(ids, ["j/g/1", "j/g/2", "k/g/2", "k/g/3"]);
     }
 
     #[test]
