@@ -62,9 +62,7 @@ const HEADROOM: u64 = 1 << 30;
 /// A broken suite, baseline or result file, a file that is not there: exit code 2.
 pub fn regress(options: &RegressOptions) -> Result<ExitCode> {
     let bisect = options.outputs().bisect_exit_codes;
-    match run(options) {
-        // To `git bisect run` any other code below 128 would mean that the kernel is bad.
-        Ok(code) if bisect && !matches!(code, ExitCode::Success | ExitCode::Leaks) => Ok(ExitCode::Untested),
+    match run(options).and_then(|finished| finished.exit_code(bisect)) {
         Err(error) if bisect => {
             failure::report(&error);
             Ok(ExitCode::Untested)
@@ -81,10 +79,11 @@ struct Finished {
 
 impl Finished {
     /// Leaks and a lost canary are worse than a file that could not be written.
-    fn exit_code(self) -> Result<ExitCode> {
-        let code = self.results.exit_code();
+    fn exit_code(self, bisect: bool) -> Result<ExitCode> {
+        let contract = self.results.exit_code();
+        let code = if bisect { self.results.bisect_exit_code() } else { contract };
         match self.saved {
-            Err(error) if code == ExitCode::Leaks || self.results.canary_lost() => {
+            Err(error) if contract == ExitCode::Leaks || self.results.canary_lost() => {
                 failure::report(&error);
                 Ok(code)
             }
@@ -93,7 +92,7 @@ impl Finished {
     }
 }
 
-fn run(options: &RegressOptions) -> Result<ExitCode> {
+fn run(options: &RegressOptions) -> Result<Finished> {
     let mut finished = match (&options.action, &options.suite) {
         (Some(RegressAction::Merge(options)), _) => merge(&options.files, &options.outputs)?,
         (None, Some(suite)) => {
@@ -106,7 +105,7 @@ fn run(options: &RegressOptions) -> Result<ExitCode> {
         (None, None) => return Err(Failure::usage("No suite").hint("kleak-vmm regress SUITE.toml").into()),
     };
     finished.saved = print(&write::text(&finished.results)).and(finished.saved);
-    finished.exit_code()
+    Ok(finished)
 }
 
 /// Runs the suite with `program` as the one that boots guests.

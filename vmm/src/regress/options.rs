@@ -81,7 +81,7 @@ pub struct Outputs {
     #[arg(long)]
     pub update_baseline: bool,
 
-    /// Exit as git bisect run wants it: 0 good, 1 leaks, 125 cannot be tested
+    /// Exit as git bisect run wants it: 0 good, 1 leaks that are not meant, 125 anything else
     #[arg(long)]
     pub bisect_exit_codes: bool,
 }

@@ -312,6 +312,11 @@ impl Results {
         self.boots.iter().any(|boot| boot.canary.as_deref().is_some_and(|canary| canary != FOUND))
     }
 
+    /// Whether there are leaks that neither their tests nor the baseline expect.
+    pub fn leaked(&self) -> bool {
+        self.count(Outcome::Leaked) > 0 || self.leaks(State::New) > 0
+    }
+
     /// Puts the tests into the suite's order.
     pub fn sort(&mut self) {
         let place: HashMap<&str, usize> = self.order.iter().map(String::as_str).zip(0..).collect();
@@ -341,15 +346,24 @@ impl Results {
     /// tests that could not be made, as `run --fail-on-leak` has it, and a test that failed may well leak on its way out.
     /// A host that could run none of them cannot.
     pub fn exit_code(&self) -> ExitCode {
-        let any = |outcomes: &[Outcome]| self.tests.iter().any(|test| outcomes.contains(&test.outcome));
         match () {
             () if self.canary_lost() => ExitCode::Guest,
-            () if any(&[Outcome::Leaked, Outcome::Missing]) || self.leaks(State::New) > 0 => ExitCode::Leaks,
+            () if self.leaked() || self.count(Outcome::Missing) > 0 => ExitCode::Leaks,
             () if !self.tests.is_empty() && self.count(Outcome::Host) == self.tests.len() => ExitCode::Host,
             () if !self.complete || self.tests.iter().any(|test| test.outcome != Outcome::Passed) => {
                 ExitCode::Guest
             }
             () => ExitCode::Success,
+        }
+    }
+
+    /// The exit code for `git bisect run`. Any other code below 128 would mean that the kernel is bad, and one that
+    /// does not leak what a test is meant to is not.
+    pub fn bisect_exit_code(&self) -> ExitCode {
+        match self.exit_code() {
+            ExitCode::Success => ExitCode::Success,
+            ExitCode::Leaks if self.leaked() => ExitCode::Leaks,
+            _ => ExitCode::Untested,
         }
     }
 
@@ -460,6 +474,21 @@ mod tests {
         changed.join(results(vec![test("j/g/1", Vec::new())]));
         let ids: Vec<_> = changed.tests.iter().map(|test| test.id.as_str()).collect();
         assert_eq!(ids, ["j/g/1", "j/g/2", "k/g/2", "k/g/3"]);
+    }
+
+    #[test]
+    fn to_bisect_only_leaks_are_bad() {
+        let of = |outcome: Outcome, groups: Vec<Group>| {
+            results(vec![TestResult { outcome, ..test("k/g/t", groups) }]).bisect_exit_code()
+        };
+        let leak = |state| vec![Group { state, ..group("a", 1, "a_probe") }];
+        assert_eq!(of(Outcome::Passed, leak(State::Known)), ExitCode::Success);
+        assert_eq!(of(Outcome::Leaked, leak(State::New)), ExitCode::Leaks);
+        assert_eq!(of(Outcome::Leaked, leak(State::Expected)), ExitCode::Leaks, "more than are meant");
+        assert_eq!(of(Outcome::Failed, leak(State::New)), ExitCode::Leaks);
+        assert_eq!(of(Outcome::Missing, leak(State::Expected)), ExitCode::Untested);
+        assert_eq!(of(Outcome::Crashed, Vec::new()), ExitCode::Untested);
+        assert_eq!(of(Outcome::Host, Vec::new()), ExitCode::Untested);
     }
 
     #[test]
