@@ -24,6 +24,7 @@ const ALLOCATORS: &[&str] = &[
     "__krealloc",
     "slab_alloc",
     "__slab_alloc",
+    "___slab_alloc",
     "vmalloc",
     "__vmalloc",
     "vzalloc",
@@ -132,12 +133,15 @@ pub fn named(groups: Vec<Group>, symbolize: Symbolize<'_>) -> Vec<Calls> {
     calls
 }
 
+/// Whether the function of this name allocates for its caller, who is then the one to name.
+pub fn is_allocator(name: &str) -> bool {
+    ALLOCATORS.iter().any(|allocator| name.starts_with(allocator))
+}
+
 /// Index of the first frame that is no allocator's.
 fn site_of(names: &[Option<Resolved<'_>>]) -> usize {
-    let is_allocator = |name: &Option<Resolved<'_>>| {
-        name.as_ref().is_some_and(|n| ALLOCATORS.iter().any(|a| n.name.starts_with(a)))
-    };
-    names.iter().position(|name| !is_allocator(name)).unwrap_or(0)
+    let allocates = |name: &Option<Resolved<'_>>| name.as_ref().is_some_and(|n| is_allocator(n.name));
+    names.iter().position(|name| !allocates(name)).unwrap_or(0)
 }
 
 /// The site of a backtrace as [`Calls::site`] has it; `at` is the event it is of.

@@ -22,6 +22,7 @@ fn main() -> ExitCode {
     trials.push(with_packages(long_test("a_browser_shows_the_page", forms::page), &["chromium"]));
     trials.push(long_test("a_guest_that_dies_takes_one_test_with_it", boots::faults));
     trials.push(long_test("what_is_killed_or_full_hurts_one_test", killed::killed));
+    trials.push(long_test("what_is_ended_keeps_its_results", killed::ended));
     trials.push(long_test("an_initramfs_of_the_guests_own", boots::initramfs));
     trials.push(long_test("each_boot_has_disks_of_its_own", boots::disks));
     trials.push(long_test("groups_are_the_same_over_boots_and_cpus", boots::stable_groups));

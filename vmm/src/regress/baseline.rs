@@ -24,7 +24,8 @@ pub struct Entry {
 }
 
 /// See the module.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Baseline {
     /// By group.
     pub entries: Vec<Entry>,
@@ -70,6 +71,17 @@ impl Baseline {
     /// Whether the leak of this group is known.
     pub fn has(&self, id: &str) -> bool {
         self.entries.iter().any(|entry| entry.id == id)
+    }
+
+    /// Takes in what another says.
+    pub fn join(&mut self, other: Self) {
+        for entry in other.entries {
+            match self.entries.iter_mut().find(|known| known.id == entry.id) {
+                Some(known) => known.tests.extend(entry.tests),
+                None => self.entries.push(entry),
+            }
+        }
+        self.entries.sort();
     }
 
     /// Makes it say what these results found. What tests that did not run, or not to their end, were known to leak

@@ -33,7 +33,7 @@ pub struct Patience {
 pub const PATIENCE: Patience = Patience { grace: Duration::from_secs(60), silence: Duration::from_secs(90) };
 /// Lines of the console that a result keeps.
 const CONSOLE_LINES: usize = 60;
-/// How often a scan that finds fewer leaks than expected, or a canary that is not found, is tried: a word that an earlier
+/// How often a scan that does not find all leaks expected, or a canary that is not found, is tried: a word that an earlier
 /// call left on a stack can hide an object until it is overwritten.
 const TRIES: u32 = 3;
 /// Between two tries.
@@ -358,8 +358,7 @@ impl<'a> Session<'a> {
         let row = &self.suite().tests[test];
         take_leaks(worker, &mut self.taken).map_err(End::Detector)?;
         for _ in 1..TRIES {
-            let wanted = row.expected.count.unwrap_or(1);
-            if trouble.is_some() || !row.expected.any() || count(&self.taken) >= wanted {
+            if trouble.is_some() || !self.is_missing(row) {
                 break;
             }
             std::thread::sleep(PAUSE);
@@ -381,13 +380,16 @@ impl<'a> Session<'a> {
         };
         let mut result = self.result(test, outcome, &message);
         result.status = (row.action != Action::Nothing).then_some(status);
-        if outcome == Outcome::Passed {
-            result.console.clear();
-        }
         self.console.clear();
         self.left.remove(0);
         self.sink.test(result, row);
         Ok(())
+    }
+
+    /// Whether the test at hand has not made all the leaks that it is meant to.
+    fn is_missing(&self, test: &Test) -> bool {
+        let of_boot = self.of_boot.iter().filter(|_| is_boot_test(test));
+        test.expected.missing(self.taken.iter().chain(of_boot)).is_some()
     }
 
     /// The boot ended before its time: whose fault it is, and what becomes of the tests that are left.

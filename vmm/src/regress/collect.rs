@@ -2,7 +2,7 @@
 
 use super::baseline::Baseline;
 use super::boot::Sink;
-use super::result::{BootResult, FOUND, Results, TestResult};
+use super::result::{BootResult, FOUND, Outcome, Results, TestResult};
 use super::suite::Test;
 use super::write;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 /// See the module.
 pub struct Collector {
     state: Mutex<State>,
-    /// Ids of all tests, in the suite's order.
-    order: Vec<String>,
+    /// Number of tests.
+    tests: usize,
     baseline: Baseline,
     reports: Vec<PathBuf>,
     quiet: bool,
@@ -30,17 +30,12 @@ struct State {
 }
 
 impl Collector {
-    /// For the tests with the ids of `order`.
-    pub fn new(
-        results: Results,
-        order: Vec<String>,
-        baseline: Baseline,
-        reports: Vec<PathBuf>,
-        quiet: bool,
-    ) -> Self {
+    /// For so many tests, judged by the baseline of the results.
+    pub fn new(results: Results, tests: usize, reports: Vec<PathBuf>, quiet: bool) -> Self {
+        let baseline = results.baseline.clone();
         let state = Mutex::new(State { results, unwritten: false });
-        let bar = if quiet { ProgressBar::hidden() } else { bar(order.len() as u64) };
-        Self { state, order, baseline, reports, quiet, began: Instant::now(), bar }
+        let bar = if quiet { ProgressBar::hidden() } else { bar(tests as u64) };
+        Self { state, tests, baseline, reports, quiet, began: Instant::now(), bar }
     }
 
     /// Writes that there is nothing yet: what an earlier run left must not pass for this one's. With no tests, as in an empty
@@ -70,9 +65,8 @@ impl Collector {
     fn change(&self, change: impl FnOnce(&mut Results)) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut state.results);
-        let place = |test: &TestResult| self.order.iter().position(|id| *id == test.id);
-        state.results.tests.sort_by_key(place);
-        state.results.complete = state.results.tests.len() == self.order.len();
+        state.results.sort();
+        state.results.complete = state.results.tests.len() == self.tests;
         state.results.millis = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let written = write::all(&state.results, &self.reports);
         if let (Err(error), false) = (&written, state.unwritten) {
@@ -98,6 +92,9 @@ fn bar(tests: u64) -> ProgressBar {
 impl Sink for Collector {
     fn test(&self, mut result: TestResult, test: &Test) {
         result.judge(&test.expected, &self.baseline);
+        if result.outcome == Outcome::Passed {
+            result.console.clear();
+        }
         let mut number = 0;
         let line = write::line(&result);
         self.change(|results| {
@@ -106,7 +103,7 @@ impl Sink for Collector {
             number = results.tests.len();
         });
         self.bar.set_position(number as u64);
-        self.say(&format!("[{number}/{}] {line}", self.order.len()));
+        self.say(&format!("[{number}/{}] {line}", self.tests));
     }
 
     fn boot(&self, result: BootResult) {

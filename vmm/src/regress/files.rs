@@ -13,6 +13,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// What `run --disk` takes for a disk of this boot alone: a copy, unless nothing writes to it.
+///
+/// # Errors
+/// It cannot be copied.
 pub(super) fn own_disk(folder: &Path, index: usize, disk: &DiskSpec) -> Result<OsString> {
     if disk.read_only {
         let mut value = disk.path.clone().into_os_string();
@@ -31,11 +34,17 @@ pub(super) fn own_disk(folder: &Path, index: usize, disk: &DiskSpec) -> Result<O
 
 /// Files of a boot on their way to the guest.
 pub(super) struct Files {
+    /// Where on the host they are written.
     pub folder: PathBuf,
+    /// Those that are to be in the guest.
     pub list: Vec<FileSpec>,
 }
 
 impl Files {
+    /// What the driver runs and loads for the test at `index` of the boot.
+    ///
+    /// # Errors
+    /// Its script cannot be read, or a file not be written.
     pub fn of_test(&mut self, index: usize, test: &Test, modules: &[GuestModule]) -> Result<()> {
         let host = |name: &str| format!("{index}-{name}");
         let guest = |name: &str| format!("{index}/{name}");
@@ -60,6 +69,9 @@ impl Files {
     }
 
     /// A module for the whole boot, as `run --module` takes it.
+    ///
+    /// # Errors
+    /// Its file cannot be written.
     pub fn of_guest(&self, index: usize, module: &GuestModule) -> Result<OsString> {
         // A folder for each: files are named after their modules.
         let place = self.folder.join(format!("guest-{index}"));
@@ -71,6 +83,10 @@ impl Files {
         Ok(value)
     }
 
+    /// An executable file: `host` in the folder, and `guest` in the driver's.
+    ///
+    /// # Errors
+    /// It cannot be written.
     pub fn write(&mut self, host: &str, guest: &str, content: &[u8]) -> Result<()> {
         let path = self.folder.join(host);
         let written = fs::write(&path, content)

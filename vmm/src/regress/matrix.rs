@@ -53,6 +53,18 @@ pub fn id(suite: &Suite, kernel: usize, guest: usize, test: usize) -> String {
     format!("{}/{}/{}", suite.kernels[kernel].name, suite.guests[guest].name, suite.tests[test].name)
 }
 
+/// Ids of all tests of a suite, in its order.
+pub fn ids(suite: &Suite) -> Vec<String> {
+    ids_of(suite, &boots(suite, None, &[]))
+}
+
+fn ids_of(suite: &Suite, boots: &[Boot]) -> Vec<String> {
+    let of_boot = |boot: &Boot| {
+        boot.tests.iter().map(|&test| id(suite, boot.kernel, boot.guest, test)).collect::<Vec<_>>()
+    };
+    boots.iter().flat_map(of_boot).collect()
+}
+
 /// The boots of a suite. `only` keeps the tests whose id contains one of these; none keep all.
 pub fn boots(suite: &Suite, shard: Option<Shard>, only: &[String]) -> Vec<Boot> {
     let mut boots = Vec::new();
@@ -87,13 +99,6 @@ mod tests {
     use super::super::fixture::suite;
     use super::*;
 
-    fn ids(suite: &Suite, boots: &[Boot]) -> Vec<String> {
-        let of = |boot: &Boot| {
-            boot.tests.iter().map(|&t| id(suite, boot.kernel, boot.guest, t)).collect::<Vec<_>>()
-        };
-        boots.iter().flat_map(of).collect()
-    }
-
     const SUITE: &str = r#"
         [[kernel]]
         path = "a"
@@ -119,7 +124,7 @@ mod tests {
         let mut suite = suite(SUITE);
         let shared = boots(&suite, None, &[]);
         assert_eq!(
-            ids(&suite, &shared),
+            ids_of(&suite, &shared),
             [
                 "a/one/everywhere",
                 "a/two/everywhere",
@@ -134,10 +139,11 @@ mod tests {
         assert_eq!(shared.len(), 4);
         suite.boot = BootMode::PerTest;
         let single = boots(&suite, None, &[]);
-        assert_eq!((single.len(), ids(&suite, &single)), (8, ids(&suite, &shared)));
+        assert_eq!((single.len(), ids_of(&suite, &single)), (8, ids_of(&suite, &shared)));
+        assert_eq!(ids(&suite), ids_of(&suite, &single));
         let only = |texts: &[&str]| {
             let texts: Vec<String> = texts.iter().map(|&text| text.to_owned()).collect();
-            ids(&suite, &boots(&suite, None, &texts))
+            ids_of(&suite, &boots(&suite, None, &texts))
         };
         assert_eq!(only(&["b/two/only"]), ["b/two/only-b", "b/two/only-two"]);
         assert_eq!(only(&["only-b", "a/one/", "c/"]), ["a/one/everywhere", "b/one/only-b", "b/two/only-b"]);
@@ -147,10 +153,10 @@ mod tests {
     #[test]
     fn shards_are_disjoint_and_together_all() {
         let suite = suite(SUITE);
-        let all = ids(&suite, &boots(&suite, None, &[]));
+        let all = ids_of(&suite, &boots(&suite, None, &[]));
         for count in [1, 2, 3, 7] {
             let mut together: Vec<String> = (1..=count)
-                .flat_map(|index| ids(&suite, &boots(&suite, Some(Shard { index, count }), &[])))
+                .flat_map(|index| ids_of(&suite, &boots(&suite, Some(Shard { index, count }), &[])))
                 .collect();
             let mut all = all.clone();
             all.sort();

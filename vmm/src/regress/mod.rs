@@ -3,8 +3,9 @@
 //! ```text
 //! suite.rs -> matrix.rs -> boots, several at a time (this file)
 //!   boot.rs: driver.rs in the guest <-> worker.rs: `kleak-vmm run`, one process a boot, asked by findings.rs
-//!     -> result.rs <- baseline.rs
-//!       -> write/: text, JSON, JUnit, SARIF, HTML, anew after each test
+//!     -> judge.rs <- baseline.rs
+//!       -> result.rs, collect.rs
+//!         -> write/: text, JSON, JUnit, SARIF, HTML, anew after each test
 //! ```
 
 mod baseline;
@@ -17,6 +18,7 @@ mod files;
 mod findings;
 #[cfg(test)]
 mod fixture;
+mod judge;
 mod matrix;
 mod merge;
 mod options;
@@ -60,9 +62,7 @@ const HEADROOM: u64 = 1 << 30;
 /// A broken suite, baseline or result file, a file that is not there: exit code 2.
 pub fn regress(options: &RegressOptions) -> Result<ExitCode> {
     let bisect = options.outputs().bisect_exit_codes;
-    match run(options) {
-        // To `git bisect run` any other code below 128 would mean that the kernel is bad.
-        Ok(code) if bisect && !matches!(code, ExitCode::Success | ExitCode::Leaks) => Ok(ExitCode::Untested),
+    match run(options).and_then(|finished| finished.exit_code(bisect)) {
         Err(error) if bisect => {
             failure::report(&error);
             Ok(ExitCode::Untested)
@@ -79,10 +79,11 @@ struct Finished {
 
 impl Finished {
     /// Leaks and a lost canary are worse than a file that could not be written.
-    fn exit_code(self) -> Result<ExitCode> {
-        let code = self.results.exit_code();
+    fn exit_code(self, bisect: bool) -> Result<ExitCode> {
+        let contract = self.results.exit_code();
+        let code = if bisect { self.results.bisect_exit_code() } else { contract };
         match self.saved {
-            Err(error) if code == ExitCode::Leaks || self.results.canary_lost() => {
+            Err(error) if contract == ExitCode::Leaks || self.results.canary_lost() => {
                 failure::report(&error);
                 Ok(code)
             }
@@ -91,7 +92,7 @@ impl Finished {
     }
 }
 
-fn run(options: &RegressOptions) -> Result<ExitCode> {
+fn run(options: &RegressOptions) -> Result<Finished> {
     let mut finished = match (&options.action, &options.suite) {
         (Some(RegressAction::Merge(options)), _) => merge(&options.files, &options.outputs)?,
         (None, Some(suite)) => {
@@ -104,7 +105,7 @@ fn run(options: &RegressOptions) -> Result<ExitCode> {
         (None, None) => return Err(Failure::usage("No suite").hint("kleak-vmm regress SUITE.toml").into()),
     };
     finished.saved = print(&write::text(&finished.results)).and(finished.saved);
-    finished.exit_code()
+    Ok(finished)
 }
 
 /// Runs the suite with `program` as the one that boots guests.
@@ -118,10 +119,6 @@ fn run_suite(
     let suite = suite::read(path)?;
     check_files(&suite, &options.outputs)?;
     let boots = matrix::boots(&suite, options.shard, &options.only);
-    let ids = |boot: &Boot| {
-        boot.tests.iter().map(|&test| matrix::id(&suite, boot.kernel, boot.guest, test)).collect::<Vec<_>>()
-    };
-    let order: Vec<String> = boots.iter().flat_map(ids).collect();
     // A shard may well be empty; a name that is none is a mistake.
     let none = |only: &&String| matrix::boots(&suite, None, std::slice::from_ref(*only)).is_empty();
     if let Some(only) = options.only.iter().find(none) {
@@ -137,9 +134,10 @@ fn run_suite(
     // Within a repository, what a reader of the results on another machine can find.
     let here = std::env::current_dir().unwrap_or_default();
     let file = path.strip_prefix(".").or_else(|_| path.strip_prefix(here)).unwrap_or(path);
-    let results = Results::new(&suite.name, file, options.shard.map(|shard| shard.to_string()));
-    let collector =
-        Collector::new(results, order, baseline.clone(), options.outputs.reports.clone(), options.quiet);
+    let new = Results::new(&suite.name, file, options.shard.map(|shard| shard.to_string()));
+    let results = Results { order: matrix::ids(&suite), baseline, ..new };
+    let tests = boots.iter().map(|boot| boot.tests.len()).sum();
+    let collector = Collector::new(results, tests, options.outputs.reports.clone(), options.quiet);
     let scratch = Scratch::new()?;
     collector.begin();
     let environment = Environment {
@@ -152,19 +150,15 @@ fn run_suite(
         live,
     };
     run_boots(&environment, &boots, options.jobs, &collector);
-    Ok(conclude(collector.finish(), baseline, baseline_path.as_deref(), &options.outputs))
+    Ok(conclude(collector.finish(), baseline_path.as_deref(), &options.outputs))
 }
 
 /// Compares with the baseline, brings it up to date where asked, and writes the results for good.
-fn conclude(
-    mut results: Results,
-    mut baseline: Baseline,
-    path: Option<&Path>,
-    outputs: &Outputs,
-) -> Finished {
-    results.compare(&baseline);
+fn conclude(mut results: Results, path: Option<&Path>, outputs: &Outputs) -> Finished {
+    results.compare();
     let mut saved = Ok(());
     if let Some(path) = path.filter(|_| outputs.update_baseline) {
+        let mut baseline = results.baseline.clone();
         baseline.update(&results);
         saved = write::whole(path, &baseline.text());
     }
@@ -257,11 +251,14 @@ fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collect
     });
 }
 
-/// Joins the results of shards.
+/// Joins the results of shards. What is fixed is told by the baseline that they were judged by, or by the one given.
 fn merge(files: &[PathBuf], outputs: &Outputs) -> Result<Finished> {
-    let results = merge::join(files)?;
-    let baseline = read_baseline(outputs.baseline.as_deref(), outputs.update_baseline)?;
-    Ok(conclude(results, baseline, outputs.baseline.as_deref(), outputs))
+    let mut results = merge::join(files)?;
+    let given = read_baseline(outputs.baseline.as_deref(), outputs.update_baseline)?;
+    if outputs.baseline.is_some() {
+        results.baseline = given;
+    }
+    Ok(conclude(results, outputs.baseline.as_deref(), outputs))
 }
 
 /// Lets so many boots run at a time as there is memory for, one at least.

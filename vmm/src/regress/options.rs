@@ -73,7 +73,7 @@ pub struct Outputs {
     #[arg(long = "report", value_name = "FILE")]
     pub reports: Vec<PathBuf>,
 
-    /// Leaks that are known [default: the suite's]
+    /// Leaks that are known [default: the suite's; for merge, those that the results were judged by]
     #[arg(long, value_name = "FILE")]
     pub baseline: Option<PathBuf>,
 
@@ -81,7 +81,7 @@ pub struct Outputs {
     #[arg(long)]
     pub update_baseline: bool,
 
-    /// Exit as git bisect run wants it: 0 good, 1 leaks, 125 cannot be tested
+    /// Exit as git bisect run wants it: 0 good, 1 leaks that are not meant, 125 anything else
     #[arg(long)]
     pub bisect_exit_codes: bool,
 }

@@ -1,11 +1,10 @@
 //! What a suite came to, `kleak-regress/1`: the model that every form of result is written from, and that `merge` reads.
 
 use super::baseline::{Baseline, Entry};
-use super::suite::Expected;
 use crate::cli::ExitCode;
-use introspect::report::plural;
+use introspect::accounting::calls;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
 
 /// Name and version of the JSON form.
@@ -146,32 +145,16 @@ fn new() -> State {
 impl Group {
     /// The innermost function that is no allocator's: what a reader calls the leak by.
     pub fn site(&self) -> String {
-        const ALLOCATORS: [&str; 12] = [
-            "kmalloc",
-            "kmem_cache_alloc",
-            "kzalloc",
-            "kvmalloc",
-            "krealloc",
-            "kmemdup",
-            "kstrdup",
-            "kstrndup",
-            "vmalloc",
-            "vzalloc",
-            "slab_alloc",
-            "memdup",
-        ];
-        let allocates = |frame: &&Frame| {
-            let name = frame.symbol.as_deref().unwrap_or("?").trim_start_matches('_');
-            !ALLOCATORS.iter().any(|prefix| name.starts_with(prefix))
-        };
+        let is_none = |frame: &&Frame| !frame.symbol.as_deref().is_some_and(calls::is_allocator);
         self.backtrace
             .iter()
-            .find(allocates)
+            .find(is_none)
             .or(self.backtrace.first())
             .map_or_else(|| "?".to_owned(), Frame::text)
     }
 
-    fn has(&self, function: &str) -> bool {
+    /// Whether this function is in the backtrace, whatever the compiler has put behind its name.
+    pub fn has(&self, function: &str) -> bool {
         let plain = |symbol: &str| symbol.split('.').next() == Some(function);
         self.backtrace.iter().filter_map(|frame| frame.symbol.as_deref()).any(plain)
     }
@@ -218,36 +201,6 @@ impl TestResult {
     /// Number of leaks in these states.
     pub fn leaks(&self, state: State) -> u64 {
         self.groups.iter().filter(|group| group.state == state).map(|group| group.count).sum()
-    }
-
-    /// Sets the state of each group, and the outcome of a test that ran to its end as it should.
-    pub fn judge(&mut self, expected: &Expected, baseline: &Baseline) {
-        for group in &mut self.groups {
-            let named = expected.functions.iter().any(|function| group.has(function));
-            let any = expected.functions.is_empty() && expected.count.is_some_and(|count| count > 0);
-            group.state = match () {
-                () if named || any => State::Expected,
-                () if baseline.has(&group.id) => State::Known,
-                () => State::New,
-            };
-        }
-        self.groups.sort_by_key(|group| (group.state, std::cmp::Reverse(group.retained_bytes)));
-        let (new, made) = (self.leaks(State::New), self.leaks(State::Expected));
-        let absent = expected.functions.iter().find(|f| !self.groups.iter().any(|group| group.has(f)));
-        let (outcome, message) = match (expected.count, absent) {
-            _ if new > 0 => (Outcome::Leaked, format!("{new} new leak{}", plural(new))),
-            (Some(count), _) if made > count => {
-                (Outcome::Leaked, format!("{made} leak{}, {count} expected", plural(made)))
-            }
-            (Some(count), _) if made < count => {
-                (Outcome::Missing, format!("{made} leak{}, {count} expected", plural(made)))
-            }
-            (_, Some(function)) => (Outcome::Missing, format!("no leak by {function}, which is expected")),
-            _ => (Outcome::Passed, String::new()),
-        };
-        if self.outcome.is_verdict() {
-            (self.outcome, self.message) = (outcome, message);
-        }
     }
 }
 
@@ -316,6 +269,12 @@ pub struct Results {
     pub boots: Vec<BootResult>,
     /// Leaks of the baseline whose tests all ran and did not make them any more.
     pub fixed: Vec<Fixed>,
+    /// Ids of all tests of the suite in its order, whichever part of them was to run.
+    #[serde(default)]
+    pub order: Vec<String>,
+    /// The baseline that leaks were known by.
+    #[serde(default)]
+    pub baseline: Baseline,
 }
 
 impl Results {
@@ -333,6 +292,8 @@ impl Results {
             tests: Vec::new(),
             boots: Vec::new(),
             fixed: Vec::new(),
+            order: Vec::new(),
+            baseline: Baseline::default(),
         }
     }
 
@@ -351,13 +312,25 @@ impl Results {
         self.boots.iter().any(|boot| boot.canary.as_deref().is_some_and(|canary| canary != FOUND))
     }
 
+    /// Whether there are leaks that neither their tests nor the baseline expect.
+    pub fn leaked(&self) -> bool {
+        self.count(Outcome::Leaked) > 0 || self.leaks(State::New) > 0
+    }
+
+    /// Puts the tests into the suite's order.
+    pub fn sort(&mut self) {
+        let place: HashMap<&str, usize> = self.order.iter().map(String::as_str).zip(0..).collect();
+        // Results of a suite that was changed meanwhile may have others, at the end.
+        self.tests.sort_by_key(|test| place.get(test.id.as_str()).copied().unwrap_or(usize::MAX));
+    }
+
     /// Says which leaks of the baseline are gone.
-    pub fn compare(&mut self, baseline: &Baseline) {
+    pub fn compare(&mut self) {
         let seen: BTreeSet<&str> =
             self.tests.iter().flat_map(|test| &test.groups).map(|group| group.id.as_str()).collect();
         let ran: BTreeMap<&str, bool> =
             self.tests.iter().map(|test| (test.id.as_str(), test.outcome.is_verdict())).collect();
-        let gone = baseline.entries.iter().filter(|entry| {
+        let gone = self.baseline.entries.iter().filter(|entry| {
             let all_ran = entry.tests.iter().all(|id| ran.get(id.as_str()) == Some(&true));
             all_ran && !entry.tests.is_empty() && !seen.contains(entry.id.as_str())
         });
@@ -373,15 +346,24 @@ impl Results {
     /// tests that could not be made, as `run --fail-on-leak` has it, and a test that failed may well leak on its way out.
     /// A host that could run none of them cannot.
     pub fn exit_code(&self) -> ExitCode {
-        let any = |outcomes: &[Outcome]| self.tests.iter().any(|test| outcomes.contains(&test.outcome));
         match () {
             () if self.canary_lost() => ExitCode::Guest,
-            () if any(&[Outcome::Leaked, Outcome::Missing]) || self.leaks(State::New) > 0 => ExitCode::Leaks,
+            () if self.leaked() || self.count(Outcome::Missing) > 0 => ExitCode::Leaks,
             () if !self.tests.is_empty() && self.count(Outcome::Host) == self.tests.len() => ExitCode::Host,
             () if !self.complete || self.tests.iter().any(|test| test.outcome != Outcome::Passed) => {
                 ExitCode::Guest
             }
             () => ExitCode::Success,
+        }
+    }
+
+    /// The exit code for `git bisect run`. Any other code below 128 would mean that the kernel is bad, and one that
+    /// does not leak what a test is meant to is not.
+    pub fn bisect_exit_code(&self) -> ExitCode {
+        match self.exit_code() {
+            ExitCode::Success => ExitCode::Success,
+            ExitCode::Leaks if self.leaked() => ExitCode::Leaks,
+            _ => ExitCode::Untested,
         }
     }
 
@@ -393,6 +375,10 @@ impl Results {
         self.tests.extend(other.tests);
         self.boots.extend(other.boots);
         self.shard = None;
+        let known: HashSet<String> = self.order.iter().cloned().collect();
+        self.order.extend(other.order.into_iter().filter(|id| !known.contains(id)));
+        self.baseline.join(other.baseline);
+        self.sort();
     }
 }
 
@@ -403,45 +389,6 @@ pub const FOUND: &str = "found";
 mod tests {
     use super::super::fixture::{group, results, test};
     use super::*;
-
-    fn judged(groups: Vec<Group>, expected: &Expected, baseline: &Baseline) -> (Outcome, Vec<State>, String) {
-        let mut result = test("k/g/t", groups);
-        result.judge(expected, baseline);
-        (result.outcome, result.groups.iter().map(|group| group.state).collect(), result.message)
-    }
-
-    fn expecting(count: Option<u64>, functions: &[&str]) -> Expected {
-        Expected { count, functions: functions.iter().map(|&f| f.to_owned()).collect() }
-    }
-
-    #[test]
-    fn leaks_are_new_known_or_expected() {
-        use State::{Expected as Meant, Known, New};
-        let none = Baseline::default();
-        let mut known = Baseline::default();
-        known.update(&results(vec![test("k/g/t", vec![group("b", 2, "b_probe")])]));
-        let a = || group("a", 3, "a_probe.constprop.0");
-        let b = || group("b", 2, "b_probe");
-        let table = [
-            (vec![], expecting(None, &[]), &none, Outcome::Passed, vec![]),
-            (vec![a()], expecting(None, &[]), &none, Outcome::Leaked, vec![New]),
-            (vec![a()], expecting(Some(0), &[]), &none, Outcome::Leaked, vec![New]),
-            (vec![b()], expecting(None, &[]), &known, Outcome::Passed, vec![Known]),
-            (vec![a(), b()], expecting(None, &[]), &known, Outcome::Leaked, vec![New, Known]),
-            (vec![a(), b()], expecting(Some(3), &["a_probe"]), &known, Outcome::Passed, vec![Known, Meant]),
-            (vec![a(), b()], expecting(Some(3), &["a_probe"]), &none, Outcome::Leaked, vec![New, Meant]),
-            (vec![a(), b()], expecting(Some(5), &[]), &none, Outcome::Passed, vec![Meant, Meant]),
-            (vec![a()], expecting(Some(4), &[]), &none, Outcome::Missing, vec![Meant]),
-            (vec![a()], expecting(Some(2), &[]), &none, Outcome::Leaked, vec![Meant]),
-            (vec![a()], expecting(None, &["a_probe", "b_probe"]), &none, Outcome::Missing, vec![Meant]),
-            (vec![], expecting(Some(1), &["a_probe"]), &none, Outcome::Missing, vec![]),
-        ];
-        for (groups, expected, baseline, outcome, states) in table {
-            let (found, marked, message) = judged(groups, &expected, baseline);
-            assert_eq!((found, marked), (outcome, states), "{expected:?}: {message}");
-            assert_eq!(message.is_empty(), found == Outcome::Passed, "{message}");
-        }
-    }
 
     #[test]
     fn exit_codes_are_the_contracts() {
@@ -488,8 +435,8 @@ mod tests {
         let mut known = Baseline::default();
         known.update(&results(vec![leaky("k/g/1"), leaky("k/g/2")]));
         let fixed = |tests: Vec<TestResult>| {
-            let mut results = results(tests);
-            results.compare(&known);
+            let mut results = Results { baseline: known.clone(), ..results(tests) };
+            results.compare();
             results.fixed.len()
         };
         assert_eq!(fixed(vec![clean("k/g/1"), clean("k/g/2")]), 1);
@@ -497,6 +444,51 @@ mod tests {
         assert_eq!(fixed(vec![clean("k/g/1")]), 0, "the other test may be another shard's");
         let crashed = TestResult { outcome: Outcome::Crashed, ..clean("k/g/2") };
         assert_eq!(fixed(vec![clean("k/g/1"), crashed]), 0);
+    }
+
+    #[test]
+    fn what_shards_had_in_common_is_there_once_and_in_order() {
+        let order = ["j/g/1", "j/g/2", "k/g/1", "k/g/2"].map(str::to_owned).to_vec();
+        let shard = |ids: [&str; 2], known: &str| {
+            let mut baseline = Baseline::default();
+            for id in ids {
+                baseline
+                    .update(&results(vec![test(id, vec![group(known, 1, known), group("c", 1, "c_probe")])]));
+            }
+            let tests = ids.map(|id| test(id, Vec::new())).to_vec();
+            Results { order: order.clone(), baseline, ..results(tests) }
+        };
+        let mut all = shard(["j/g/2", "k/g/1"], "a");
+        all.join(shard(["j/g/1", "k/g/2"], "b"));
+        assert_eq!(
+            all.tests.iter().map(|test| &test.id).collect::<Vec<_>>(),
+            order.iter().collect::<Vec<_>>()
+        );
+        assert_eq!(all.order, order);
+        let known: Vec<_> = all.baseline.entries.iter().map(|e| (e.id.as_str(), e.tests.len())).collect();
+        assert_eq!(known, [("a", 2), ("b", 2), ("c", 4)]);
+        all.compare();
+        assert_eq!(all.fixed.len(), 3);
+        let mut changed = shard(["j/g/2", "k/g/2"], "a");
+        changed.join(Results { order: vec!["k/g/3".into()], ..results(vec![test("k/g/3", Vec::new())]) });
+        changed.join(results(vec![test("j/g/1", Vec::new())]));
+        let ids: Vec<_> = changed.tests.iter().map(|test| test.id.as_str()).collect();
+        assert_eq!(ids, ["j/g/1", "j/g/2", "k/g/2", "k/g/3"]);
+    }
+
+    #[test]
+    fn to_bisect_only_leaks_are_bad() {
+        let of = |outcome: Outcome, groups: Vec<Group>| {
+            results(vec![TestResult { outcome, ..test("k/g/t", groups) }]).bisect_exit_code()
+        };
+        let leak = |state| vec![Group { state, ..group("a", 1, "a_probe") }];
+        assert_eq!(of(Outcome::Passed, leak(State::Known)), ExitCode::Success);
+        assert_eq!(of(Outcome::Leaked, leak(State::New)), ExitCode::Leaks);
+        assert_eq!(of(Outcome::Leaked, leak(State::Expected)), ExitCode::Leaks, "more than are meant");
+        assert_eq!(of(Outcome::Failed, leak(State::New)), ExitCode::Leaks);
+        assert_eq!(of(Outcome::Missing, leak(State::Expected)), ExitCode::Untested);
+        assert_eq!(of(Outcome::Crashed, Vec::new()), ExitCode::Untested);
+        assert_eq!(of(Outcome::Host, Vec::new()), ExitCode::Untested);
     }
 
     #[test]
@@ -509,6 +501,14 @@ mod tests {
         assert_eq!(group.site(), "my_open [my]");
         group.backtrace.truncate(1);
         assert_eq!(group.site(), "__kmalloc_node_track_caller");
+        for allocators in [["kvasprintf", "kasprintf"], ["pcpu_alloc_noprof", "__alloc_percpu_gfp"]] {
+            group.backtrace = allocators
+                .into_iter()
+                .chain(["my_probe"])
+                .map(|name| Frame { symbol: Some(name.into()), module: None })
+                .collect();
+            assert_eq!(group.site(), "my_probe", "as the console's top sites has it");
+        }
         group.backtrace.clear();
         assert_eq!(group.site(), "?");
     }

@@ -20,6 +20,8 @@ pub const KERNEL_PLACE: &str = "{kernel}";
 const MAX_SECONDS: u64 = 24 * 3600;
 /// The canary, which is planted when settling begins, must be old enough to be reported.
 const MIN_SETTLE_MS: u64 = 2000;
+/// Largest exit status of a process (wait(2)).
+const MAX_STATUS: i32 = 255;
 /// Most times a test is repeated.
 const MAX_REPEAT: u32 = 100_000;
 
@@ -144,13 +146,6 @@ pub struct Expected {
     pub functions: Vec<String>,
 }
 
-impl Expected {
-    /// Whether it expects leaks at all.
-    pub fn any(&self) -> bool {
-        self.count.is_some_and(|count| count > 0) || !self.functions.is_empty()
-    }
-}
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
@@ -207,9 +202,8 @@ struct TestTable {
     modules: Vec<Spanned<String>>,
     repeat: Option<Spanned<u32>>,
     timeout_s: Option<Spanned<u64>>,
-    #[serde(default)]
-    status: i32,
-    leaks: Option<u64>,
+    status: Option<Spanned<i32>>,
+    leaks: Option<Spanned<u64>>,
     #[serde(default)]
     functions: Vec<String>,
     kernels: Option<Vec<Spanned<String>>>,
@@ -264,9 +258,7 @@ fn parse(text: &str, folder: &Path, default_name: &str) -> Result<Suite, Wrong> 
     }
     let tests = each(file.tests, |table, span| reader.test(table, span, &kernels, &guests))?;
     let boot = file.boot.unwrap_or(BootMode::Shared);
-    if boot == BootMode::Shared {
-        one_file_a_path(&tests)?;
-    }
+    one_file_a_path(&guests, &tests, boot)?;
     let kernels = unique(kernels, "kernel", |kernel| &kernel.name)?;
     let guests = unique(guests, "guest", |guest| &guest.name)?;
     let tests = unique(tests, "test", |test| &test.name)?;
@@ -320,25 +312,35 @@ fn unique<T>(rows: Placed<T>, what: &str, name: impl Fn(&T) -> &String) -> Resul
     Ok(rows.into_iter().map(|(row, _)| row).collect())
 }
 
-/// Files are in the guest from the start of the boot: of two for the same path, both tests would get the last.
-fn one_file_a_path(tests: &Placed<Test>) -> Result<(), Wrong> {
+/// Files are in the guest from the start of the boot: of two for the same path, all would get the last.
+fn one_file_a_path(guests: &Placed<Guest>, tests: &Placed<Test>, boot: BootMode) -> Result<(), Wrong> {
+    let check = |span: &Range<usize>, files: &[FileSpec], whose: String, others: &[FileSpec]| {
+        let differs = |file: &&FileSpec| others.iter().any(|o| o.guest == file.guest && o.host != file.host);
+        match files.iter().find(differs) {
+            Some(file) => {
+                let place = file.guest.display();
+                wrong(span, format!("{whose} has another file for {place} in the same boot"))
+            }
+            None => Ok(()),
+        }
+    };
+    let is_for = |test: &Test, guest: &Guest| test.guests.as_ref().is_none_or(|g| g.contains(&guest.name));
+    for (guest, span) in guests {
+        check(span, &guest.files, format!("guest {:?}", guest.name), &guest.files)?;
+    }
     let meet = |a: &Option<Vec<String>>, b: &Option<Vec<String>>| match (a, b) {
         (Some(a), Some(b)) => a.iter().any(|name| b.contains(name)),
         _ => true,
     };
     for (at, (test, span)) in tests.iter().enumerate() {
-        let earlier = tests[..=at].iter().map(|(other, _)| other);
+        for (guest, _) in guests.iter().filter(|(guest, _)| is_for(test, guest)) {
+            check(span, &test.files, format!("guest {:?}", guest.name), &guest.files)?;
+        }
+        let first = if boot == BootMode::Shared { 0 } else { at };
         let same_boot =
             |other: &&Test| meet(&test.kernels, &other.kernels) && meet(&test.guests, &other.guests);
-        for other in earlier.filter(same_boot) {
-            let differs = |file: &&FileSpec| {
-                other.files.iter().any(|earlier| earlier.guest == file.guest && earlier.host != file.host)
-            };
-            if let Some(file) = test.files.iter().find(differs) {
-                let guest = file.guest.display();
-                let what = format!("test {:?} has another file for {guest} in the same boot", other.name);
-                return wrong(span, what);
-            }
+        for other in tests[first..=at].iter().map(|(other, _)| other).filter(same_boot) {
+            check(span, &test.files, format!("test {:?}", other.name), &other.files)?;
         }
     }
     Ok(())
@@ -429,6 +431,11 @@ impl Reader<'_> {
         if table.functions.iter().any(String::is_empty) {
             return wrong(span, "functions has an empty name");
         }
+        if let Some(none) = table.leaks.as_ref().filter(|count| *count.get_ref() == 0)
+            && !table.functions.is_empty()
+        {
+            return wrong(&none.span(), "leaks = 0, but functions says who makes them");
+        }
         Ok(Test {
             name: table.name,
             action,
@@ -437,8 +444,8 @@ impl Reader<'_> {
             modules: self.modules(table.modules)?,
             repeat: table.repeat.map_or(Ok(1), |repeat| within(repeat, 1..=MAX_REPEAT, "repeat"))?,
             timeout_s: seconds(table.timeout_s, "timeout_s", 60)?,
-            status: table.status,
-            expected: Expected { count: table.leaks, functions: table.functions },
+            status: table.status.map_or(Ok(0), |status| within(status, 0..=MAX_STATUS, "status"))?,
+            expected: Expected { count: table.leaks.map(Spanned::into_inner), functions: table.functions },
             kernels: known(table.kernels, "kernel", kernels.iter().map(|(kernel, _)| kernel.name.as_str()))?,
             guests: known(table.guests, "guest", guests.iter().map(|(guest, _)| guest.name.as_str()))?,
         })

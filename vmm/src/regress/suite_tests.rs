@@ -84,7 +84,7 @@ fn little_is_needed() {
     assert_eq!((suite.name.as_str(), suite.boot, suite.boot_timeout_s), ("file", BootMode::Shared, 300));
     assert_eq!(suite.guests, [default_guest()]);
     assert_eq!((suite.tests[0].repeat, suite.tests[0].timeout_s), (1, 60));
-    assert!(!suite.tests[0].expected.any());
+    assert_eq!(suite.tests[0].expected, Expected::default());
 }
 
 #[test]
@@ -102,6 +102,9 @@ fn what_is_wrong_is_said_with_its_line() {
         ("run = \"a\"\nscript = \"b\"\n", 3, "not both"),
         ("\nfiles = [\"x\"]\n", 6, "HOST:GUEST"),
         ("modules = [\"a.ko\",\n\",\"]\n", 6, "FILE.ko"),
+        ("status = 256\n", 5, "status = 256 is not within 0 and 255"),
+        ("\nstatus = -1\n", 6, "status = -1"),
+        ("functions = [\"f\"]\nleaks = 0\n", 6, "leaks = 0, but functions"),
         ("kernels = [\"other\"]\n", 5, "no kernel \"other\""),
         ("run = \"unclosed\n", 5, ""),
         ("[[test]]\nname = \"t\"\n", 5, "two of the name"),
@@ -143,7 +146,27 @@ fn two_files_for_one_path_need_two_boots() {
     assert_eq!(two("boot = \"per-test\"", a, b), Ok(()));
     assert_eq!(two("", &format!("{a}\nkernels = [\"k\"]"), &format!("{b}\nkernels = [\"l\"]")), Ok(()));
     assert_eq!(two("", &format!("{a}\nkernels = [\"k\"]"), b).unwrap_err().0, 10);
-    assert_eq!(two("", "files = [\"a:/x\", \"b:/x\"]", "").unwrap_err().0, 6);
+    let both = "files = [\"a:/x\", \"b:/x\"]";
+    assert_eq!(two("", both, "").unwrap_err().0, 6);
+    assert_eq!(two("boot = \"per-test\"", "", both).unwrap_err().0, 9);
+}
+
+#[test]
+fn a_guests_file_is_there_for_all_of_its_tests() {
+    let said = |guest: &str, test: &str| {
+        let text = format!(
+            "boot = \"per-test\"\n[[kernel]]\npath = \"k\"\n[[guest]]\nname = \"g\"\n{guest}\n[[guest]]\nname = \"h\"\n\
+             [[test]]\nname = \"t\"\n{test}\n"
+        );
+        parsed(&text).map(drop).map_err(|wrong| (text[..wrong.at].matches('\n').count() + 1, wrong.what))
+    };
+    let (a, b) = ("files = [\"a:/x\"]", "files = [\"b:/x\"]");
+    let (line, what) = said(a, b).unwrap_err();
+    assert_eq!(line, 9);
+    assert!(what.contains("guest \"g\" has another file for /x"), "{what}");
+    assert_eq!(said(a, a), Ok(()));
+    assert_eq!(said(a, &format!("{b}\nguests = [\"h\"]")), Ok(()));
+    assert_eq!(said("files = [\"a:/x\", \"b:/x\"]", "").unwrap_err().0, 4);
 }
 
 #[test]

@@ -1,25 +1,28 @@
-//! SARIF 2.1.0 (OASIS): one result for each leak of each test, by its group, so that code scanning tells old from new.
+//! SARIF 2.1.0 (OASIS): one result for each leak of each test, by its group, so that code scanning tells old from new; and one
+//! for each test that did not pass for another reason.
 //!
 //! GitHub's code scanning takes only results with a place in a file, and tells them apart by `primaryLocationLineHash`. The lines
 //! that allocate are not known here, so the place is the suite's file, and the print that of the leak.
 
-use super::super::result::{Fixed, Frame, Group, Results, State, TestResult};
+use super::super::result::{Fixed, Frame, Group, Outcome, Results, State, TestResult};
 use introspect::report::plural;
 use serde_json::{Value, json};
 use std::fmt::Write;
 
 const SCHEMA: &str = "https://json.schemastore.org/sarif-2.1.0.json";
 /// The rules; a result names its own by index.
-const RULES: [(&str, &str); 2] = [
+const RULES: [(&str, &str); 3] = [
     ("kernel-memory-leak", "An allocation of the kernel that nothing refers to any more."),
     ("test-not-made", "A test that could not be made, so that its leaks are not known."),
+    ("leaks-not-as-expected", "A test that made more or fewer of the leaks that it is meant to make."),
 ];
 
 /// The log.
 pub fn sarif(results: &Results) -> Value {
     let rules = RULES.map(|(id, text)| json!({ "id": id, "shortDescription": { "text": text } }));
     let leaks = results.tests.iter().flat_map(|test| test.groups.iter().map(move |group| leak(test, group)));
-    let others = results.tests.iter().filter(|test| !test.outcome.is_verdict()).map(not_made);
+    let others = results.tests.iter().filter(|test| !test.outcome.is_verdict()).map(|test| failed(test, 1));
+    let amiss = results.tests.iter().filter(|test| is_amiss(test)).map(|test| failed(test, 2));
     let fixed = results.fixed.iter().flat_map(|leak| leak.tests.iter().map(move |test| fixed(test, leak)));
     let uri = uri(&results.file);
     let placed = |mut row: Value| {
@@ -38,7 +41,7 @@ pub fn sarif(results: &Results) -> Value {
             } },
             "automationDetails": { "id": format!("{}/", results.suite) },
             "invocations": [{ "executionSuccessful": results.complete && others.clone().next().is_none() }],
-            "results": leaks.chain(others).chain(fixed).map(placed).collect::<Vec<_>>(),
+            "results": leaks.chain(others).chain(amiss).chain(fixed).map(placed).collect::<Vec<_>>(),
         }],
     })
 }
@@ -106,9 +109,15 @@ fn fixed(test: &str, leak: &Fixed) -> Value {
     row
 }
 
-fn not_made(test: &TestResult) -> Value {
+/// It leaked only what it is meant to or is known to, but not as much.
+fn is_amiss(test: &TestResult) -> bool {
+    test.outcome.is_verdict() && test.outcome != Outcome::Passed && test.leaks(State::New) == 0
+}
+
+/// A test that has not passed, by this rule.
+fn failed(test: &TestResult, rule: usize) -> Value {
     let text = format!("{}: {}: {}", test.id, test.outcome.name(), test.message);
-    let mut row = row(1, "error", &text, &test.id, "new");
+    let mut row = row(rule, "error", &text, &test.id, "new");
     row["locations"] = json!([location(&test.id)]);
     row
 }

@@ -1,7 +1,7 @@
 //! Each form of results: what it must have, and what must not get through.
 
 use super::super::fixture::{group, results, test};
-use super::super::result::{BootResult, Fixed, Growth, Heap, Outcome, Results, State, TestResult};
+use super::super::result::{BootResult, Fixed, Group, Growth, Heap, Outcome, Results, State, TestResult};
 use super::*;
 use quick_xml::events::Event;
 use std::collections::BTreeMap;
@@ -133,6 +133,36 @@ fn sarif_has_a_result_for_each_leak() {
     );
     assert_eq!(prints("primaryLocationLineHash"), prints("kleakGroup/v1"));
     assert_eq!(results[0]["stacks"][0]["frames"].as_array().map(Vec::len), Some(2));
+}
+
+#[test]
+fn sarif_has_what_is_wrong_without_a_new_leak() {
+    let meant = || vec![Group { state: State::Expected, ..group("m", 6, "meant_probe") }];
+    let ended = |id: &str, outcome: Outcome, groups| TestResult {
+        outcome,
+        message: "6 leaks, 5 expected".into(),
+        ..test(id, groups)
+    };
+    let all = results(vec![
+        ended("k/g/none", Outcome::Missing, Vec::new()),
+        ended("k/g/more", Outcome::Leaked, meant()),
+        ended("k/g/fine", Outcome::Passed, meant()),
+        ended("k/g/new", Outcome::Leaked, vec![group("n", 1, "new_probe")]),
+    ]);
+    let log = sarif::sarif(&all);
+    let errors: Vec<_> = log["runs"][0]["results"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|result| result["level"] == "error")
+        .map(|result| {
+            let print = &result["partialFingerprints"]["primaryLocationLineHash"];
+            (result["ruleId"].as_str().unwrap(), print.as_str().unwrap())
+        })
+        .collect();
+    let amiss = "leaks-not-as-expected";
+    assert_eq!(errors, [("kernel-memory-leak", "k/g/new:n"), (amiss, "k/g/none"), (amiss, "k/g/more")]);
+    assert_eq!(log["runs"][0]["invocations"][0]["executionSuccessful"], true, "they were made");
 }
 
 #[test]
