@@ -171,7 +171,7 @@ fn bustle(line: &str, seconds: u64) -> Result<()> {
     println!("{line}: {audits} audits and {scans} scans under load, {} objects lost, {told}", lost.len());
     ensure!(shown.contains("\nBUSTLE 0"), "{}", tail(&shown, 40));
     ensure!(audits > 0 && scans > 0 && lost.len() > 10, "{} lost", lost.len());
-    for (address, leak) in ever.iter().filter(|(address, _)| !lost.contains_key(address)) {
+    if let Some((address, leak)) = ever.iter().find(|(address, _)| !lost.contains_key(address)) {
         let digits = address.to_string();
         let told_of: Vec<&str> = shown.lines().filter(|line| line.contains(&digits[2..])).collect();
         bail!("reported under load, and not lost, {told}: {leak:#}\nThe guest said of it: {told_of:#?}");

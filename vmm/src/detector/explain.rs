@@ -7,7 +7,7 @@ use crate::machine::FrozenRam;
 use anyhow::{Context, Result};
 use introspect::accounting::calls;
 use introspect::memory::Va;
-use introspect::registry::{Object, Paint};
+use introspect::registry::Paint;
 use introspect::scan::{ScanInput, coverage, object_at, path, possible, refs};
 use serde_json::{Value, json};
 use std::fmt::Write;
