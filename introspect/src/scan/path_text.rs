@@ -17,9 +17,9 @@ impl Path {
                 "unreachable: not referenced; too young to be reported\n".to_owned()
             }
             Start::Young => "unreachable: from a young object that is not referenced\n".to_owned(),
-            Start::Lost(1) if self.is_alone() => "unreachable: not referenced: lost\n".to_owned(),
+            Start::Lost(1) if self.is_alone() => "unreachable: not referenced, lost\n".to_owned(),
             Start::Lost(n) if self.is_alone() => {
-                format!("unreachable: only referenced from within its cycle of {n} objects: lost\n")
+                format!("unreachable: only referenced from within its cycle of {n} objects, lost\n")
             }
             Start::Lost(1) => "unreachable: from a lost object that is not referenced\n".to_owned(),
             Start::Lost(n) => format!("unreachable: from a lost cycle of {n} objects\n"),
@@ -194,11 +194,11 @@ mod tests {
     #[test]
     fn what_is_not_reached_from_a_root_says_so() {
         let table = [
-            (Start::Lost(1), 1, "unreachable: not referenced: lost", "lost"),
+            (Start::Lost(1), 1, "unreachable: not referenced, lost", "lost"),
             (
                 Start::Lost(2),
                 1,
-                "unreachable: only referenced from within its cycle of 2 objects: lost",
+                "unreachable: only referenced from within its cycle of 2 objects, lost",
                 "lost",
             ),
             (Start::Lost(1), 2, "unreachable: from a lost object that is not referenced", "indirect"),

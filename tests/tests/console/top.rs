@@ -119,7 +119,7 @@ pub fn drive(guest: &Guest) -> Result<()> {
     let screen = pane.wait_for("+0x")?;
     let lines: Vec<&str> = screen.lines().collect();
     ensure!(lines.len() <= LINES && lines.iter().all(|line| line.chars().count() <= COLUMNS), "{screen}");
-    ensure!(lines[0].starts_with("kleak-vmm: 6.") && lines[0].contains(", running, up "), "{screen}");
+    ensure!(lines[0].starts_with("6.") && lines[0].contains(", running, up "), "{screen}");
     ensure!(lines[3].trim_start().starts_with("bytes  objects") && lines[3].ends_with("sites"), "{screen}");
     ensure!(lines.last().is_some_and(|line| line.ends_with("q quit")), "{screen}");
     // A rate takes two looks.

@@ -68,9 +68,7 @@ pub fn analyze(options: &AnalyzeOptions) -> Result<ExitCode> {
         check::input_file(kernel, "kernel", "check --kernel")?;
     }
     for line in &options.commands {
-        Request::parse(line)
-            .command
-            .map_err(|what| Failure::usage(what).hint("kleak-vmm ctl help lists them"))?;
+        Request::parse(line).command.map_err(|what| Failure::usage(what).hint("-c help lists them"))?;
     }
     check::reports(&options.reports)?;
     let rule_files = RuleFiles::read(options.profile.as_deref(), &options.suppressions)?;

@@ -83,7 +83,7 @@ impl Target for FakeTarget {
         self.called("dump", answer(&text, json!({ "dump": { "size": 64 } })))
     }
     fn path(&self, address: Va) -> anyhow::Result<Answer> {
-        let text = format!("unreachable: not referenced: lost\n  -> {address} (size 64): slab");
+        let text = format!("unreachable: not referenced, lost\n  -> {address} (size 64): slab");
         self.called("path", answer(&text, json!({ "path": { "state": "lost" } })))
     }
     fn roots(&self) -> anyhow::Result<Answer> {

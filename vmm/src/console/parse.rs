@@ -9,6 +9,9 @@ impl Request {
     pub fn parse(line: &str) -> Self {
         let line = line.trim();
         match line.split_once(char::is_whitespace) {
+            Some(("json", rest)) if rest.split_whitespace().next() == Some("json") => {
+                Self { command: Err("json takes a command, not json again".into()), json: true }
+            }
             Some(("json", rest)) => Self { command: Command::parse(rest), json: true },
             _ if line == "json" => Self { command: Err("json takes a command: try help".into()), json: true },
             _ => Self { command: Command::parse(line), json: false },
@@ -110,7 +113,8 @@ impl Command {
 
     fn parse_assignment(name: &str, value: &str) -> Result<Self, String> {
         let address = || {
-            let expected = || format!("{name}= takes a hexadecimal address, not {}", quote(value));
+            let expected =
+                || format!("{name}= takes a hexadecimal address of up to 16 digits, not {}", quote(value));
             parse_address(value).ok_or_else(expected)
         };
         if let Some(annotation) = Annotation::ALL.into_iter().find(|annotation| annotation.name() == name) {

@@ -130,6 +130,13 @@ impl Detector {
         let registry = &self.parts.recorder.state().registry;
         let mut text = format!("{leaks} unreferenced objects of {} tracked", registry.len());
         if let Some(scanned) = &work.scanned {
+            let young = scanned.result.young;
+            if young > 0 {
+                let age = work.options.min_age_ms;
+                text.push_str(&format!(
+                    "; {young} more are younger than {age} ms, too young to judge (--min-age)"
+                ));
+            }
             text.push_str(&format!("; last scan {} ms", scanned.took.as_millis()));
         }
         text.push_str(&format!("; {} traps taken", self.parts.traps.hits()));

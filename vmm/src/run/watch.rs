@@ -120,6 +120,9 @@ fn keep(
         true => (detector.report_text()?, detector.report_json()?),
         false => ("# The scan failed\n".to_owned(), json!({})),
     };
+    if as_text.is_empty() {
+        as_text.push_str("# Nothing is unreferenced\n");
+    }
     if let Some(holders) = holders {
         as_text.push_str("\n# The guest has run out of memory. Who holds it:\n");
         as_text.extend(holders.text.lines().map(|line| format!("# {line}\n")));

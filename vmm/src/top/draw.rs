@@ -38,7 +38,7 @@ fn machine_line(status: &Value) -> String {
     let text = |member: &str| status[member].as_str().unwrap_or("?").escape_debug().to_string();
     let state = if status["paused"] == true { "paused".to_owned() } else { text("state") };
     format!(
-        "kleak-vmm: {}, {state}, up {} s; {} objects, {}",
+        "{}, {state}, up {} s; {} objects, {}",
         text("guest"),
         status["uptime_s"],
         status["objects"],

@@ -110,7 +110,7 @@ fn sites_are_shown_with_rates_and_sparklines() {
     test.until(|live| live.rows().iter().any(|row| row.history.len() == 3));
     let screen = test.screen(80, 24);
     let expected = [
-        "kleak-vmm: 6.1.0-56-cloud-amd64, running, up 12 s; 345 objects, 3.0 MiB",
+        "6.1.0-56-cloud-amd64, running, up 12 s; 345 objects, 3.0 MiB",
         "6 unreferenced; 2 scans, the last paused the guest for 78 ms",
         "",
         "    bytes  objects        rate history          sites",
