@@ -1,6 +1,7 @@
 //! How runs end: exit codes and what is said of a guest that failed.
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use std::process::ExitCode;
 use tests::{Finished, Guest, RUN_TIMEOUT, kernel, long_test, module, report, sizes, test};
 
@@ -66,6 +67,17 @@ fn out_of_memory(line: &str) -> Result<()> {
     let json = report(&place.join("scan-0001.json"))?;
     let holders = |what: &str| json["holders"][what].as_array().map_or(0, Vec::len);
     ensure!(holders("sites") > 5 && holders("caches") > 5, "{:#}", json["holders"]);
+    // What an object keeps alive is itself, and more.
+    let retained = json["holders"]["retained"].as_array().context("who retains it")?;
+    let number = |row: &Value, member: &str| row[member].as_u64().unwrap_or(0);
+    let largest = retained.iter().map(|row| number(row, "retained_bytes")).max().unwrap_or(0);
+    let live = json["holders"]["sites"].as_array().context("sites")?;
+    ensure!(largest > 0 && retained.len() > 5, "{:#}", json["holders"]);
+    for row in live {
+        let same = retained.iter().find(|other| other["site"] == row["site"]);
+        let fits = |other| number(other, "retained_bytes") >= number(row, "bytes") / 2;
+        ensure!(same.is_none_or(fits), "{row} retains {same:?}");
+    }
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use super::{Cell, Column, Role, Table};
 use crate::memory::Va;
 use crate::registry::{Kind, Object, Registry, StackId};
+use crate::scan::Retained;
 use crate::symbols::Resolved;
 use rustc_hash::FxHashMap;
 use serde::Serialize;
@@ -190,6 +191,19 @@ pub fn sites(calls: &[Calls]) -> Table {
     let mut table = Table::new(columns, 0);
     let row = |(site, [bytes, objects]): (&str, [u64; 2])| vec![bytes.into(), objects.into(), site.into()];
     table.rows = sums.into_iter().map(row).collect();
+    table.sort();
+    table
+}
+
+/// Sites by the bytes that they keep alive.
+pub fn retained<'a>(sites: impl Iterator<Item = (&'a str, Retained)>) -> Table {
+    let columns = vec![
+        Column::new("retained_bytes", Role::Amount),
+        Column::new("objects", Role::Amount),
+        Column::new("site", Role::Key),
+    ];
+    let mut table = Table::new(columns, 0);
+    table.rows = sites.map(|(site, sum)| vec![sum.bytes.into(), sum.objects.into(), site.into()]).collect();
     table.sort();
     table
 }

@@ -43,6 +43,7 @@ mod referrers;
 pub mod refs;
 mod refs_text;
 mod region;
+mod retained;
 pub mod roots;
 mod structures;
 #[cfg(test)]
@@ -56,6 +57,7 @@ pub use coverage::{Coverage, NotRead, RootShare, coverage};
 pub use path::{Hop, Path, Start, path};
 pub use places::{Owner, Place};
 pub use referrers::{Reference, Referrer, referrers};
+pub use retained::{Retained, retained};
 pub use treatment::{Function, Treatments, has_function};
 pub use typed::{CacheTypes, Shape, TypedStatistics};
 

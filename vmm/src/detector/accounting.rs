@@ -10,6 +10,8 @@ use introspect::accounting::slabs::DamagedCache;
 use introspect::accounting::{Table, areas, counters, growth, kmem, slabs, zones};
 use introspect::linux::slab::{self, Cache};
 use introspect::memory::Va;
+use introspect::registry::Object;
+use introspect::scan::retained;
 use rustc_hash::FxHashMap;
 use serde_json::{Map, Value, json};
 use std::sync::PoisonError;
@@ -68,17 +70,22 @@ impl Detector {
         self.parts.linux.caches(&paused.memory()).context("Cannot read the guest's list of slab caches")
     }
 
-    /// Who holds the guest's memory: the largest sites and caches, and what grows.
+    /// Who holds the guest's memory: the largest sites and caches, the sites that keep most of it alive, and what grows.
     pub fn holders(&self) -> Result<Answer> {
         let (mut text, mut members) = (String::new(), Map::new());
-        for by in [TopBy::Sites, TopBy::Caches] {
-            match self.top_table(by) {
+        let tables = [
+            self.top_table(TopBy::Sites),
+            self.top_table(TopBy::Caches),
+            self.retained_table().map(|table| ("retained", table)),
+        ];
+        for table in tables {
+            match table {
                 Ok((word, mut table)) => {
                     table.truncate(TOP);
                     text.push_str(&format!("{}\n", table.text()));
                     members.insert(word.to_owned(), table.json());
                 }
-                // The other one says enough.
+                // The others say enough.
                 Err(error) => text.push_str(&format!("error: {error:#}\n\n")),
             }
         }
@@ -88,6 +95,29 @@ impl Detector {
             members.insert("growth".into(), growth.json["growth"].clone());
         }
         Ok(Answer { text, json: Value::Object(members) })
+    }
+
+    /// Sites by the bytes that would be out of reach without their objects.
+    fn retained_table(&self) -> Result<Table> {
+        self.look(|input| {
+            let symbolize = |va, at| resolve(input.linux, input.modules, va, at);
+            let (mut sites, mut numbers) = (Vec::new(), FxHashMap::default());
+            let mut by_stack = FxHashMap::default();
+            let site = |object: &Object| {
+                *by_stack.entry(object.stack).or_insert_with(|| {
+                    let frames = input.registry.stacks.get(object.stack);
+                    let site = calls::site(frames, object.sequence, &symbolize);
+                    *numbers.entry(site.clone()).or_insert_with(|| {
+                        sites.push(site);
+                        sites.len() - 1
+                    })
+                })
+            };
+            let found = retained(input, site).context("Cannot look at all references")?;
+            Ok(calls::retained(
+                found.into_iter().map(|(number, retained)| (sites[number].as_str(), retained)),
+            ))
+        })
     }
 
     pub(super) fn growth_now(&self) -> Result<Answer> {
