@@ -117,6 +117,7 @@ pub(super) fn needs_memory(role: Role) -> bool {
         | Role::RcuFree
         | Role::Vmalloc
         | Role::Vfree
+        | Role::Vmap
         | Role::PercpuAlloc
         | Role::Ioremap
         | Role::PageAlloc
