@@ -41,6 +41,8 @@ pub enum Role {
     PageListFree,
     /// Gives back the blocks in the `struct folio_batch` at `argument`.
     PageBatchFree,
+    /// The kernel has changed its text.
+    Patched,
     /// A module is about to start; `struct module` in `argument`.
     ModuleLoad,
     /// A module's memory goes away.
@@ -182,11 +184,12 @@ mod tests {
             }
         }
         let always = hooks.iter().filter(|h| h.is_for(&[]));
-        let always: Vec<Role> = always.map(|h| h.role).collect();
+        let mut always: Vec<Role> = always.map(|h| h.role).collect();
+        always.dedup();
         assert_eq!(
             always,
-            [Role::ModuleLoad, Role::ModuleUnload],
-            "modules are followed whatever is tracked"
+            [Role::Patched, Role::ModuleLoad, Role::ModuleUnload],
+            "patches and modules are followed whatever is tracked"
         );
     }
 

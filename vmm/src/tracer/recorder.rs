@@ -161,7 +161,7 @@ impl Recorder {
             Role::PageBatchFree => {
                 self.free_pages(|recorder| recorder.linux.pages_in_batch(&recorder.ram, Va(value)));
             }
-            Role::SlabAlloc | Role::Kmalloc | Role::ModuleLoad | Role::ModuleUnload => {}
+            Role::SlabAlloc | Role::Kmalloc | Role::Patched | Role::ModuleLoad | Role::ModuleUnload => {}
         }
     }
 

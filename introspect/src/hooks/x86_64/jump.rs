@@ -108,6 +108,7 @@ pub(super) fn needs_memory(role: Role) -> bool {
         | Role::PageBulkAlloc
         | Role::PageListFree
         | Role::PageBatchFree
+        | Role::Patched
         | Role::ModuleLoad
         | Role::ModuleUnload => true,
         Role::SlabAlloc
