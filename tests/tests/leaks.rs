@@ -14,7 +14,7 @@ fn main() -> ExitCode {
     let mut trials = vec![test("all_cases_and_pages_6.1-cloud", || all_cases_and_pages("6.1-cloud"))];
     trials.push(test("all_cases_6.12-cloud", || all_cases("6.12-cloud")));
     trials.push(long_test("all_cases_6.1-cloud", || all_cases("6.1-cloud")));
-    for words in ["nosmp", "nokaslr mitigations=off"] {
+    for words in ["maxcpus=1", "nokaslr mitigations=off"] {
         let name = format!("all_cases_6.1-cloud_{}", words.replace(' ', "_"));
         trials.push(long_test(name, move || all_cases_with(words, "6.1-cloud")));
     }
