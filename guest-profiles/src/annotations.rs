@@ -135,7 +135,7 @@ impl Rules {
     }
 }
 
-const KINDS: [&str; 7] = ["slab", "large", "vmalloc", "percpu", "page", "memblock", "ioremap"];
+const KINDS: [&str; 8] = ["slab", "large", "vmalloc", "percpu", "page", "memblock", "ioremap", "vmap"];
 
 /// The built-in rules.
 ///

@@ -25,6 +25,8 @@ pub enum Role {
     Vmalloc,
     /// Gives back the vmalloc-space area at `argument`.
     Vfree,
+    /// Returns the vmalloc-space address of pages that exist already; how many in argument 1.
+    Vmap,
     /// Returns the cookie of a per-CPU allocation; size of one copy in argument 0.
     PercpuAlloc,
     /// Returns an address of mapped device memory; size in argument 1.
@@ -39,6 +41,8 @@ pub enum Role {
     PageListFree,
     /// Gives back the blocks in the `struct folio_batch` at `argument`.
     PageBatchFree,
+    /// The kernel has changed its text.
+    Patched,
     /// A module is about to start; `struct module` in `argument`.
     ModuleLoad,
     /// A module's memory goes away.
@@ -51,7 +55,7 @@ pub enum Role {
 pub enum Tracked {
     /// Slab objects, and kmalloc beyond the largest cache.
     Slab,
-    /// vmalloc blocks.
+    /// vmalloc blocks, and pages that vmap and vm_map_ram map.
     Vmalloc,
     /// Per-CPU allocations.
     Percpu,
@@ -170,6 +174,7 @@ mod tests {
         for (what, comes, goes) in [
             (Tracked::Slab, Role::SlabAlloc, Role::Free),
             (Tracked::Vmalloc, Role::Vmalloc, Role::Vfree),
+            (Tracked::Vmalloc, Role::Vmap, Role::Vfree),
             (Tracked::Percpu, Role::PercpuAlloc, Role::Free),
             (Tracked::Pages, Role::PageAlloc, Role::PageFree),
             (Tracked::Ioremap, Role::Ioremap, Role::Vfree),
@@ -179,11 +184,12 @@ mod tests {
             }
         }
         let always = hooks.iter().filter(|h| h.is_for(&[]));
-        let always: Vec<Role> = always.map(|h| h.role).collect();
+        let mut always: Vec<Role> = always.map(|h| h.role).collect();
+        always.dedup();
         assert_eq!(
             always,
-            [Role::ModuleLoad, Role::ModuleUnload],
-            "modules are followed whatever is tracked"
+            [Role::Patched, Role::ModuleLoad, Role::ModuleUnload],
+            "patches and modules are followed whatever is tracked"
         );
     }
 

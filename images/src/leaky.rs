@@ -54,8 +54,8 @@ pub struct Case {
     pub needs: Needs,
     /// What kmemleak reports beside it, as it cannot look where the pointer is.
     pub kmemleak_adds: &'static [Lost],
-    /// kmemleak before 6.12 does not look for it: it reads per-CPU allocations, but never reports them.
-    pub needs_kmemleak_6_12: bool,
+    /// Why kmemleak does not report it, where it never does.
+    pub kmemleak_misses: Option<&'static str>,
 }
 
 impl Case {
@@ -94,9 +94,14 @@ const fn case(name: &'static str, reported: &'static [Lost]) -> Case {
         since: Since::Load,
         needs: Needs::Nothing,
         kmemleak_adds: &[],
-        needs_kmemleak_6_12: false,
+        kmemleak_misses: None,
     }
 }
+
+/// Why kmemleak knows nothing of an object.
+const NOT_ITS: &str = "kmemleak tracks neither pages nor device memory";
+/// Why kmemleak knows nothing of a second address.
+const NO_VMAP: &str = "kmemleak does not track what vmap and vm_map_ram return";
 
 /// All cases, in the order in which `case=all` plants them.
 pub const CASES: &[Case] = &[
@@ -123,7 +128,10 @@ pub const CASES: &[Case] = &[
     case("softirq", &[direct(192)]),
     case("hidden", &[direct(512)]),
     case("stale", &[direct(256)]),
-    case("typed", &[direct(192)]),
+    Case {
+        kmemleak_misses: Some("a number looks like the only pointer, and kmemleak takes every word for one"),
+        ..case("typed", &[direct(192)])
+    },
     case("list", &[cycle(64), cycle(96), cycle(96), cycle(96), cycle(96)]),
     case("cycle", &[cycle(128); 2]),
     case(
@@ -132,9 +140,15 @@ pub const CASES: &[Case] = &[
     ),
     case("chain", &[direct(64), indirect(64), indirect(64), indirect(64)]),
     case("indirect", &[direct(192), indirect(640 << 10)]),
-    Case { needs_kmemleak_6_12: true, ..case("percpu_lost", &[direct(96)]) },
+    Case { kmemleak_misses: Some(NO_VMAP), ..case("vmap_lost", &[direct(80 * 4096)]) },
+    Case { kmemleak_misses: Some(NO_VMAP), ..case("map_ram_lost", &[direct(8192), direct(80 * 4096)]) },
+    Case {
+        kmemleak_misses: Some("before 6.12 kmemleak does not look for lost per-CPU allocations"),
+        ..case("percpu_lost", &[direct(96)])
+    },
     Case {
         needs: Needs::Pages,
+        kmemleak_misses: Some(NOT_ITS),
         ..case(
             "pages_lost",
             &[
@@ -149,9 +163,17 @@ pub const CASES: &[Case] = &[
             ],
         )
     },
-    Case { needs: Needs::Pages, ..case("pages_listed", &[cycle(64), cycle(4096), cycle(4096), cycle(4096)]) },
-    Case { needs: Needs::Pages, ..case("pages_inside", &[direct(4096), indirect(96)]) },
-    Case { needs: Needs::Ioremap, ..case("device_lost", &[direct(8192)]) },
+    Case {
+        needs: Needs::Pages,
+        kmemleak_misses: Some(NOT_ITS),
+        ..case("pages_listed", &[cycle(64), cycle(4096), cycle(4096), cycle(4096)])
+    },
+    Case {
+        needs: Needs::Pages,
+        kmemleak_misses: Some(NOT_ITS),
+        ..case("pages_inside", &[direct(4096), indirect(96)])
+    },
+    Case { needs: Needs::Ioremap, kmemleak_misses: Some(NOT_ITS), ..case("device_lost", &[direct(8192)]) },
     Case { since: Since::Unload, ..case("unload", &[direct(32); 3]) },
     case("register", &[]),
     case("stack", &[]),

@@ -14,7 +14,7 @@ fn main() -> ExitCode {
     let mut trials = vec![test("all_cases_and_pages_6.1-cloud", || all_cases_and_pages("6.1-cloud"))];
     trials.push(test("all_cases_6.12-cloud", || all_cases("6.12-cloud")));
     trials.push(long_test("all_cases_6.1-cloud", || all_cases("6.1-cloud")));
-    for words in ["nosmp", "nokaslr mitigations=off"] {
+    for words in ["maxcpus=1", "nokaslr mitigations=off"] {
         let name = format!("all_cases_6.1-cloud_{}", words.replace(' ', "_"));
         trials.push(long_test(name, move || all_cases_with(words, "6.1-cloud")));
     }
@@ -27,7 +27,9 @@ fn main() -> ExitCode {
         long_test("all_cases_6.1-cloud_in_vmx", || all_cases_by_int3("6.1-cloud")),
         &VMX_PACKAGES,
     ));
-    trials.push(long_test("all_cases_and_pages_6.12-cloud", || all_cases_and_pages("6.12-cloud")));
+    for line in ["6.12-cloud", "6.1", "6.12", "6.1-rt", "6.12-rt"] {
+        trials.push(long_test(format!("all_cases_and_pages_{line}"), move || all_cases_and_pages(line)));
+    }
     trials.push(long_test("what_a_system_call_holds_6.1-cloud", || blocked("6.1-cloud")));
     trials.push(test("what_a_system_call_holds_6.12-cloud", || blocked("6.12-cloud")));
     trials.push(test("a_number_is_no_pointer_6.12-cloud", || number("6.12-cloud")));

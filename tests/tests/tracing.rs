@@ -7,6 +7,8 @@ use introspect::hooks::plan;
 use introspect::kernel::Kernel;
 use serde_json::Value;
 use std::process::ExitCode;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 use tests::{Client, Guest, RUN_TIMEOUT, kernel, long_test, module, no_kernel_complaint, test};
 
 fn main() -> ExitCode {
@@ -85,7 +87,8 @@ fn modules(line: &str) -> Result<()> {
     check(&guest, &finished.stdout, &["modules"])
 }
 
-/// The module `patch` overwrites the trap in `kfree`: nothing is seen to be freed any more, until a scan finds out.
+/// The module `patch` overwrites the trap in `kfree`: nothing is seen to be freed any more, until a scan finds out, or the guest
+/// changes its text again.
 fn lost_trap() -> Result<()> {
     // `out imm8, al`: the traps of port writes.
     const LEN: usize = 2;
@@ -95,13 +98,14 @@ fn lost_trap() -> Result<()> {
     let site = &plan.traps.iter().find(|trap| trap.function == "kfree").context("no trap in kfree")?.site;
     let bytes = u16::from_le_bytes(*site.original.first_chunk().context("two bytes")?);
     let mut guest = Guest::new(&package, 2)?;
-    guest.option("--trap", "pio").cmdline("nokaslr").file(&module(&package, "patch")?, "/patch.ko").script(
-        &format!(
-            "echo READY; read -r go; insmod /patch.ko at={} bytes={bytes:#x} length={LEN} && echo PATCHED
-         read -r go; rmmod patch; sleep 2; echo GONE; read -r go",
-            site.va
-        ),
-    )?;
+    guest.file(&module(&package, "patch")?, "/patch.ko").file(&module(&package, "clean")?, "/clean.ko");
+    guest.option("--trap", "pio").cmdline("nokaslr").script(&format!(
+        "overwrite() {{ insmod /patch.ko at={} bytes={bytes:#x} length={LEN}; }}
+         echo READY; read -r go; overwrite && echo PATCHED
+         read -r go; rmmod patch; sleep 2; echo GONE
+         read -r go; overwrite; insmod /clean.ko rounds=1 && echo LOADED; read -r go; rmmod clean patch",
+        site.va
+    ))?;
     let mut session = guest.start()?;
     session.wait_for("\nREADY", RUN_TIMEOUT)?;
     let mut client = Client::of(&guest)?;
@@ -124,16 +128,37 @@ fn lost_trap() -> Result<()> {
     ensure!(exact(&last), "what the trap planted again should have seen: {last}");
     let status: Value = serde_json::from_str(&client.ask("json status")?)?;
     ensure!(status["traps_rearmed"] == 1 && status["events_dropped"] == 0, "{status:#}");
+    session.type_line("go")?;
+    session.wait_for("\nLOADED", RUN_TIMEOUT)?;
+    noticed_at_once(&mut client, &status)?;
     drop(client);
     session.type_line("go")?;
     let finished = session.finish()?;
     finished.expect_code(0)?;
     let said = finished.stderr.lines().filter(|line| line.contains("overwrote the traps at"));
     let said: Vec<&str> = said.collect();
+    let place = site.va.to_string();
     ensure!(
-        matches!(said[..], [line] if line.contains(&site.va.to_string()) && line.contains("made good")),
+        said.len() == 2 && said.iter().all(|line| line.contains(&place) && line.contains("made good")),
         "{}",
         finished.stderr
     );
     no_kernel_complaint(&finished.stdout)
+}
+
+/// A module was loaded behind another overwriting: the trap is planted again, and the gap closed, without a scan.
+fn noticed_at_once(client: &mut Client, before: &Value) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(30);
+    let status = loop {
+        let status: Value = serde_json::from_str(&client.ask("json status")?)?;
+        if status["traps_rearmed"] == 2 || Instant::now() > end {
+            break status;
+        }
+        sleep(Duration::from_millis(300));
+    };
+    ensure!(status["traps_rearmed"] == 2 && status["scans"] == before["scans"], "{status:#}");
+    ensure!(status["text_changes"].as_u64() > before["text_changes"].as_u64(), "{status:#}");
+    let audit = client.ask("audit")?;
+    ensure!(audit.contains("missing 0, stale 0"), "{audit}");
+    Ok(())
 }

@@ -33,6 +33,8 @@
  *   tree          96 direct, 96, 96, 96, 96, 96, 96 indirect        a tree of seven, its root lost
  *   chain         64 direct, 64, 64, 64 indirect                    a singly linked list, its head lost
  *   indirect      192 direct, 655360 indirect                       a vmalloc area only a lost object points to
+ *   vmap_lost     327680 direct                                     a further address of pages, by vmap
+ *   map_ram_lost  8192, 327680 direct                               the same by vm_map_ram, of few pages and of many
  *   percpu_lost   96 direct                                         a per-CPU allocation, 96 bytes for each CPU
  *   pages_lost    4096, 16384, 32768, 12288, 4096, 4096, 4096, 4096 direct with --track pages
  *                                                                   one page, four, eight as one compound, three
@@ -56,7 +58,7 @@
  *
  * kmemleak disagrees on "page", which it cannot look into, on "typed", as it takes every word for a pointer, and before 6.12
  * on "percpu_lost", which it does not report.
- * Lost pages and device memory it does not know.
+ * Lost pages and device memory it does not know, nor what vmap and vm_map_ram return.
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
@@ -428,6 +430,53 @@ LEAKY int leaky_percpu_lost(void)
 	for_each_possible_cpu(cpu)
 		leaky_mark(per_cpu_ptr(area, cpu), 96, "percpu_lost");
 	return 0;
+}
+
+/*
+ * The module keeps the page: only its further addresses are lost. vm_map_ram has a way of its own for up to 64 pages. Many, for
+ * the reason of LEAKY_AREA.
+ */
+#define LEAKY_MAPPED 2
+#define LEAKY_MAPPED_MANY 80
+
+static struct page *leaky_mapped_page;
+
+/* As many as there are places. */
+static int leaky_mapped_get(struct page **pages, unsigned int count)
+{
+	unsigned int i;
+
+	if (!leaky_mapped_page)
+		leaky_mapped_page = alloc_page(GFP_KERNEL | __GFP_ZERO);
+	for (i = 0; i < count; i++)
+		pages[i] = leaky_mapped_page;
+	return leaky_mapped_page ? 0 : -ENOMEM;
+}
+
+static void leaky_mapped_undo(void)
+{
+	if (leaky_mapped_page)
+		__free_page(leaky_mapped_page);
+	leaky_mapped_page = NULL;
+}
+
+LEAKY int leaky_vmap_lost(void)
+{
+	struct page *pages[LEAKY_MAPPED_MANY];
+
+	if (leaky_mapped_get(pages, LEAKY_MAPPED_MANY))
+		return -ENOMEM;
+	return leaky_mark(vmap(pages, LEAKY_MAPPED_MANY, VM_MAP, PAGE_KERNEL), 64, "vmap_lost");
+}
+
+LEAKY int leaky_map_ram_lost(void)
+{
+	struct page *pages[LEAKY_MAPPED_MANY];
+
+	if (leaky_mapped_get(pages, LEAKY_MAPPED_MANY) ||
+	    leaky_mark(vm_map_ram(pages, LEAKY_MAPPED, 0), 64, "map_ram_lost"))
+		return -ENOMEM;
+	return leaky_mark(vm_map_ram(pages, LEAKY_MAPPED_MANY, 0), 64, "map_ram_lost");
 }
 
 /* Blocks of every form; the contents say whose they are. */
@@ -811,6 +860,26 @@ static void leaky_pages_undo(void)
 		__free_page(page);
 }
 
+/* Maps and unmaps a page several times over, few times at once and many times. */
+static int leaky_map_freed(void)
+{
+	struct page *pages[LEAKY_MAPPED_MANY];
+	unsigned int count;
+	void *mapped;
+
+	if (leaky_mapped_get(pages, LEAKY_MAPPED_MANY))
+		return -ENOMEM;
+	for (count = 1; count <= LEAKY_MAPPED_MANY; count += 13) {
+		mapped = vmap(pages, count, VM_MAP, PAGE_KERNEL);
+		if (mapped)
+			vunmap(mapped);
+		mapped = vm_map_ram(pages, count, 0);
+		if (mapped)
+			vm_unmap_ram(mapped, count);
+	}
+	return 0;
+}
+
 LEAKY int leaky_freed(void)
 {
 	struct kmem_cache *cache = kmem_cache_create_usercopy("leaky-freed", 136, 0, 0, 0, 136, NULL);
@@ -818,7 +887,7 @@ LEAKY int leaky_freed(void)
 	void *object;
 	unsigned int i;
 
-	if (!cache)
+	if (!cache || leaky_map_freed())
 		return -ENOMEM;
 	for (i = 0; i < 100; i++) {
 		free_pages(__get_free_pages(GFP_KERNEL, i % 5), i % 5);
@@ -858,6 +927,8 @@ static const struct leaky_case leaky_cases[] = {
 	{ "tree", 7, true, leaky_tree },
 	{ "chain", 4, false, leaky_chain },
 	{ "indirect", 2, false, leaky_indirect },
+	{ "vmap_lost", 1, false, leaky_vmap_lost, leaky_mapped_undo },
+	{ "map_ram_lost", 2, false, leaky_map_ram_lost, leaky_mapped_undo },
 	{ "percpu_lost", 1, false, leaky_percpu_lost },
 	{ "pages_lost", 0, false, leaky_pages_lost },
 	{ "pages_listed", 0, false, leaky_pages_listed },
@@ -873,7 +944,7 @@ static const struct leaky_case leaky_cases[] = {
 	{ "rcu", 0, true, leaky_rcu, leaky_rcu_undo },
 	{ "page", 0, false, leaky_page, leaky_page_undo },
 	{ "pages", 0, false, leaky_pages, leaky_pages_undo },
-	{ "freed", 0, true, leaky_freed },
+	{ "freed", 0, true, leaky_freed, leaky_mapped_undo },
 };
 
 static bool leaky_selected[ARRAY_SIZE(leaky_cases)];

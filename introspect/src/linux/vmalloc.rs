@@ -15,7 +15,54 @@ const MAX_DEPTH: usize = 128;
 
 /// `vm_struct.flags` (include/linux/vmalloc.h).
 const VM_ALLOC: u64 = 0x2;
+const VM_MAP: u64 = 0x4;
 const VM_NO_GUARD: u64 = 0x40;
+
+/// `vmap_area.flags` (mm/vmalloc.c); the bits above tell which node an area is from.
+const VMAP_RAM: u64 = 0x1;
+const VMAP_BLOCK: u64 = 0x2;
+
+/// Who made an area of the vmalloc space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Made {
+    /// vmalloc, or per-CPU memory for a chunk: its pages are its own.
+    Alloc,
+    /// vmap.
+    Map,
+    /// vm_map_ram.
+    MapRam,
+    /// A CPU, for what vm_map_ram maps of few pages.
+    Block,
+    /// One of the last two: before 6.3 the kernel does not say which.
+    MapRamOrBlock,
+    /// Somebody else, such as ioremap.
+    Other,
+}
+
+impl Made {
+    /// `flags` are those of the `vm_struct`, where there is one; `own` those of the `vmap_area`, where it has any.
+    fn new(has_vm: bool, flags: u64, own: Option<u64>) -> Self {
+        match (has_vm, own) {
+            (true, _) if flags & VM_ALLOC != 0 => Self::Alloc,
+            (true, _) if flags & VM_MAP != 0 => Self::Map,
+            (true, _) => Self::Other,
+            (false, None) => Self::MapRamOrBlock,
+            (false, Some(own)) if own & VMAP_BLOCK != 0 => Self::Block,
+            (false, Some(own)) if own & VMAP_RAM != 0 => Self::MapRam,
+            (false, Some(_)) => Self::Other,
+        }
+    }
+
+    /// Areas that are, or have in them, what `vmap` and `vm_map_ram` return.
+    pub fn may_be_vmap(self) -> bool {
+        matches!(self, Self::Map | Self::MapRam | Self::Block | Self::MapRamOrBlock)
+    }
+
+    /// Areas that are just that.
+    pub fn is_vmap(self) -> bool {
+        matches!(self, Self::Map | Self::MapRam)
+    }
+}
 
 /// A busy area of the vmalloc space.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +77,8 @@ pub struct Area {
     pub vmap_area: Va,
     /// `vm_struct.flags` (VM_ALLOC 2, VM_MAP 4, VM_IOREMAP 1; include/linux/vmalloc.h).
     pub flags: u64,
+    /// Who made it.
+    pub made: Made,
     /// Guest frames of the backing pages, for VM_ALLOC areas.
     pub frames: Vec<u64>,
 }
@@ -41,6 +90,8 @@ pub(super) struct Layout {
     va_end: u64,
     list: u64,
     vm: u64,
+    /// Since 6.3.
+    flags: Option<u64>,
     rb_node: u64,
     rb_left: u64,
     rb_right: u64,
@@ -115,6 +166,7 @@ impl Layout {
             va_end: area("va_end")?,
             list: area("list")?,
             vm: area("vm")?,
+            flags: area("flags").ok(),
             rb_node: area("rb_node")?,
             rb_left: lookup.offset("rb_node", "rb_left")?,
             rb_right: lookup.offset("rb_node", "rb_right")?,
@@ -235,7 +287,9 @@ impl Linux {
         let Extent { start, end, size, vm, flags } = self.extent(memory, vmap_area)?;
         let allocated = flags & VM_ALLOC != 0;
         let frames = if allocated { self.backing_frames(memory, start, end - start)? } else { Vec::new() };
-        Ok(Area { start, size, vm, vmap_area, flags, frames })
+        let own = self.vmalloc.flags.map(|offset| self.read_u64(memory, vmap_area + offset)).transpose()?;
+        let made = Made::new(vm.is_some(), flags, own);
+        Ok(Area { start, size, vm, vmap_area, flags, made, frames })
     }
 
     pub(super) fn extent(&self, memory: &impl PhysicalMemory, vmap_area: Va) -> Result<Extent, MemoryError> {
@@ -278,5 +332,28 @@ impl Linux {
             return Err(MemoryError::Corrupt { va: start, what: "a vmalloc area has more pages than RAM" });
         }
         Ok(frames)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_say_who_made_an_area() {
+        for (has_vm, flags, own, made) in [
+            (true, VM_ALLOC, None, Made::Alloc),
+            // VM_MAP_PUT_PAGES: it frees its pages, which somebody else allocated.
+            (true, 0x200 | VM_MAP, Some(0x100), Made::Map),
+            (true, 0x1, None, Made::Other),
+            (false, 0, None, Made::MapRamOrBlock),
+            (false, 0, Some(0x100 | VMAP_RAM), Made::MapRam),
+            (false, 0, Some(VMAP_RAM | VMAP_BLOCK), Made::Block),
+            (false, 0, Some(0x100), Made::Other),
+        ] {
+            assert_eq!(Made::new(has_vm, flags, own), made, "{has_vm} {flags:#x} {own:?}");
+        }
+        assert!(Made::MapRam.is_vmap() && Made::MapRam.may_be_vmap());
+        assert!(!Made::Block.is_vmap() && Made::Block.may_be_vmap() && !Made::Alloc.may_be_vmap());
     }
 }

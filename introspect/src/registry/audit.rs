@@ -4,6 +4,7 @@ use super::{Kind, Object, Registry};
 use crate::linux::pages::{PageMap, Use};
 use crate::linux::percpu::PercpuChunk;
 use crate::linux::slab::SlabMap;
+use crate::linux::vmalloc::Area;
 use crate::memory::{PAGE_SHIFT, PAGE_SIZE, Va};
 use rustc_hash::FxHashSet;
 use serde::Serialize;
@@ -16,8 +17,8 @@ const EXAMPLES: usize = 16;
 pub struct Mismatch {
     /// Start of the object.
     pub address: Va,
-    /// Its cache's name; empty when the registry's cache is not in the guest's list, "(percpu)" for per-CPU memory, "(page)"
-    /// for pages.
+    /// Its cache's name; empty when the registry's cache is not in the guest's list, "(percpu)" for per-CPU memory, "(vmap)"
+    /// for mapped pages, "(page)" for pages.
     pub cache: String,
     /// True: allocated in the guest, not in the registry. False: in the registry, free in the guest.
     pub missing: bool,
@@ -26,7 +27,7 @@ pub struct Mismatch {
 /// Result of [`Registry::audit`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Audit {
-    /// Slab objects, per-CPU allocations and blocks of pages on which both agree.
+    /// Slab objects, per-CPU allocations, vmap areas and blocks of pages on which both agree.
     pub tracked: u64,
     /// Allocated in the guest, but not in the registry.
     pub missing: u64,
@@ -47,6 +48,8 @@ pub struct Truth<'a> {
     pub boot_objects: &'a [Va],
     /// Per-CPU chunks.
     pub percpu: &'a [PercpuChunk],
+    /// Areas of the vmalloc space, ascending.
+    pub areas: Option<&'a [Area]>,
     /// Page frames, and the direct-map address of frame 0.
     pub pages: Option<(&'a PageMap, Va)>,
 }
@@ -72,7 +75,7 @@ impl Registry {
         audit
     }
 
-    /// Slab objects and per-CPU objects; returns the stale ones.
+    /// Slab objects, per-CPU objects and what `vmap` mapped; returns the stale ones.
     fn audit_objects(&self, truth: &Truth<'_>, audit: &mut Audit) -> Vec<Object> {
         let untraced: FxHashSet<Va> = truth.boot_objects.iter().copied().collect();
         let mut agreed = FxHashSet::default();
@@ -81,7 +84,14 @@ impl Registry {
         let percpu_name = Kind::Percpu.instead_of_cache();
         let percpu = truth.percpu.iter().flat_map(PercpuChunk::objects);
         let percpu = percpu.map(|(cookie, _)| (cookie, percpu_name.as_str(), Kind::Percpu));
-        for (address, cache, kind) in slab.chain(percpu) {
+        let vmap_name = Kind::Vmap.instead_of_cache();
+        let areas = truth.areas.unwrap_or_default();
+        let vmap = areas.iter().filter(|area| area.made.is_vmap());
+        let vmap = vmap.map(|area| (area.start, vmap_name.as_str(), Kind::Vmap));
+        // Of what lies in a CPU's block the guest does not say where it starts.
+        let inside = |o: &&Object| o.kind == Kind::Vmap && is_vmap(areas, o);
+        agreed.extend(self.objects().filter(|o| inside(&o)).map(|o| o.address));
+        for (address, cache, kind) in slab.chain(percpu).chain(vmap) {
             if self.get(address).is_some_and(|o| o.kind == kind) {
                 agreed.insert(address);
             } else if !untraced.contains(&address) {
@@ -92,6 +102,7 @@ impl Registry {
         let audited = |kind| match kind {
             Kind::Slab => truth.slabs.is_some(),
             Kind::Percpu => !truth.percpu.is_empty(),
+            Kind::Vmap => truth.areas.is_some(),
             _ => false,
         };
         self.objects().filter(|o| audited(o.kind) && !agreed.contains(&o.address)).collect()
@@ -119,6 +130,17 @@ impl Registry {
         }
         stale
     }
+}
+
+/// True when the object is what `vmap` or `vm_map_ram` made, as far as the guest's `areas`, ascending, tell.
+pub fn is_vmap(areas: &[Area], object: &Object) -> bool {
+    let after = areas.partition_point(|area| area.start <= object.address);
+    after.checked_sub(1).is_some_and(|last| {
+        let area = &areas[last];
+        let offset = object.address - area.start;
+        let fits = offset < area.size && object.size <= area.size - offset;
+        fits && area.made.may_be_vmap() && (offset == 0 || !area.made.is_vmap())
+    })
 }
 
 impl Audit {

@@ -18,7 +18,7 @@ mod slabs;
 #[cfg(test)]
 mod tests;
 
-pub use audit::{Audit, Mismatch, Truth};
+pub use audit::{Audit, Mismatch, Truth, is_vmap};
 pub use depot::{StackDepot, StackId};
 pub use reconcile::Gap;
 pub use saved::{MAX_DEVICE, SavedRegistry};
@@ -47,6 +47,8 @@ pub enum Kind {
     Page,
     Memblock,
     Ioremap,
+    /// Pages that exist otherwise, by a second address.
+    Vmap,
 }
 
 impl Kind {
@@ -60,6 +62,7 @@ impl Kind {
             Self::Page => "page",
             Self::Memblock => "memblock",
             Self::Ioremap => "ioremap",
+            Self::Vmap => "vmap",
         }
     }
 

@@ -10,8 +10,16 @@ pub(super) const COMM_BITS: u32 = 16;
 const JIFFIES_BITS: u32 = 36;
 const PID_BITS: u32 = 22;
 
-const KINDS: [Kind; 7] =
-    [Kind::Slab, Kind::Large, Kind::Vmalloc, Kind::Percpu, Kind::Page, Kind::Memblock, Kind::Ioremap];
+pub(super) const KINDS: [Kind; 8] = [
+    Kind::Slab,
+    Kind::Large,
+    Kind::Vmalloc,
+    Kind::Percpu,
+    Kind::Page,
+    Kind::Memblock,
+    Kind::Ioremap,
+    Kind::Vmap,
+];
 const PAINTS: [Paint; 3] = [Paint::Normal, Paint::Gray, Paint::Black];
 
 /// One object in 24 bytes. The fields are what Linux can make of them: pids below 2^22 (`PID_MAX_LIMIT`), 36 bits of

@@ -91,6 +91,7 @@ impl Registry {
 
 #[cfg(test)]
 mod tests {
+    use super::super::record::KINDS;
     use super::super::{AllocEvent, Paint};
     use super::*;
     use proptest::prelude::*;
@@ -120,9 +121,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_saved_comes_back(objects in prop::collection::vec((1..400_u64, 1..1_u64 << 34, 0..7_usize, 0..3_usize), 0..60)) {
-            const KINDS: [Kind; 7] =
-                [Kind::Slab, Kind::Large, Kind::Vmalloc, Kind::Percpu, Kind::Page, Kind::Memblock, Kind::Ioremap];
+        fn what_was_saved_comes_back(objects in prop::collection::vec((1..400_u64, 1..1_u64 << 34, 0..KINDS.len(), 0..3_usize), 0..60)) {
             let mut registry = Registry::default();
             for (page, size, kind, paint) in objects {
                 let address = 0xffff_8880_0000_0000 + page * 4096;

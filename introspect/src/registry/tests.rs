@@ -40,7 +40,8 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Kind::Large),
         1 => Just(Kind::Vmalloc),
         1 => Just(Kind::Percpu),
-        1 => Just(Kind::Ioremap)
+        1 => Just(Kind::Ioremap),
+        1 => Just(Kind::Vmap)
     ];
     let paint = prop_oneof![Just(Paint::Normal), Just(Paint::Gray), Just(Paint::Black)];
     let stack = proptest::collection::vec(0..20u64, 0..20);
@@ -258,6 +259,40 @@ fn audit_looks_at_per_cpu_memory() {
     assert_eq!((audit.tracked, audit.missing, audit.stale), (1, 1, 1));
     let named: Vec<_> = audit.examples.iter().map(|m| (m.address.0, m.missing, m.cache.as_str())).collect();
     assert_eq!(named, [(0x3b008, true, "(percpu)"), (0x3b100, false, "(percpu)")]);
+}
+
+#[test]
+fn audit_looks_at_what_vmap_mapped() {
+    use crate::linux::vmalloc::{Area, Made};
+    let mut registry = Registry::default();
+    let area = |page: u64, pages: u64, made| Area {
+        start: Va(BASE + page * 4096),
+        size: pages * 4096,
+        vm: None,
+        vmap_area: Va(0),
+        flags: 0,
+        made,
+        frames: Vec::new(),
+    };
+    // In its area, nowhere, in an area of vmalloc's, twice in a CPU's block, the second across its end, and in the middle
+    // of what is one area.
+    for (page, pages) in [(1, 2), (4, 1), (6, 1), (11, 2), (17, 2), (21, 1)] {
+        let mapped = event(BASE + page * 4096, pages * 4096, &[]);
+        registry.alloc(&AllocEvent { kind: Kind::Vmap, ..mapped });
+    }
+    let areas = [
+        area(1, 2, Made::Map),
+        area(6, 1, Made::Alloc),
+        area(10, 8, Made::Block),
+        area(20, 2, Made::MapRam),
+        area(30, 1, Made::MapRamOrBlock),
+    ];
+    let audit = registry.audit(&Truth { areas: Some(&areas), ..Truth::default() });
+    assert_eq!((audit.tracked, audit.missing, audit.stale), (2, 1, 4));
+    let named: Vec<_> = audit.examples.iter().map(|m| ((m.address.0 - BASE) >> 12, m.missing)).collect();
+    assert_eq!(named, [(20, true), (4, false), (6, false), (17, false), (21, false)]);
+    assert!(audit.examples.iter().all(|m| m.cache == "(vmap)"));
+    assert_eq!(registry.audit(&Truth::default()), Audit::default(), "not tracked, not compared");
 }
 
 #[test]

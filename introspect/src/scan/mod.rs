@@ -337,7 +337,8 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
                 marker.set_shape(va, shape);
                 treated.typed += 1;
             }
-            if object.no_scan || object.kind == Kind::Ioremap {
+            // Mapped pages are read where they are, too.
+            if object.no_scan || matches!(object.kind, Kind::Ioremap | Kind::Vmap) {
                 blocks().for_each(|va| marker.set_no_scan(va));
             }
             let rule = input.treatments.of(&object, self.cache_of(&object));
@@ -404,7 +405,8 @@ fn collect_roots<M: FrozenMemory>(
 /// Objects that scans know how to treat, but blocks of pages.
 fn heap(registry: &Registry) -> impl Iterator<Item = Object> + '_ {
     let known = |o: &Object| {
-        matches!(o.kind, Kind::Slab | Kind::Large | Kind::Vmalloc | Kind::Percpu | Kind::Ioremap)
+        let mapped = matches!(o.kind, Kind::Vmalloc | Kind::Ioremap | Kind::Vmap);
+        mapped || matches!(o.kind, Kind::Slab | Kind::Large | Kind::Percpu)
     };
     registry.objects().filter(known)
 }

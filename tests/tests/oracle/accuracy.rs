@@ -110,8 +110,7 @@ pub fn compare() -> Result<()> {
         );
     }
     // Stale words hide some from kmemleak, never most.
-    let searched =
-        leaky::CASES.iter().filter(|case| !case.needs_kmemleak_6_12 && case.needs == leaky::Needs::Nothing);
+    let searched = leaky::CASES.iter().filter(|case| case.kmemleak_misses.is_none());
     let wanted = searched.map(|case| case.reported_at(leaky::Since::Load).len()).sum::<usize>() + UPSTREAM;
     let found: usize = rows.iter().map(|row| row.theirs.min(row.planted)).sum();
     ensure!(found * 4 > wanted * 3, "kmemleak finds {found} of {wanted}");
@@ -155,12 +154,9 @@ fn row(case: &leaky::Case, theirs: &[Found], ours: &[Found]) -> Row {
     let (theirs, ours) = (count(theirs), count(ours));
     let why = if theirs > planted && theirs <= planted + case.kmemleak_adds.len() {
         "kmemleak does not read pages: the pointer is in one"
-    } else if theirs < planted && case.needs != leaky::Needs::Nothing {
-        "kmemleak tracks neither pages nor device memory"
-    } else if theirs < planted && case.needs_kmemleak_6_12 {
-        "before 6.12 kmemleak does not look for lost per-CPU allocations"
     } else if theirs < planted {
-        "kmemleak did not find all: some word equals the address, most likely a stale one"
+        case.kmemleak_misses
+            .unwrap_or("kmemleak did not find all: some word equals the address, most likely a stale one")
     } else {
         ""
     };

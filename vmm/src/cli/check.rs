@@ -31,6 +31,7 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
     for file in &options.files {
         input_file(&file.host, "file", "check the HOST part of --file HOST:GUEST")?;
     }
+    check_cmdline(options)?;
     check_disks(options)?;
     check_command(options)?;
     if let Some(types) = &options.types {
@@ -79,6 +80,22 @@ fn check_kernel(options: &RunOptions) -> anyhow::Result<()> {
 }
 
 /// A disk is an image or a block device, and may be written to unless it is only read.
+/// Kernels leave the I/O APIC alone after these words (arch/x86/kernel/apic, kernel/cpu.c), and on hardware-reduced ACPI they
+/// take no 8259 instead (arch/x86/kernel/acpi/boot.c): nothing would interrupt them.
+const NO_INTERRUPTS: [&str; 5] = ["nosmp", "maxcpus=0", "noapic", "nolapic", "disableapic"];
+
+fn check_cmdline(options: &RunOptions) -> anyhow::Result<()> {
+    let mut words = options.cmdline.split_whitespace();
+    let Some(word) = words.find(|word| NO_INTERRUPTS.contains(word)) else { return Ok(()) };
+    if lab::guest_arch(options) != "x86_64" {
+        return Ok(());
+    }
+    let why = format!(
+        "Cannot boot with {word}: the kernel would not use the I/O APIC, and nothing else interrupts it"
+    );
+    Err(Failure::usage(why).hint("--cpus 1, or maxcpus=1 on its command line, gives it one processor").into())
+}
+
 fn check_disks(options: &RunOptions) -> anyhow::Result<()> {
     if options.disks.len() > MAX_DISKS {
         return Err(Failure::usage(format!("A guest has {MAX_DISKS} disks at most"))
@@ -316,6 +333,18 @@ mod tests {
         assert!(checked(&["--kernel", &kernel, "--initrd", &kernel, "--exec", "x"]).is_ok());
         assert!(checked(&["--kernel", &kernel, "--report", "-", "--report", &missing]).is_ok());
         assert!(!Path::new(&missing).exists(), "checking must create nothing");
+    }
+
+    #[test]
+    fn words_that_turn_interrupts_off_are_refused() {
+        let scratch = Scratch::new("words");
+        let kernel = scratch.file("bzImage", b"MZ kernel");
+        let text = refusal(&["--kernel", &kernel, "--cmdline", "quiet nosmp"]);
+        assert!(text.contains("with nosmp: ") && text.contains("hint: --cpus 1"), "{text}");
+        for words in ["maxcpus=1 quiet", "nosmpx", ""] {
+            assert!(checked(&["--kernel", &kernel, "--cmdline", words]).is_ok(), "{words}");
+        }
+        assert!(checked(&["--kernel", &kernel, "--cmdline", "nosmp", "--lab", "arm"]).is_ok());
     }
 
     #[test]

@@ -124,6 +124,7 @@ impl Target for Detector {
         say("uncovered", json!(parts.plan.gaps.iter().map(|g| g.cover.as_str()).collect::<Vec<_>>()));
         say("traps_taken", json!(parts.traps.hits()));
         say("traps_rearmed", json!(parts.traps.rearmed()));
+        say("text_changes", json!(parts.traps.patches()));
         if let Some(ring) = parts.traps.ring() {
             let status = ring.status();
             say("hooks_by_ring", json!(parts.traps.moved()));

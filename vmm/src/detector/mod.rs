@@ -5,6 +5,7 @@ mod canary;
 mod commands;
 mod doing;
 mod explain;
+mod guard;
 mod handover;
 mod quiet;
 mod readings;
@@ -25,9 +26,9 @@ use introspect::linux::Linux;
 use introspect::linux::pages::{PageMap, Use};
 use introspect::linux::percpu::PercpuChunk;
 use introspect::linux::slab::SlabMap;
-use introspect::linux::vmalloc::Area;
+use introspect::linux::vmalloc::{Area, Made};
 use introspect::memory::{PAGE_SHIFT, PAGE_SIZE, Va};
-use introspect::registry::{AllocEvent, Audit, Gap, Kind, Object, Paint, Truth};
+use introspect::registry::{AllocEvent, Audit, Gap, Kind, Object, Paint, Truth, is_vmap};
 use introspect::report::Order;
 use introspect::scan::{CacheTypes, ScanInput, ScanResult, Treatments, scan};
 use quiet::Allocator;
@@ -43,9 +44,6 @@ const QUIET_TRIES: u32 = 400;
 const QUIET_STEP: Duration = Duration::from_millis(3);
 /// Of moments that are not quiet, audits try every so many.
 const BUSY_STEP: u32 = 8;
-
-/// `vm_struct.flags`: pages belong to the area (include/linux/vmalloc.h).
-const VM_ALLOC: u64 = 2;
 
 /// What the report says of the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,6 +97,7 @@ pub struct Parts {
 struct Metadata {
     slabs: Option<SlabMap>,
     percpu: Vec<PercpuChunk>,
+    areas: Option<Vec<Area>>,
     pages: Option<PageMap>,
 }
 
@@ -293,7 +292,8 @@ impl Detector {
     fn pause_with_traps(&self) -> Result<Paused<'_>> {
         let mut paused = self.parts.guest.pause()?;
         let lost = self.parts.traps.verify(&mut paused)?;
-        if lost.is_empty() {
+        // What happens while nothing is recorded is no gap.
+        if lost.is_empty() || !self.parts.recorder.enabled() {
             return Ok(paused);
         }
         drop(paused);
@@ -340,6 +340,7 @@ impl Detector {
             slabs: found.slabs.as_ref(),
             boot_objects: &boot,
             percpu: &found.percpu,
+            areas: found.areas.as_deref(),
             pages: found.pages.as_ref().map(|pages| (pages, direct)),
         }))
     }
@@ -392,10 +393,12 @@ impl Detector {
         let linux = &self.parts.linux;
         let slabs = self.tracks(Tracked::Slab).then(|| linux.slab_map(memory)).transpose();
         let percpu = self.tracks(Tracked::Percpu).then(|| linux.percpu_chunks(memory)).transpose();
+        let areas = self.tracks(Tracked::Vmalloc).then(|| linux.vmalloc_areas(memory)).transpose();
         let pages = self.tracks(Tracked::Pages).then(|| linux.page_map(memory)).transpose();
         Ok(Metadata {
             slabs: slabs.context("Cannot read the guest's slab metadata")?,
             percpu: percpu.context("Cannot read the guest's per-CPU chunks")?.unwrap_or_default(),
+            areas: areas.context("Cannot read the guest's vmalloc areas")?,
             pages: pages.context("Cannot read the guest's page frames")?,
         })
     }
@@ -435,10 +438,6 @@ impl Detector {
     fn found(&self, memory: &FrozenRam<'_>) -> Result<Vec<AllocEvent<'static>>> {
         let linux = &self.parts.linux;
         let found = self.metadata(memory)?;
-        let areas = match self.tracks(Tracked::Vmalloc) {
-            true => linux.vmalloc_areas(memory).context("Cannot read the guest's vmalloc areas")?,
-            false => Vec::new(),
-        };
         // Their areas look like vmalloc's.
         let chunks = linux.percpu_chunks(memory).context("Cannot read the guest's per-CPU chunks")?;
         let copies: Vec<Va> = chunks.iter().flat_map(|chunk| &chunk.copies).copied().collect();
@@ -471,8 +470,12 @@ impl Detector {
                 add(page.start + u64::from(slot) * cache.size, cache.object_size, Kind::Slab, cache.va);
             }
         }
-        for area in areas.iter().filter(|a| a.flags & VM_ALLOC != 0 && !is_chunk(a)) {
-            add(area.start, area.size, Kind::Vmalloc, Va(0));
+        for area in found.areas.iter().flatten() {
+            match area.made {
+                Made::Alloc if !is_chunk(area) => add(area.start, area.size, Kind::Vmalloc, Va(0)),
+                made if made.is_vmap() => add(area.start, area.size, Kind::Vmap, Va(0)),
+                _ => {}
+            }
         }
         for (cookie, size) in found.percpu.iter().flat_map(PercpuChunk::objects) {
             add(cookie, size, Kind::Percpu, Va(0));
@@ -491,14 +494,18 @@ impl Detector {
         let boot = linux.boot_objects(memory)?;
         let kinds: Vec<Kind> =
             KINDS.iter().filter(|(what, _)| self.tracks(*what)).map(|(_, kind)| *kind).collect();
+        let areas = self.metadata(memory)?.areas.unwrap_or_default();
         let found = self.found(memory)?.into_iter();
         let found = found.filter(|event| event.kind != Kind::Page && !boot.contains(&event.address));
         let (pages, structs) = (linux.page_map(memory)?, linux.page_structs(memory)?);
         let direct = linux.direct_map_base(memory)?;
-        let may_be = |object: &Object| {
-            let frame = (object.address - direct) >> PAGE_SHIFT;
-            object.kind != Kind::Large
-                || pages.get(frame) == Use::Kernel && linux.is_compound(&structs, frame)
+        let may_be = |object: &Object| match object.kind {
+            Kind::Large => {
+                let frame = (object.address - direct) >> PAGE_SHIFT;
+                pages.get(frame) == Use::Kernel && linux.is_compound(&structs, frame)
+            }
+            Kind::Vmap => is_vmap(&areas, object),
+            _ => true,
         };
         let gap = self.parts.recorder.state().registry.reconcile(&kinds, found, may_be);
         Ok((paused, gap))

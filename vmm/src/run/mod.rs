@@ -299,6 +299,13 @@ impl Session {
         crate::console::signals::watch(move |_| machine.stop()).context("Cannot watch for signals")?;
         control.serve(self.commands.clone())?;
         self.machine.start(traps)?;
+        if options.tracer != TracerChoice::Off {
+            let detector = Arc::clone(&self.detector);
+            let thread = std::thread::Builder::new().name("traps".to_owned());
+            thread
+                .spawn(move || detector.guard_traps())
+                .context("Cannot start the thread that guards traps")?;
+        }
         if options.tracer == TracerChoice::Ring {
             let detector = Arc::clone(&self.detector);
             let verbose = options.verbose > 0;

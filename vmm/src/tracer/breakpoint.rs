@@ -16,7 +16,8 @@ use introspect::linux::Linux;
 use introspect::memory::{Pa, PhysicalMemory, Va};
 use rustc_hash::FxHashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 /// One planted trap.
 pub(super) struct Trap {
@@ -50,6 +51,24 @@ pub struct Breakpoints {
     ring: OnceLock<Arc<Ring>>,
     hits: AtomicU64,
     rearmed: AtomicU64,
+    patches: Patches,
+}
+
+/// What is known of the guest's changes of its text.
+#[derive(Default)]
+struct Patches {
+    /// So many, each with a look at every trap behind it.
+    seen: AtomicU64,
+    /// One overwrote traps.
+    lossy: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Patches {
+    fn lossy(&self) -> MutexGuard<'_, bool> {
+        // Nothing that could panic happens while it is held.
+        self.lossy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Breakpoints {
@@ -107,6 +126,7 @@ impl Breakpoints {
             ring: OnceLock::new(),
             hits: AtomicU64::new(0),
             rearmed: AtomicU64::new(0),
+            patches: Patches::default(),
         })
     }
 
@@ -134,6 +154,33 @@ impl Breakpoints {
     /// Traps that were found overwritten by the guest and planted again: events may have been missed.
     pub fn rearmed(&self) -> u64 {
         self.rearmed.load(Ordering::Relaxed)
+    }
+
+    /// How often the guest has changed its text and all traps were looked at afterwards.
+    pub fn patches(&self) -> u64 {
+        self.patches.seen.load(Ordering::Relaxed)
+    }
+
+    /// Waits until a change of the guest's text has overwritten traps: true, once for each. False when `timeout` passes
+    /// first.
+    pub fn wait_for_loss(&self, timeout: Duration) -> bool {
+        let (changed, lossy) = (&self.patches.changed, self.patches.lossy());
+        let waited = changed.wait_timeout_while(lossy, timeout, |lossy| !*lossy);
+        std::mem::take(&mut *waited.unwrap_or_else(PoisonError::into_inner).0)
+    }
+
+    /// The guest has changed its text: looks whether all traps are still there. Others run meanwhile, so that planting them
+    /// again is for a pause.
+    fn patched(&self) {
+        self.patches.seen.fetch_add(1, Ordering::Relaxed);
+        let there = |trap: &Trap| {
+            let (at, planted, _) = self.planted(trap);
+            self.holds(at, planted).unwrap_or(false)
+        };
+        if !self.traps.values().all(there) {
+            *self.patches.lossy() = true;
+            self.patches.changed.notify_all();
+        }
     }
 
     /// What belongs where traps and jumps are now, ascending.
@@ -234,6 +281,9 @@ impl TrapHandler for Breakpoints {
         if let Some(ring) = self.ring() {
             // What happened before comes first.
             ring.drain();
+        }
+        if matches!(trap.role, Role::Patched | Role::ModuleLoad) {
+            self.patched();
         }
         let moment = Moment::Now { cpu };
         if trap.entry {

@@ -146,6 +146,7 @@ impl Recorder {
                 self.pend(registers, registers.argument(0))
             }
             Role::Ioremap => self.pend(registers, registers.argument(1)),
+            Role::Vmap => self.pend(registers, (registers.argument(1) & 0xffff_ffff) * PAGE_SIZE),
             Role::PageAlloc => self.pend(registers, registers.argument(1) & 0xffff_ffff),
             Role::PageBulkAlloc => self
                 .pend(registers, Filled::at(registers.argument(4), registers.argument(5), self.bulk_list).0),
@@ -160,7 +161,7 @@ impl Recorder {
             Role::PageBatchFree => {
                 self.free_pages(|recorder| recorder.linux.pages_in_batch(&recorder.ram, Va(value)));
             }
-            Role::SlabAlloc | Role::Kmalloc | Role::ModuleLoad | Role::ModuleUnload => {}
+            Role::SlabAlloc | Role::Kmalloc | Role::Patched | Role::ModuleLoad | Role::ModuleUnload => {}
         }
     }
 
@@ -172,7 +173,7 @@ impl Recorder {
         let result = registers.result();
         match role {
             Role::SlabAlloc | Role::Kmalloc if is_object(result) => self.slab_alloc(role, registers, moment),
-            Role::LargeAlloc | Role::Vmalloc | Role::PercpuAlloc | Role::Ioremap => {
+            Role::LargeAlloc | Role::Vmalloc | Role::Vmap | Role::PercpuAlloc | Role::Ioremap => {
                 let size = self.state().pending.remove(&registers.sp().0);
                 if let (true, Some(size)) = (is_object(result), size) {
                     self.block(role, size, registers, moment);
@@ -464,6 +465,7 @@ impl Origin {
 fn block_of(role: Role, size: u64, ram: u64) -> Option<(Kind, u64)> {
     let (kind, size, most) = match role {
         Role::Vmalloc => (Kind::Vmalloc, size.checked_next_multiple_of(PAGE_SIZE)?, ram),
+        Role::Vmap => (Kind::Vmap, size, ram),
         Role::Ioremap => (Kind::Ioremap, size, MAX_DEVICE),
         Role::PercpuAlloc => {
             (Kind::Percpu, size.checked_next_multiple_of(percpu::MIN_ALLOC)?, percpu::MAX_ALLOC)
@@ -508,7 +510,7 @@ mod tests {
 
     #[test]
     fn blocks_larger_than_the_guest_are_none() {
-        for role in [Role::LargeAlloc, Role::Vmalloc, Role::PercpuAlloc] {
+        for role in [Role::LargeAlloc, Role::Vmalloc, Role::Vmap, Role::PercpuAlloc] {
             for size in [(1 << 20) + 1, u64::MAX - 1, u64::MAX] {
                 assert_eq!(block_of(role, size, 1 << 20), None, "{role:?} {size:#x}");
             }

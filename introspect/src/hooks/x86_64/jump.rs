@@ -108,6 +108,7 @@ pub(super) fn needs_memory(role: Role) -> bool {
         | Role::PageBulkAlloc
         | Role::PageListFree
         | Role::PageBatchFree
+        | Role::Patched
         | Role::ModuleLoad
         | Role::ModuleUnload => true,
         Role::SlabAlloc
@@ -117,6 +118,7 @@ pub(super) fn needs_memory(role: Role) -> bool {
         | Role::RcuFree
         | Role::Vmalloc
         | Role::Vfree
+        | Role::Vmap
         | Role::PercpuAlloc
         | Role::Ioremap
         | Role::PageAlloc
