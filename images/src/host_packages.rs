@@ -106,6 +106,12 @@ pub const ALL: &[HostPackage] = &[
         ..package("rust-web-clippy", &[], "lints for arm64", Purpose::Arm64)
     },
     package("gcc-aarch64-linux-gnu", &["aarch64-linux-gnu-gcc"], "linking for arm64", Purpose::Arm64),
+    package(
+        "gcc-12-aarch64-linux-gnu",
+        &["aarch64-linux-gnu-gcc-12"],
+        "the compiler of Debian's kernels, for modules",
+        Purpose::Arm64,
+    ),
     HostPackage {
         files: &["/usr/aarch64-linux-gnu/lib/libc.a"],
         ..package("libc6-dev-arm64-cross", &[], "linking for arm64", Purpose::Arm64)

@@ -56,6 +56,11 @@ impl KernelPackage {
         Ok(kernel)
     }
 
+    /// Whether it is for arm64.
+    pub fn is_arm64(&self) -> bool {
+        is_arm64(&self.release)
+    }
+
     /// Its vmlinux with debug information, which crash and drgn want: 300 MB to fetch, 1.8 GB unpacked.
     ///
     /// # Errors
@@ -74,6 +79,10 @@ fn architecture(name: &str) -> (&str, &str) {
         Some(base) => (base, "arm64"),
         None => (name.trim_end_matches("-amd64"), DEFAULT_ARCH),
     }
+}
+
+fn is_arm64(release: &str) -> bool {
+    architecture(release).1 == "arm64"
 }
 
 /// The package with the architecture its name ends with.
@@ -101,6 +110,16 @@ pub struct Headers {
 }
 
 impl Headers {
+    /// Whether the kernel is for arm64.
+    pub fn is_arm64(&self) -> bool {
+        is_arm64(&self.release)
+    }
+
+    /// What the names of the compiler and its tools for the kernel's architecture begin with.
+    pub(crate) fn tools(&self) -> &'static str {
+        if self.is_arm64() { "aarch64-linux-gnu-" } else { "" }
+    }
+
     /// The headers of a stock kernel: its `linux-headers` package, the common one beside it and `linux-kbuild`, in
     /// one tree. Nothing is installed.
     ///

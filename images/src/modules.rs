@@ -27,13 +27,22 @@ fn build_files(cache: &Cache, headers: &Headers, files: &[(String, Vec<u8>)], na
             fs::write(folder.join(file), content).with_context(|| format!("Cannot write {file}"))?;
         }
         make(headers, folder).with_context(|| format!("Cannot build {name} for {}", headers.release))?;
-        run(Command::new("strip").arg("--strip-debug").arg(folder.join(format!("{name}.ko")))).map(drop)
+        let strip = format!("{}strip", headers.tools());
+        run(Command::new(strip).arg("--strip-debug").arg(folder.join(format!("{name}.ko")))).map(drop)
     })?;
     Ok(built.join(format!("{name}.ko")))
 }
 
 /// Our own modules.
 pub const OWN: [&str; 7] = ["breaking", "churn", "clean", "growing", "leaky", "patch", "storm"];
+/// Those of them that make page table entries of x86-64.
+const X86_64_ONLY: [&str; 1] = ["breaking"];
+
+/// Those of [`OWN`] that there are for a kernel.
+pub fn of(headers: &Headers) -> impl Iterator<Item = &'static str> {
+    let all = !headers.is_arm64();
+    OWN.into_iter().filter(move |name| all || !X86_64_ONLY.contains(name))
+}
 
 /// One of [`OWN`].
 ///
@@ -83,6 +92,9 @@ fn make(headers: &Headers, folder: &Path) -> Result<()> {
     // Settings of an outer make or cargo must not reach the kernel's.
     for variable in ["MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARCH", "CROSS_COMPILE", "KBUILD_OUTPUT"] {
         command.env_remove(variable);
+    }
+    if headers.is_arm64() {
+        command.arg("ARCH=arm64").arg(format!("CROSS_COMPILE={}", headers.tools()));
     }
     run(&mut command).map(drop)
 }

@@ -19,6 +19,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+/// The guest's port to the detector, as scripts name it; [`Guest::script`] puts in what it is on the guest's architecture.
+pub const PORT: &str = "/dev/ttyS1";
+/// The same on arm64.
+const ARM64_PORT: &str = "/dev/ttyAMA1";
+
 /// Longest any one run may take; the lab is slow.
 pub const RUN_TIMEOUT: Duration = Duration::from_secs(400);
 /// The same in the lab `vmx`.
@@ -29,6 +34,9 @@ const MARGIN_S: u64 = 60;
 /// What the lab `vmx` needs of Debian.
 pub const VMX_PACKAGES: [&str; 7] =
     ["bochs", "bochs-term", "bochsbios", "vgabios", "isolinux", "syslinux-common", "xorriso"];
+
+/// What the lab `arm`, and modules for its guests, need of Debian.
+pub const ARM_PACKAGES: [&str; 2] = ["qemu-system-arm", "gcc-12-aarch64-linux-gnu"];
 
 /// Machines that run at a time: a boot in the lab keeps little more than one host CPU busy.
 const PARALLEL: usize = 2;
@@ -246,6 +254,7 @@ pub fn program(name: &str) -> Result<PathBuf> {
 /// A guest: `kleak-vmm run` with this kernel and the usual options for tests.
 pub struct Guest {
     arguments: Vec<OsString>,
+    port: &'static str,
     cmdline: String,
     timeout_s: u64,
     patience: Duration,
@@ -253,12 +262,20 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// `kernel` with `cpus` vCPUs, a control socket and a JSON report.
+    /// `kernel` with `cpus` vCPUs, a control socket and a JSON report; in the lab that has its processors, where the host has
+    /// others.
     ///
     /// # Errors
     /// No scratch directory to be had.
     pub fn new(kernel: &KernelPackage, cpus: u32) -> Result<Self> {
-        Self::of_image(&kernel.vmlinuz, cpus)
+        let mut guest = Self::of_image(&kernel.vmlinuz, cpus)?;
+        if kernel.is_arm64() {
+            guest.port = ARM64_PORT;
+            if std::env::consts::ARCH != "aarch64" {
+                guest.option("--lab", "arm");
+            }
+        }
+        Ok(guest)
     }
 
     /// The same with any kernel image.
@@ -270,8 +287,14 @@ impl Guest {
         // Warnings and worse: each character on the console is two exits, a quarter of the time of a boot in the lab. And a
         // CPU that an emulator gives no time for half a minute is no lockup of the guest's.
         let cmdline = "loglevel=5 watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120".to_owned();
-        let mut guest =
-            Self { arguments: vec!["run".into()], cmdline, timeout_s: 0, patience: RUN_TIMEOUT, scratch };
+        let mut guest = Self {
+            arguments: vec!["run".into()],
+            port: PORT,
+            cmdline,
+            timeout_s: 0,
+            patience: RUN_TIMEOUT,
+            scratch,
+        };
         guest.timeout(RUN_TIMEOUT.as_secs() - MARGIN_S);
         guest.option("--kernel", kernel).option("--cpus", cpus.to_string());
         // To try everything by a tracer that is not the default.
@@ -323,11 +346,16 @@ impl Guest {
         self.option("--file", pair)
     }
 
-    /// Runs this shell script in the guest.
+    /// Runs this shell script in the guest. [`PORT`] in it is the guest's port to the detector.
     ///
     /// # Errors
     /// It cannot be written.
     pub fn script(&mut self, text: &str) -> Result<&mut Self> {
+        let mut text = text.replace(PORT, self.port);
+        if self.port == ARM64_PORT {
+            // A character echoed there is five exits, and reports are long.
+            text = format!("stty -F {ARM64_PORT} -echo; {text}");
+        }
         let path = self.scratch.file("script.sh", text)?;
         Ok(self.file(&path, "/script.sh").option("--exec", "sh /script.sh"))
     }

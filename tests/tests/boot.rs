@@ -1,14 +1,15 @@
 //! Stock kernels that boot, idle and power off: every symbol right, every object tracked, nothing reported.
 
 use anyhow::{Context, Result, ensure};
+use images::kernel::ARM64_LINES;
 use introspect::image::KernelImage;
 use introspect::symbols::SymbolTable;
 use serde_json::Value;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 use tests::{
-    Guest, RUN_TIMEOUT, Scratch, Session, VMX_PACKAGES, kernel, long_test, no_kernel_complaint, test,
-    with_packages,
+    ARM_PACKAGES, Guest, RUN_TIMEOUT, Scratch, Session, VMX_PACKAGES, kernel, long_test, no_kernel_complaint,
+    test, with_packages,
 };
 
 fn main() -> ExitCode {
@@ -34,7 +35,13 @@ fn main() -> ExitCode {
         &VMX_PACKAGES,
     ));
     trials.push(long_test("many_cpus", || size("1G", 8)));
-    trials.push(long_test("clean_6.12-cloud-arm64_2cpu", || clean_arm64("6.12-cloud-arm64")));
+    for line in ARM64_LINES {
+        for (cpus, words) in [(1, ""), (2, ""), (2, "nokaslr")] {
+            let name = format!("clean_{line}_{cpus}cpu{}{words}", if words.is_empty() { "" } else { "_" });
+            let trial = long_test(name, move || clean_arm64(line, cpus, words));
+            trials.push(with_packages(trial, &ARM_PACKAGES));
+        }
+    }
     tests::main(trials)
 }
 
@@ -52,23 +59,22 @@ fn clean_by_int3(line: &str) -> Result<()> {
     Ok(())
 }
 
-/// An arm64 guest, in the lab that has its processors.
-fn clean_arm64(line: &str) -> Result<()> {
-    let mut guest = Guest::new(&kernel(line)?, 2)?;
-    guest.option("--lab", "arm");
-    let report = clean_guest_with(guest, "/dev/ttyAMA1")?;
-    ensure!(report["host"]["trap"] == "brk" && report["host"]["lab"] == "arm", "{}", report["host"]);
+/// An arm64 guest, with these words on its command line.
+fn clean_arm64(line: &str, cpus: u32, words: &str) -> Result<()> {
+    let mut guest = Guest::new(&kernel(line)?, cpus)?;
+    guest.cmdline(words);
+    let report = clean_guest(guest)?;
+    ensure!(report["host"]["trap"] == "brk", "{}", report["host"]);
+    ensure!(report["guest"]["arch"] == "aarch64" && report["guest"]["cpus"] == cpus, "{}", report["guest"]);
+    let moved = report["guest"]["kaslr_offset"] != "0x0";
+    ensure!(moved == words.is_empty(), "KASLR: {}", report["guest"]);
     Ok(())
 }
 
-fn clean_guest(guest: Guest) -> Result<Value> {
-    clean_guest_with(guest, "/dev/ttyS1")
-}
-
-fn clean_guest_with(mut guest: Guest, port: &str) -> Result<Value> {
+fn clean_guest(mut guest: Guest) -> Result<Value> {
     guest
         .flag("--fail-on-leak")
-        .script(&format!("sleep 3; echo audit > {port}; cat {port}; dmesg > /dev/null"))?;
+        .script("sleep 3; echo audit > /dev/ttyS1; cat /dev/ttyS1; dmesg > /dev/null")?;
     let finished = guest.boot(0)?;
     no_kernel_complaint(&finished.stdout)?;
     ensure!(finished.stdout.contains("missing 0, stale 0"), "audit: {}", tests::tail(&finished.stdout, 10));

@@ -2,20 +2,29 @@
 //! unloaded, the 10 elements of its list and one object per CPU are lost too.
 
 use anyhow::{Context, Result, ensure};
+use images::kernel::ARM64_LINES;
 use std::process::ExitCode;
 use std::time::Duration;
 use tests::{
-    Guest, RUN_TIMEOUT, count_objects, kernel, kmemleak_test, long_test, no_kernel_complaint, sizes, test,
+    ARM_PACKAGES, Guest, RUN_TIMEOUT, count_objects, kernel, kmemleak_test, long_test, no_kernel_complaint,
+    sizes, test, with_packages,
 };
 
 fn main() -> ExitCode {
-    tests::main(vec![
+    let mut trials = vec![
         test("from_outside_6.1_2cpu", || from_outside("6.1-cloud", 2)),
         test("from_inside_6.12_1cpu", || from_inside("6.12-cloud", 1)),
         // The other halves.
         long_test("from_inside_6.1_1cpu", || from_inside("6.1-cloud", 1)),
         long_test("from_outside_6.12_2cpu", || from_outside("6.12-cloud", 2)),
-    ])
+    ];
+    for line in ARM64_LINES {
+        let name = line.replace("-cloud", "");
+        let inside = long_test(format!("from_inside_{name}_1cpu"), || from_inside(line, 1));
+        let outside = long_test(format!("from_outside_{name}_2cpu"), || from_outside(line, 2));
+        trials.extend([inside, outside].map(|trial| with_packages(trial, &ARM_PACKAGES)));
+    }
+    tests::main(trials)
 }
 
 const LOADED: usize = 13;

@@ -6,14 +6,22 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tests::{
-    Finished, Guest, RUN_TIMEOUT, VMX_PACKAGES, kernel, long_test, module, no_kernel_complaint, sizes, test,
-    with_packages,
+    ARM_PACKAGES, Finished, Guest, RUN_TIMEOUT, VMX_PACKAGES, kernel, long_test, module, no_kernel_complaint,
+    sizes, test, with_packages,
 };
 
 fn main() -> ExitCode {
     let mut trials = vec![test("all_cases_and_pages_6.1-cloud", || all_cases_and_pages("6.1-cloud"))];
     trials.push(test("all_cases_6.12-cloud", || all_cases("6.12-cloud")));
     trials.push(long_test("all_cases_6.1-cloud", || all_cases("6.1-cloud")));
+    trials.push(with_packages(
+        test("all_cases_6.12-cloud-arm64", || all_cases("6.12-cloud-arm64")),
+        &ARM_PACKAGES,
+    ));
+    trials.push(with_packages(
+        long_test("all_cases_6.1-cloud-arm64", || all_cases("6.1-cloud-arm64")),
+        &ARM_PACKAGES,
+    ));
     for words in ["maxcpus=1", "nokaslr mitigations=off"] {
         let name = format!("all_cases_6.1-cloud_{}", words.replace(' ', "_"));
         trials.push(long_test(name, move || all_cases_with(words, "6.1-cloud")));

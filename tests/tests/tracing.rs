@@ -3,19 +3,27 @@
 
 use anyhow::{Context, Result, ensure};
 use guest_profiles::hooks::{Tracked, builtin};
+use images::kernel::ARM64_LINES;
 use introspect::hooks::plan;
 use introspect::kernel::Kernel;
 use serde_json::Value;
 use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
-use tests::{Client, Guest, RUN_TIMEOUT, kernel, long_test, module, no_kernel_complaint, test};
+use tests::{
+    ARM_PACKAGES, Client, Guest, RUN_TIMEOUT, kernel, long_test, module, no_kernel_complaint, test,
+    with_packages,
+};
 
 fn main() -> ExitCode {
     let mut trials = vec![test("a_lost_trap_is_made_good_6.1-cloud", lost_trap)];
     for line in ["6.1-cloud", "6.12-cloud"] {
         trials.push(long_test(format!("ftrace_and_kprobes_{line}"), move || traced(line)));
         trials.push(long_test(format!("a_hundred_modules_{line}"), move || modules(line)));
+    }
+    for line in ARM64_LINES {
+        let trial = long_test(format!("ftrace_and_kprobes_{line}"), || traced(line));
+        trials.push(with_packages(trial, &ARM_PACKAGES));
     }
     tests::main(trials)
 }

@@ -36,7 +36,7 @@ pub fn run(options: &Options) -> Result<()> {
             println!("{line:<12} Debian's newest kernel of that line, and test modules for it");
         }
         for line in ARM64_LINES {
-            println!("{line:<16} the same of arm64; without modules");
+            println!("{line:<16} the same of arm64");
         }
         println!("{:<12} the same of an exact release, such as 6.1.0-47-cloud", "RELEASE");
         for (name, what) in OTHERS {
@@ -45,7 +45,8 @@ pub fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     let names: Vec<&str> = if options.names.is_empty() {
-        LINES.iter().copied().chain(["6.1.0-47-cloud"]).chain(OTHERS.map(|(name, _)| name)).collect()
+        let kernels = LINES.iter().chain(ARM64_LINES).copied().chain(["6.1.0-47-cloud"]);
+        kernels.chain(OTHERS.map(|(name, _)| name)).collect()
     } else {
         options.names.iter().map(String::as_str).collect()
     };
@@ -53,6 +54,9 @@ pub fn run(options: &Options) -> Result<()> {
         bail!("There is no image {name}; --list lists them");
     }
     setup::install(&[Purpose::Guests])?;
+    if names.iter().any(|name| name.ends_with("-arm64")) {
+        setup::install(&[Purpose::Arm64])?;
+    }
     let cache = Cache::of_workspace();
     for name in names {
         match name {
@@ -88,7 +92,7 @@ fn prepare_kernel(cache: &Cache, name: &str) -> Result<()> {
     line("kernel", &kernel.vmlinuz);
     line("modules", &kernel.modules_dir);
     line("headers", &headers.build);
-    if name.ends_with("-arm64") { Ok(()) } else { prepare_modules(cache, &headers) }
+    prepare_modules(cache, &headers)
 }
 
 /// The binary does that itself, at the latest when it first needs the lab.
@@ -116,11 +120,12 @@ fn prepare_built(cache: &Cache, name: &str, build: impl Fn(&Cache) -> Result<Bui
 }
 
 fn prepare_modules(cache: &Cache, headers: &Headers) -> Result<()> {
-    for module in modules::OWN {
+    for module in modules::of(headers) {
         line("module", &modules::own(cache, headers, module)?);
     }
     line("module", &modules::kmemleak_test(cache, headers)?);
     let (build, makefile) = (headers.build.display(), headers.makefile.display());
-    println!("  your own: make -C {build} -f {makefile} M=$PWD modules");
+    let cross = if headers.is_arm64() { " ARCH=arm64 CROSS_COMPILE=aarch64-linux-gnu-" } else { "" };
+    println!("  your own: make -C {build} -f {makefile}{cross} M=$PWD modules");
     Ok(())
 }

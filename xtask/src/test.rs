@@ -10,9 +10,10 @@ use std::path::Path;
 use std::process::Command;
 
 /// Kernels that the tests boot, and the modules built for each.
-const GUESTS: [(&str, &[&str]); 7] = [
+const GUESTS: [(&str, &[&str]); 8] = [
     ("6.1-cloud", &modules::OWN),
     ("6.12-cloud", &modules::OWN),
+    ("6.12-cloud-arm64", &["leaky"]),
     ("6.1", &[]),
     ("6.1-rt", &[]),
     ("6.12", &[]),
@@ -33,12 +34,12 @@ pub struct Options {
 
 /// Prepares what the tests need and runs them.
 pub fn run(options: &Options) -> Result<()> {
-    setup::install(&[Purpose::Guests, Purpose::Tests])?;
+    setup::install(&[Purpose::Guests, Purpose::Tests, Purpose::Arm64])?;
     if options.full {
         setup::install(&[Purpose::Oracle, Purpose::LongTests])?;
-        // Where `--lab arm` looks for it.
-        build::beside(&build::binary()?)?;
     }
+    // Where `--lab arm` looks for it.
+    build::beside(&build::binary()?)?;
     let cache = Cache::of_workspace();
     for (name, own) in GUESTS {
         let kernel = KernelPackage::fetch(&cache, name)?;

@@ -36,7 +36,7 @@ pub struct Unread {
 pub struct Roots {
     /// Regions in the order in which they are read.
     pub regions: Vec<Region>,
-    /// Starts of kernel stacks, of live tasks and kept for reuse: objects that are read as stacks or not at all.
+    /// Starts of kernel stacks, of live tasks, of interrupts and kept for reuse: objects that are read as stacks or not at all.
     pub stacks: Vec<Va>,
     /// Starts of pages whose contents are dead, where somebody tracks pages.
     pub dead: Vec<Va>,
@@ -231,6 +231,10 @@ impl Roots {
         let (mut interrupt, mut idle_interrupt) = (Vec::new(), Vec::new());
         for cpu in &cpus {
             claims.take(&guest.extents(cpu.interrupt_stack.clone()));
+            if !cpu.interrupt_stack.is_empty() {
+                // On arm64 it is a block of vmalloc's (arch/arm64/kernel/irq.c `init_irq_stacks`), full of stale words.
+                self.stacks.push(cpu.interrupt_stack.start);
+            }
             let part = cpu.live_interrupt_stack(&tasks);
             idle_interrupt.extend(without(cpu.interrupt_stack.clone(), std::slice::from_ref(&part)));
             interrupt.push(part);

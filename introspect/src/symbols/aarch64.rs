@@ -24,15 +24,23 @@ enum Shows {
     Passed(u8, &'static str),
     /// It is the nth that is loaded from, of loads of this many bytes from addresses of the image.
     Loaded(usize, u8),
+    /// It is the first list head whose address is made.
+    Made,
 }
 
 /// Variable, function that refers to it, and how. Sources: mm/slab_common.c, kernel/module/procfs.c, mm/vmalloc.c,
 /// mm/percpu.c, arch/arm64/kernel/head.S.
-const RECIPES: [(&str, &str, Shows); 7] = [
+const RECIPES: [(&str, &str, Shows); 10] = [
     ("swapper_pg_dir", "secondary_startup", Shows::Passed(1, "__enable_mmu")),
     ("slab_caches", "slab_start", Shows::Passed(0, "seq_list_start")),
     ("modules", "m_start", Shows::Passed(0, "seq_list_start")),
     ("vmap_area_list", "s_start", Shows::Passed(0, "seq_list_start")),
+    // `vmap_area_root.rb_node`, behind the lock.
+    ("vmap_area_root", "find_vmap_area", Shows::Loaded(0, 8)),
+    // `link_va_augment(..., &free_vmap_area_list)`
+    ("free_vmap_area_list", "insert_vmap_area_augment.constprop.0", Shows::Made),
+    // `list_replace_init(&purge_vmap_area_list, ...)`
+    ("purge_vmap_area_list", "__purge_vmap_area_lazy", Shows::Loaded(0, 8)),
     // `chunk != pcpu_reserved_chunk`, then `&pcpu_chunk_lists[slot]`.
     ("pcpu_reserved_chunk", "pcpu_chunk_relocate", Shows::Loaded(0, 8)),
     // `&pcpu_chunk_lists[pcpu_free_slot]`.
@@ -40,7 +48,8 @@ const RECIPES: [(&str, &str, Shows); 7] = [
     ("pcpu_unit_offsets", "per_cpu_ptr_to_phys", Shows::Loaded(0, 8)),
 ];
 /// Those that are `LIST_HEAD`s: in the image they point to themselves.
-const LISTS: [&str; 3] = ["slab_caches", "modules", "vmap_area_list"];
+const LISTS: [&str; 5] =
+    ["slab_caches", "modules", "vmap_area_list", "free_vmap_area_list", "purge_vmap_area_list"];
 /// The lists are what two functions agree on.
 const CHUNK_LISTS: [(&str, Shows); 2] =
     [("pcpu_chunk_relocate", Shows::Loaded(1, 8)), ("pcpu_balance_free", Shows::Loaded(0, 8))];
@@ -199,6 +208,11 @@ impl Code<'_> {
                 }
             }
             step(&mut known, at, word, instruction);
+            if let (Shows::Made, Instruction::AddConstant { to, .. }) = (shows, instruction)
+                && let Some(address) = value(&known, to).filter(|&a| is_list_head(self.image, Va(a)))
+            {
+                return Some(Va(address));
+            }
         }
         None
     }

@@ -71,6 +71,24 @@ fn what_is_no_list_head_is_not_taken_for_one() {
 }
 
 #[test]
+fn a_root_is_what_is_read_behind_its_lock() {
+    // adrp x20; add x21, x20, #0x70; casa w4, w2, [x21]; ldr x0, [x21, #8]; ldur x1, [x0, #-16]; ret
+    let words = [adrp(20, 0xb000, 0), 0x9101_c295, 0x88e4_7ea2, 0xf940_06a0, 0xf85f_0001, 0xd65f_03c0];
+    let (_, symbols) = recovered("find_vmap_area", "g", &words);
+    assert_eq!(symbols.lookup("vmap_area_root"), Some(Va(BASE + 0xb078)));
+}
+
+#[test]
+fn a_list_is_the_first_head_whose_address_is_made() {
+    // adrp x21; add x21, x21, #0x10, which is no list; adrp x21; add x21, x21, #0; ret
+    let words = [adrp(21, HEAD, 0), 0x9100_42b5, adrp(21, HEAD, 2), 0x9100_02b5, 0xd65f_03c0];
+    let (_, symbols) = recovered("insert_vmap_area_augment.constprop.0", "g", &words);
+    assert_eq!(symbols.lookup("free_vmap_area_list"), Some(Va(BASE + HEAD)));
+    let (_, symbols) = recovered("insert_vmap_area_augment.constprop.0", "g", &words[..2]);
+    assert_eq!(symbols.lookup("free_vmap_area_list"), None);
+}
+
+#[test]
 fn a_register_lost_in_a_call_is_not_known() {
     // adrp x0; bl; bl: the second call's x0 is a result.
     let words = [0xaa01_03f4, adrp(1, HEAD, 1), 0x9400_0040, call(3), 0xd65f_03c0];

@@ -1,7 +1,7 @@
 //! `kleak-vmm inspect`.
 
 use super::{CtlOptions, ExitCode, Failure, InspectOptions, check, ctl, print};
-use crate::arch::TrapInstruction;
+use crate::arch::{KERNELS, TrapInstruction};
 use crate::run;
 use anyhow::Context;
 use guest_profiles::annotations::{Action, Annotation};
@@ -53,7 +53,7 @@ pub fn inspect(options: &InspectOptions) -> anyhow::Result<ExitCode> {
     check::input_file(path, "kernel", "give the path of a bzImage or of a vmlinux")?;
     let types = run::types_file(options.types.as_deref())?;
     // The error below names the file.
-    let unusable = || Failure::usage("").hint("give an x86-64 bzImage or a vmlinux ELF with kallsyms in it");
+    let unusable = || Failure::usage("").hint(format!("give {KERNELS} with kallsyms in it"));
     let image = KernelImage::open(path).with_context(unusable)?;
     let kernel = run::recover(image, types).with_context(unusable)?;
     let hooks = TrapInstruction::ALL.iter().map(|trap| (*trap, traps(&kernel, trap.len()))).collect();

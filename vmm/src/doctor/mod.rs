@@ -27,10 +27,12 @@ pub struct Report {
     pub verdict: Verdict,
     /// The host's KVM.
     pub kvm: KvmReport,
-    /// The lab `svm`, as seen from here; absent in a lab itself.
+    /// The lab where runs go by themselves (`svm`, on arm64 `arm`), as seen from here; absent in a lab itself.
     pub lab: Option<LabReport>,
     /// The lab `vmx`, as seen from here; absent in a lab itself.
     pub vmx: Option<VmxReport>,
+    /// The lab `arm`, for kernels of another architecture than this host's; absent where it is this one's, and in a lab itself.
+    pub arm: Option<ArmReport>,
     /// The lab that this report was made in.
     pub inside: Option<String>,
     /// Processors of the host.
@@ -100,7 +102,18 @@ pub struct VmxReport {
     pub prepared: bool,
 }
 
-/// The lab `svm`, where runs go by themselves.
+/// The lab `arm` on hosts of another architecture. It is never tried here: no run goes there by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArmReport {
+    /// Whether QEMU for arm64 is installed.
+    pub installed: bool,
+    /// Whether this program's binary for arm64 is beside this one.
+    pub binary: bool,
+    /// Whether the helper's kernel is there; the first use fetches it.
+    pub prepared: bool,
+}
+
+/// The lab where runs go by themselves.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LabReport {
     /// QEMU's version, if it is there.
@@ -185,7 +198,7 @@ impl Verdict {
                 }
             }
             (_, lab) => {
-                let qemu = lab::program(Lab::Svm);
+                let qemu = lab::program(lab::own_lab());
                 let (why, lab_hint) = match lab {
                     Some(LabReport { qemu: None, .. }) => (
                         format!("there is no {} for the lab", qemu.file),
@@ -220,6 +233,12 @@ impl Report {
             installed: lab::bochs_is_installed(),
             prepared: lab::is_prepared(Lab::Vmx),
         });
+        let foreign = inside.is_none() && lab::own_lab() != Lab::Arm;
+        let arm = foreign.then(|| ArmReport {
+            installed: lab::qemu_version(Lab::Arm).is_some(),
+            binary: lab::has_binary(Lab::Arm),
+            prepared: lab::is_prepared(Lab::Arm),
+        });
         Self {
             schema: "kleak-doctor/1".to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -227,6 +246,7 @@ impl Report {
             kvm,
             lab,
             vmx,
+            arm,
             inside,
             cpus: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             memory_available_bytes: available_memory_bytes(),
@@ -235,9 +255,10 @@ impl Report {
 }
 
 fn look_at_lab(try_it: bool) -> LabReport {
+    let own = lab::own_lab();
     let mut report = LabReport {
-        qemu: lab::qemu_version(),
-        prepared: lab::is_prepared(Lab::Svm),
+        qemu: lab::qemu_version(own),
+        prepared: lab::is_prepared(own),
         start_ms: None,
         probe: None,
         problem: None,
@@ -253,7 +274,7 @@ fn look_at_lab(try_it: bool) -> LabReport {
 
 /// Runs the doctor in the lab: how long that took to be up, and what it found.
 fn probe_lab() -> anyhow::Result<(u64, Option<Probe>)> {
-    let captured = lab::capture(&lab::Job::new(Lab::Svm, ["kleak-vmm", "doctor", "--json"])?)?;
+    let captured = lab::capture(&lab::Job::new(lab::own_lab(), ["kleak-vmm", "doctor", "--json"])?)?;
     let report: Report =
         serde_json::from_slice(&captured.stdout).context("the lab's doctor did not answer")?;
     Ok((captured.start.as_millis() as u64, report.kvm.probe))

@@ -78,6 +78,7 @@ fn prints_and_travels() {
         kvm,
         lab: Some(lab),
         vmx: Some(VmxReport { installed: true, prepared: false }),
+        arm: Some(ArmReport { installed: true, binary: false, prepared: true }),
         inside: None,
         cpus: 2,
         memory_available_bytes: Some(4 << 30),
@@ -90,6 +91,7 @@ fn prints_and_travels() {
         "1.5 µs",
         "4096 MiB",
         "not prepared yet (Bochs",
+        "no kleak-vmm-aarch64 beside this program",
         "verdict: usable",
         "hint: ",
     ] {

@@ -2,7 +2,8 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use super::{KvmState, LabReport, Report, Runs, VmxReport};
+use super::{ArmReport, KvmState, LabReport, Report, Runs, VmxReport};
+use crate::lab::own_lab;
 use crate::probe::{Outcome, Probe};
 
 /// Width of the first column.
@@ -19,13 +20,16 @@ impl Display for Report {
             probe_lines(f, "  ", probe)?;
         }
         if let Some(lab) = &self.lab {
-            line(f, "lab svm", &lab_words(lab))?;
+            line(f, &format!("lab {}", own_lab()), &lab_words(lab))?;
             if let Some(probe) = &lab.probe {
                 probe_lines(f, "  ", probe)?;
             }
         }
         if let Some(vmx) = &self.vmx {
             line(f, "lab vmx", vmx_words(vmx))?;
+        }
+        if let Some(arm) = &self.arm {
+            line(f, "lab arm", arm_words(arm))?;
         }
         line(f, "processors", &self.cpus.to_string())?;
         if let Some(bytes) = self.memory_available_bytes {
@@ -63,6 +67,19 @@ fn vmx_words(vmx: &VmxReport) -> &'static str {
         VmxReport { installed: false, .. } => "no: Bochs is not installed (only --lab vmx needs it)",
         VmxReport { prepared: true, .. } => "prepared, not tried (Bochs; run --lab vmx)",
         VmxReport { prepared: false, .. } => "not prepared yet (Bochs; run --lab vmx)",
+    }
+}
+
+fn arm_words(arm: &ArmReport) -> &'static str {
+    match arm {
+        ArmReport { installed: false, .. } => {
+            "no: qemu-system-arm is not installed (only --lab arm needs it, for arm64 kernels)"
+        }
+        ArmReport { binary: false, .. } => {
+            "no: there is no kleak-vmm-aarch64 beside this program (cargo xtask build --arm64 makes it)"
+        }
+        ArmReport { prepared: true, .. } => "prepared, not tried (for arm64 kernels; run --lab arm)",
+        ArmReport { prepared: false, .. } => "not prepared yet (for arm64 kernels; run --lab arm)",
     }
 }
 

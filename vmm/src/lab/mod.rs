@@ -127,6 +127,11 @@ fn binary(lab: Lab) -> Result<PathBuf> {
     Err(Failure::host(what).hint(hint).into())
 }
 
+/// Whether there is a binary to run in `lab`.
+pub fn has_binary(lab: Lab) -> bool {
+    binary(lab).is_ok()
+}
+
 /// `kleak-vmm run` in `lab`, with the drivers of its disks; `reason` is why it does not run here, where the user did not ask for the lab.
 ///
 /// Errors as [`run`].

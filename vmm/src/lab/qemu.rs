@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result};
 use images::lab::Lab;
 
-use super::emulator::{Emulator, Machine, Program, find};
+use super::emulator::{Emulator, Machine, Program, find, program};
 use super::kernel_arguments;
 use crate::arch::counter_khz;
 
@@ -71,9 +71,10 @@ pub fn disk_node(index: usize) -> String {
     format!("/dev/vd{}", char::from(b'a' + index as u8))
 }
 
-/// First line of what QEMU says of its version.
-pub fn version() -> Option<String> {
-    let output = Command::new(find(PROGRAM.file)?).arg("--version").stdin(Stdio::null()).output().ok()?;
+/// First line of what the QEMU of a lab says of its version.
+pub fn version(lab: Lab) -> Option<String> {
+    let output =
+        Command::new(find(program(lab).file)?).arg("--version").stdin(Stdio::null()).output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     text.lines().next().map(str::to_owned)
 }

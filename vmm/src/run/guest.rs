@@ -1,6 +1,6 @@
 //! What the guest is made of: kernel, initramfs, command line, rules.
 
-use crate::arch::{CONSOLE, GUEST_PORT};
+use crate::arch::{CONSOLE, GUEST_PORT, KERNELS};
 use crate::cli::Failure;
 use crate::cli::options::RunOptions;
 use crate::cli::values::{FileSpec, ModuleSpec};
@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 
 /// The image's own error says which file and what is wrong with it; this adds the exit code.
 fn unusable() -> Failure {
-    Failure::usage("").hint(
-        "give an x86-64 bzImage or vmlinux with kallsyms and BTF in it (types of one without BTF: --types); `kleak-vmm inspect` says what an image holds",
-    )
+    Failure::usage("").hint(format!(
+        "give {KERNELS} with kallsyms and BTF in it (types of one without BTF: --types); `kleak-vmm inspect` says what an image holds"
+    ))
 }
 
 /// Opens and unpacks the kernel.

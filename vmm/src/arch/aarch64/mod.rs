@@ -33,3 +33,5 @@ pub use trap::{TrapChoice, TrapInstruction};
 pub const CONSOLE: &str = "ttyAMA0";
 /// The guest's serial port to the detector.
 pub const GUEST_PORT: &str = "/dev/ttyAMA1";
+/// What kernels it runs, for hints.
+pub const KERNELS: &str = "an arm64 Image, packed or not, or EFI-zboot";

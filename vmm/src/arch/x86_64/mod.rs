@@ -30,3 +30,5 @@ pub use trap::{TRAP_PORT, TrapChoice, TrapInstruction};
 pub const CONSOLE: &str = "ttyS0";
 /// The guest's serial port to the detector.
 pub const GUEST_PORT: &str = "/dev/ttyS1";
+/// What kernels it runs, for hints.
+pub const KERNELS: &str = "an x86-64 bzImage or vmlinux (arm64 kernels run with --lab arm)";
