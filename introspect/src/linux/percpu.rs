@@ -24,7 +24,7 @@ const MAX_PAGES: u64 = 1 << 14;
 const MAX_COST: usize = 1 << 23;
 
 /// Lists from that of free chunks on, itself included (`pcpu_setup_first_chunk`, 5.14 and later).
-const BEHIND_FREE_SLOT: u64 = 3;
+const BEHIND_FREE_SLOT: u64 = 2;
 
 /// Offsets and variables; run-time addresses.
 pub(super) struct Layout {

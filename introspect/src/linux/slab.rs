@@ -268,8 +268,15 @@ impl Linux {
     /// # Errors
     /// Not mapped.
     pub fn boot_objects(&self, memory: &impl PhysicalMemory) -> Result<Vec<Va>, MemoryError> {
-        let Some(variable) = self.slab.kmem_cache_node else { return Ok(Vec::new()) };
-        let cache = self.read_va(memory, variable)?;
+        let cache = match self.slab.kmem_cache_node {
+            Some(variable) => self.read_va(memory, variable)?,
+            // Without data symbols (arm64) it is known by its name.
+            None => {
+                let caches = self.caches(memory)?;
+                let named = caches.iter().find(|cache| cache.name == "kmem_cache_node");
+                named.map_or(Va(0), |cache| cache.va)
+            }
+        };
         if cache == Va(0) {
             return Ok(Vec::new());
         }

@@ -48,7 +48,7 @@ pub(super) enum Era {
 }
 
 /// Symbols by offset in the variables page, 64 bytes apart.
-const SYMBOLS: [&str; 44] = [
+const SYMBOLS: [&str; 45] = [
     "jiffies_64",
     "__per_cpu_offset",
     "nr_cpu_ids",
@@ -75,6 +75,7 @@ const SYMBOLS: [&str; 44] = [
     "__end_rodata",
     "pcpu_chunk_lists",
     "pcpu_nr_slots",
+    "pcpu_free_slot",
     "pcpu_unit_offsets",
     "vmstat_text",
     "vm_zone_stat",

@@ -61,7 +61,14 @@ impl Guest {
         let (lists, offsets, map, bounds) = (CHUNK + 0x100, CHUNK + 0x200, CHUNK + 0x1000, CHUNK + 0x2000);
         self.set("nr_cpu_ids", 2);
         self.set("pcpu_chunk_lists", direct(lists));
-        self.set("pcpu_nr_slots", 2);
+        // The list of free chunks is the last but one; where the number of lists has no symbol, that is known.
+        let slots = if self.linux.symbol("pcpu_nr_slots").is_some() {
+            ("pcpu_nr_slots", 2)
+        } else {
+            ("pcpu_free_slot", 0)
+        };
+        self.set(slots.0, slots.1);
+        self.put(lists + 32, 0x4e20_9840_3500_0063);
         self.set("pcpu_unit_offsets", direct(offsets));
         self.list(lists, &[]);
         self.list(lists + 16, &[CHUNK]);
@@ -300,6 +307,13 @@ fn percpu_chunks_list_allocations_by_cookie() {
         let damaged = guest.linux.percpu_chunks(&guest.memory());
         assert!(matches!(damaged, Err(MemoryError::Corrupt { va, .. }) if va == Va(direct(CHUNK))));
     }
+}
+
+#[test]
+fn chunks_are_found_without_the_number_of_their_lists() {
+    let mut guest = Guest::without(Era::Flags, "pcpu_nr_slots").expect("what is needed");
+    guest.add_percpu_chunk(DIRECT_MAP + HEAP + 0x10000);
+    assert_eq!(guest.linux.percpu_chunks(&guest.memory()).map(|chunks| chunks.len()), Ok(1));
 }
 
 #[test]
