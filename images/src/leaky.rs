@@ -173,7 +173,11 @@ pub const CASES: &[Case] = &[
         kmemleak_misses: Some(NOT_ITS),
         ..case("pages_inside", &[direct(4096), indirect(96)])
     },
-    Case { needs: Needs::Ioremap, kmemleak_misses: Some(NOT_ITS), ..case("device_lost", &[direct(8192)]) },
+    Case {
+        needs: Needs::Ioremap,
+        kmemleak_misses: Some(NOT_ITS),
+        ..case("device_lost", &[direct(320 << 10)])
+    },
     Case { since: Since::Unload, ..case("unload", &[direct(32); 3]) },
     case("register", &[]),
     case("stack", &[]),

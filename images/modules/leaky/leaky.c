@@ -42,7 +42,7 @@
  *   pages_listed  64, 4096, 4096, 4096 cycle with --track pages     pages on a list through their struct pages, its
  *                                                                   head lost
  *   pages_inside  4096 direct, 96 indirect with --track pages       a lost page has the only pointer
- *   device_lost   8192 direct with --track ioremap                  device memory, mapped
+ *   device_lost   327680 direct with --track ioremap                device memory, mapped
  *   unload        32, 32, 32 direct after rmmod                     three in an array of the module
  *   register      nothing                                           a spinning thread has it in a CPU register
  *   stack         nothing                                           a sleeping thread has it on its stack
@@ -543,16 +543,17 @@ LEAKY int leaky_pages_inside(void)
 	return 0;
 }
 
-/* In the hole below the firmware, where no machine of a test has memory. */
+/* In the hole below the firmware, where no machine of a test has memory; large for the reason of LEAKY_AREA. */
 #define LEAKY_DEVICE 0xf0000000
+#define LEAKY_DEVICE_SIZE (320 << 10)
 
 static void __iomem *leaky_device_held;
 
 LEAKY int leaky_device_lost(void)
 {
-	void __iomem *lost = ioremap(LEAKY_DEVICE, 2 * PAGE_SIZE);
+	void __iomem *lost = ioremap(LEAKY_DEVICE, LEAKY_DEVICE_SIZE);
 
-	leaky_device_held = ioremap(LEAKY_DEVICE + 4 * PAGE_SIZE + 16, 32);
+	leaky_device_held = ioremap(LEAKY_DEVICE + LEAKY_DEVICE_SIZE + 16, 32);
 	return lost && leaky_device_held ? 0 : -ENOMEM;
 }
 
