@@ -128,6 +128,10 @@ impl Contents for Heap {
         let at = (va - DIRECT) as usize;
         visit(va, &self.bytes[at..at + len as usize]);
     }
+
+    fn whole(&self) -> Vec<(u64, &[u8])> {
+        vec![(DIRECT, &self.bytes)]
+    }
 }
 
 fn read_bandwidth_and_scan(heap: &Heap) {
