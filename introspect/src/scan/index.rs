@@ -142,7 +142,7 @@ impl Index {
         let parts = Parts::of(blocks, direct);
         let mut slots = vec![0; blocks.len()];
         let mut windows = [0..0, 0..0, 0..0, 0..0];
-        let mut sparse = vec![0..parts.cookies];
+        let mut sparse: Vec<Range<usize>> = std::iter::once(0..parts.cookies).collect();
         for (number, part) in parts.areas.into_iter().enumerate() {
             let here = &blocks[part.clone()];
             let all = span(here);
