@@ -7,6 +7,7 @@ use introspect::memory::Va;
 use introspect::registry::{AllocEvent, Kind, MAX_FRAMES, Registry};
 use introspect::scan::index::{Block, Index};
 use introspect::scan::mark::{Contents, Marker};
+use std::collections::VecDeque;
 use std::hint::black_box;
 
 const OBJECTS: usize = 1_000_000;
@@ -17,6 +18,8 @@ const ROOTS: usize = 64 << 20;
 const SIZES: [u64; 16] = [64, 64, 96, 128, 192, 192, 256, 512, 512, 1024, 1024, 2048, 4096, 4096, 8192, 8192];
 /// Places of a kernel that allocate. Nine of ten events come from a hundredth of them.
 const STACKS: usize = 20_000;
+/// Places that were freed and are not taken yet: an allocator's caches and partial slabs.
+const VACANT: u64 = 1000;
 /// Events are made up before they are measured, so many at a time.
 const BURST: usize = 10_000;
 const BURSTS: usize = 100;
@@ -128,6 +131,10 @@ impl Contents for Heap {
         let at = (va - DIRECT) as usize;
         visit(va, &self.bytes[at..at + len as usize]);
     }
+
+    fn whole(&self) -> Vec<(u64, &[u8])> {
+        vec![(DIRECT, &self.bytes)]
+    }
 }
 
 fn read_bandwidth_and_scan(heap: &Heap) {
@@ -183,18 +190,19 @@ fn registry() {
         registry.alloc(&event(address, numbers.below(STACKS)));
     }
     say("bytes_per_object", registry.memory() as f64 / OBJECTS as f64, "bytes");
-    let mut fresh = OBJECTS as u64;
+    let mut vacant: VecDeque<Va> = (0..VACANT).map(|n| place_of(OBJECTS as u64 + n)).collect();
     let mut pairs = vec![(Va(0), Va(0), 0); BURST];
     let mut best = f64::INFINITY;
     for _ in 0..ROUNDS {
         let mut seconds = 0.0;
         for _ in 0..BURSTS {
-            // What is freed comes from anywhere, and what is allocated is new.
+            // What is freed comes from anywhere; what is allocated has a place that was freed some time before.
             for pair in &mut pairs {
                 let victim = &mut live[numbers.below(OBJECTS)];
-                *pair = (*victim, place_of(fresh), place(&mut numbers));
-                *victim = place_of(fresh);
-                fresh += 1;
+                vacant.push_back(*victim);
+                *victim = vacant.pop_front().expect("a place");
+                let old = vacant[vacant.len() - 1];
+                *pair = (old, *victim, place(&mut numbers));
             }
             let start = processor_time();
             for &(old, new, stack) in &pairs {

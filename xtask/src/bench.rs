@@ -24,7 +24,7 @@ const MEANINGS: [(&str, &str); 19] = [
         "bytes_per_object",
         "host memory of a tracked object, a million live from 20,000 places with 16 frames each",
     ),
-    ("registry_ops", "a free of any object and an allocation, a million live"),
+    ("registry_ops", "a free of any object and an allocation where another was freed lately, a million live"),
     (
         "slowdown_breakpoint",
         "guest time with every allocation and free trapped over that without traps; one vCPU",

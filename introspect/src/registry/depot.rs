@@ -26,8 +26,8 @@ impl StackDepot {
             return StackId::default();
         }
         let Self { frames, ends, table } = self;
-        let found = table.find(hash_frames(stack), |&id| span(frames, ends, id) == stack);
-        if let Some(&id) = found {
+        let hash = hash_frames(stack);
+        if let Some(&id) = table.find(hash, |&id| is_same(span(frames, ends, id), stack)) {
             return StackId(id);
         }
         let Ok(end) = u32::try_from(frames.len() + stack.len()) else {
@@ -37,7 +37,7 @@ impl StackDepot {
         ends.push(end);
         // Cannot truncate: every backtrace has at least one of the 2^32 frames.
         let id = ends.len() as u32;
-        table.insert_unique(hash_frames(stack), id, |&other| hash_frames(span(frames, ends, other)));
+        table.insert_unique(hash, id, |&other| hash_frames(span(frames, ends, other)));
         StackId(id)
     }
 
@@ -70,13 +70,24 @@ fn span<'a>(frames: &'a [Va], ends: &[u32], id: u32) -> &'a [Va] {
     &frames[start as usize..ends[index] as usize]
 }
 
-/// Two frames per step of a folded multiply (the construction of wyhash, Wang Yi 2019).
+/// Without a branch for each frame.
+fn is_same(one: &[Va], other: &[Va]) -> bool {
+    one.len() == other.len() && one.iter().zip(other).fold(0, |bits, (a, b)| bits | (a.0 ^ b.0)) == 0
+}
+
+/// Two frames per step of a folded multiply (the construction of wyhash, Wang Yi 2019), in two lanes that do not wait for
+/// each other.
 fn hash_frames(stack: &[Va]) -> u64 {
     const SECRET: [u64; 2] = [0xa076_1d64_78bd_642f, 0xe703_7ed1_a0b4_28db];
     let fold = |a: u64, b: u64| {
         let product = u128::from(a) * u128::from(b);
         (product >> 64) as u64 ^ product as u64
     };
-    let pairs = stack.chunks(2).map(|pair| (pair[0].0, pair.get(1).map_or(0, |frame| frame.0)));
-    pairs.fold(stack.len() as u64, |state, (a, b)| fold(a ^ SECRET[0] ^ state, b ^ SECRET[1]))
+    let step = |state: u64, a: Va, b: Va| fold(a.0 ^ SECRET[0] ^ state, b.0 ^ SECRET[1]);
+    let (fours, rest) = stack.as_chunks::<4>();
+    let start = (stack.len() as u64, SECRET[1]);
+    let lanes = fours.iter().fold(start, |(x, y), [a, b, c, d]| (step(x, *a, *b), step(y, *c, *d)));
+    let last =
+        rest.chunks(2).fold(lanes.0, |x, pair| step(x, pair[0], pair.get(1).copied().unwrap_or_default()));
+    fold(last ^ SECRET[0], lanes.1 ^ SECRET[1])
 }

@@ -142,4 +142,13 @@ impl<M: FrozenMemory> Contents for GuestMemory<'_, M> {
             }
         }
     }
+
+    fn whole(&self) -> Vec<(u64, &[u8])> {
+        let ranges = self.memory.ranges().iter();
+        let lent = ranges.filter_map(|range| {
+            let bytes = self.memory.slice(range.start, usize::try_from(range.len).ok()?).ok()?;
+            Some((self.direct.start.checked_add(range.start.0)?, bytes))
+        });
+        lent.collect()
+    }
 }

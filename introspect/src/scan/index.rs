@@ -1,10 +1,11 @@
 //! From a word of guest memory to the object it points into: the frozen index of one scan.
 //!
-//! Objects in the direct map are found through their page: a descriptor per page says where the first object
-//! starts and how far apart they are, so that one multiplication gives the slot (what slab geometry would say,
-//! but taken from the objects themselves, so that it needs nothing of the guest). Everything else, a few hundred
-//! vmalloc blocks and some thousand per-CPU allocations, is found by binary search. An object that reaches into
-//! following pages is these pages' `spill`.
+//! Objects are found through their page: a descriptor per page says where the first object starts and how far apart
+//! they are, so that one multiplication gives the slot (what slab geometry would say, but taken from the objects
+//! themselves, so that it needs nothing of the guest). An object that reaches into following pages is these pages'
+//! `spill`. The pages are those of the direct map and of what else lies close together, as vmalloc blocks and
+//! `struct page`s do ([`Area`]); what lies far from everything, and some thousand per-CPU allocations, is found by
+//! binary search.
 //!
 //! Words are looked up in batches, too ([`Index::quick_slots`]): what a scan waits for is memory, and loads that do not
 //! depend on each other are waited for together.
@@ -42,18 +43,18 @@ pub struct Hit {
 
 /// See the module description.
 pub struct Index {
-    /// Page number of `pages[0]`.
-    first_page: u64,
-    /// Descriptor number by page.
+    /// The direct map, and others; what is not needed is empty.
+    areas: [Area; AREAS],
+    /// Descriptor number by page, area by area.
     pages: Vec<u32>,
     /// The first is [`Descriptor::NOTHING`].
     descriptors: Vec<Descriptor>,
     /// Objects that end in a later page than they start in, with their slots; numbered from 1 in [`Descriptor::spill`].
     spills: Vec<(u32, Block)>,
-    /// Objects of irregular pages, and outside the direct map.
+    /// Objects of irregular pages.
     lists: Vec<Block>,
-    /// Where the objects outside the direct map begin in `lists`; their slots are numbered from `sparse_slot`.
-    sparse: usize,
+    /// Objects outside of all areas; their slots are numbered from `sparse_slot`.
+    sparse: Vec<Block>,
     sparse_slot: u32,
     slots: u32,
     windows: Windows,
@@ -61,7 +62,26 @@ pub struct Index {
     overlap: bool,
 }
 
-/// One page of the direct map that holds (a part of) an object: 24 bytes, so that the descriptors of a heap of
+/// Neighbouring pages.
+#[derive(Clone, Copy, Default)]
+struct Area {
+    /// Number of the first.
+    first: u64,
+    /// How many.
+    len: u64,
+    /// Where they begin in [`Index::pages`].
+    base: usize,
+}
+
+impl Area {
+    /// Pages from the first that an address range meets to the last.
+    fn of(range: &Range<u64>, base: usize) -> Self {
+        let first = range.start >> PAGE_SHIFT;
+        Self { first, len: range.end.div_ceil(PAGE_SIZE).saturating_sub(first), base }
+    }
+}
+
+/// One page that holds (a part of) an object: 24 bytes, so that the descriptors of a heap of
 /// gigabytes stay in the processor's caches.
 #[derive(Clone, Copy)]
 struct Descriptor {
@@ -86,6 +106,12 @@ pub const NO_SLOT: u32 = u32::MAX;
 /// [`Index::quick_slots`]: [`Index::find`] knows.
 pub const ASK: u32 = u32::MAX - 1;
 
+/// The direct map, vmalloc space, `struct page`s, module space.
+const AREAS: usize = 4;
+/// A wider area, in pages, is none: it would take more memory than its objects are worth.
+const WIDEST: u64 = 1 << 19;
+/// Objects outside of the direct map are in different areas only when so much is between them.
+const SPLIT: u64 = 1 << 30;
 /// A page whose grid would have more slots than this per object is stored as a list: bounds the number of slots.
 const MAX_GAPS: u64 = 16;
 const NOTHING_STARTS: u16 = PAGE_SIZE as u16;
@@ -101,42 +127,50 @@ impl Index {
     ///
     /// Also returns the slot number of every block, in the order of `blocks`.
     pub fn new(blocks: &[Block], direct: &Range<u64>) -> (Self, Vec<u32>) {
-        let inside = blocks.partition_point(|b| b.start < direct.start)
-            ..blocks.partition_point(|b| b.start < direct.end);
-        let mapped = &blocks[inside.clone()];
-        let window = span(mapped);
-        let first_page = window.start >> PAGE_SHIFT;
-        // An empty object at the start of a page still starts there.
-        let last_start = mapped.last().map_or(first_page, |b| (b.start >> PAGE_SHIFT) + 1);
-        let last_page = window.end.min(direct.end).div_ceil(PAGE_SIZE).max(last_start);
         let mut index = Self {
-            first_page,
-            pages: vec![0; last_page.saturating_sub(first_page) as usize],
+            areas: [Area::default(); AREAS],
+            pages: Vec::new(),
             descriptors: vec![Descriptor::NOTHING],
             spills: Vec::new(),
             lists: Vec::new(),
-            sparse: 0,
+            sparse: Vec::new(),
             sparse_slot: 0,
             slots: 0,
-            windows: Windows::new([0..0, 0..0, 0..0], [0..0, 0..0]),
+            windows: Windows::new([0..0, 0..0, 0..0, 0..0], [0..0, 0..0]),
             overlap: blocks.windows(2).any(|two| two[0].end() > two[1].start),
         };
-        let mut slots = Vec::with_capacity(blocks.len());
-        let outside = [&blocks[..inside.start], &blocks[inside.end..]];
-        let mapped_slots = index.add_pages(mapped);
-        index.sparse = index.lists.len();
+        let parts = Parts::of(blocks, direct);
+        let mut slots = vec![0; blocks.len()];
+        let mut windows = [0..0, 0..0, 0..0, 0..0];
+        let mut sparse: Vec<Range<usize>> = std::iter::once(0..parts.cookies).collect();
+        for (number, part) in parts.areas.into_iter().enumerate() {
+            let here = &blocks[part.clone()];
+            let all = span(here);
+            // What reaches into the direct map, or beyond it, does so because a free was missed.
+            let end = if all.start < direct.start { direct.start } else { u64::MAX };
+            let end = if number == 0 { direct.end } else { end };
+            windows[number] = all.start..all.end.min(end);
+            // An empty object at the start of a page still starts there.
+            let last = here.last().map_or(0, |block| block.start.saturating_add(1));
+            let area = Area::of(&(windows[number].start..windows[number].end.max(last)), index.pages.len());
+            if number > 0 && area.len > WIDEST {
+                sparse.push(part);
+            } else {
+                index.areas[number] = area;
+                index.pages.resize(index.pages.len() + area.len as usize, 0);
+                index.add_pages(area, here, &mut slots[part]);
+            }
+        }
+        sparse.sort_unstable_by_key(|part| part.start);
         index.sparse_slot = index.slots;
-        index.lists.extend(outside.concat());
-        index.slots += (index.lists.len() - index.sparse) as u32;
-        let sparse = &index.lists[index.sparse..];
-        let (cookies, addresses) = sparse.split_at(sparse.partition_point(|b| b.start < KERNEL_HALF));
-        let [low, high] = split_at_gap(addresses).map(span);
+        for part in sparse {
+            index.sparse.extend(&blocks[part.clone()]);
+            slots[part].iter_mut().zip(index.slots..).for_each(|(slot, number)| *slot = number);
+            index.slots = index.sparse_slot + index.sparse.len() as u32;
+        }
+        let cookies = &blocks[..parts.cookies];
         let (first, others) = cookies.split_at(cookies.partition_point(|b| b.start < FIRST_CHUNK));
-        index.windows =
-            Windows::new([window.start..window.end.min(direct.end), low, high], [span(first), span(others)]);
-        slots.extend(index.sparse_slot..index.sparse_slot + inside.start as u32);
-        slots.extend(mapped_slots);
-        slots.extend(index.sparse_slot + inside.start as u32..index.slots);
+        index.windows = Windows::new(windows, [span(first), span(others)]);
         (index, slots)
     }
 
@@ -145,47 +179,55 @@ impl Index {
         self.slots as usize
     }
 
-    /// Values outside which no word is a reference: addresses of the direct map's objects, of all others in two parts,
+    /// Values outside which no word is a reference: addresses of the direct map's objects, of all others in three parts,
     /// and per-CPU cookies.
+    #[inline]
     pub fn windows(&self) -> &Windows {
         &self.windows
     }
 
-    /// True for a word that points into this object, and for sure into no other.
+    /// Start and length of the addresses that are this object's, and for sure no other's: what an object refers to there is
+    /// marked already. Lists that are empty, and locks that nobody waits for, do so.
     #[inline]
-    pub fn is_inside(&self, word: u64, block: Block) -> bool {
-        word.wrapping_sub(block.start) < block.size && !self.overlap
+    pub fn own(&self, block: Block) -> (u64, u64) {
+        (block.start, if self.overlap { 0 } else { block.size })
     }
 
     /// The object `word` points into, if the slot is taken.
     #[inline]
     pub fn find(&self, word: u64) -> Option<Hit> {
-        // Below the first page the subtraction wraps and the number is out of range.
-        let page = (word >> PAGE_SHIFT).wrapping_sub(self.first_page);
-        match self.pages.get(page as usize) {
+        match self.pages.get(self.place(word)) {
             Some(&number) => self.find_in_page(&self.descriptors[number as usize], word),
-            None => self.find_sparse(word),
+            None => find_in_list(&self.sparse, self.sparse_slot, word),
         }
     }
 
-    /// The slots that [`Index::find`] would give for `N` words or fewer, where that is quickly said: [`NO_SLOT`] for no
-    /// object, [`ASK`] where it is not.
-    #[inline]
-    pub fn quick_slots<const N: usize>(&self, words: &[(u64, u32)]) -> [u32; N] {
+    /// Where in `pages` the page of `word` is; beyond their end when it is in no area.
+    #[inline(always)]
+    fn place(&self, word: u64) -> usize {
+        let page = word >> PAGE_SHIFT;
+        self.areas.iter().fold(usize::MAX, |place, area| {
+            // Below the first page the subtraction wraps and the number is out of range.
+            let number = page.wrapping_sub(area.first);
+            if number < area.len { area.base + number as usize } else { place }
+        })
+    }
+
+    /// The slots that [`Index::find`] would give for words, where that is quickly said: [`NO_SLOT`] for no object, [`ASK`]
+    /// where it is not.
+    #[inline(always)]
+    pub fn quick_slots(&self, words: &[u64], slots: &mut [u32]) {
         const OUTSIDE: u32 = u32::MAX;
-        let mut slots = [0; N];
         // Two passes without a branch that depends on what was loaded: the misses of each overlap.
-        for (slot, (word, _)) in slots.iter_mut().zip(words) {
-            let page = (word >> PAGE_SHIFT).wrapping_sub(self.first_page);
-            *slot = self.pages.get(page as usize).copied().unwrap_or(OUTSIDE);
+        for (slot, &word) in slots.iter_mut().zip(words) {
+            *slot = self.pages.get(self.place(word)).copied().unwrap_or(OUTSIDE);
         }
-        for (slot, (word, _)) in slots.iter_mut().zip(words) {
+        for (slot, &word) in slots.iter_mut().zip(words) {
             *slot = match self.descriptors.get(*slot as usize) {
-                Some(page) => page.quick_slot(*word),
+                Some(page) => page.quick_slot(word),
                 None => ASK,
             };
         }
-        slots
     }
 
     #[inline]
@@ -209,53 +251,48 @@ impl Index {
         Some(Hit { slot: page.base + number as u32, block })
     }
 
-    fn find_sparse(&self, word: u64) -> Option<Hit> {
-        find_in_list(&self.lists[self.sparse..], self.sparse_slot, word)
-    }
-
-    /// Enters the direct map's objects page by page; returns their slots.
-    fn add_pages(&mut self, blocks: &[Block]) -> Vec<u32> {
-        let mut slots = Vec::with_capacity(blocks.len());
-        let mut rest = blocks;
+    /// Enters an area's objects page by page, and their slots in `slots`.
+    fn add_pages(&mut self, area: Area, blocks: &[Block], slots: &mut [u32]) {
+        let (mut rest, mut slots) = (blocks, slots);
         while let Some(first) = rest.first() {
-            let page = first.start >> PAGE_SHIFT;
-            let (here, later) = rest.split_at(rest.partition_point(|b| b.start >> PAGE_SHIFT == page));
-            let spill = self.take_spill(page);
+            let page = (first.start >> PAGE_SHIFT) - area.first;
+            let page_of = |block: &Block| (block.start >> PAGE_SHIFT) - area.first;
+            let count = rest.iter().take_while(|&block| page_of(block) == page).count();
+            let (here, later) = rest.split_at(count);
+            let spill = self.take_spill(area, page);
             let descriptor = self.describe(here, spill);
-            slots.extend(here.iter().map(|b| descriptor.slot_of(b, here)));
-            self.set_page(page, descriptor);
-            let last = &here[here.len() - 1];
-            let next_start = later.first().map_or(u64::MAX, |b| b.start >> PAGE_SHIFT);
-            self.spread(last, slots[slots.len() - 1], page + 1, next_start);
-            rest = later;
+            let (own, others) = slots.split_at_mut(count);
+            own.iter_mut().zip(here).for_each(|(slot, block)| *slot = descriptor.slot_of(block, here));
+            self.set_page(area, page, descriptor);
+            let next_start = later.first().map_or(u64::MAX, page_of);
+            self.spread(area, &here[count - 1], own[count - 1], page + 1, next_start);
+            (rest, slots) = (later, others);
         }
-        slots
     }
 
     /// Enters an object in the pages from `page` on that it reaches into, up to and with the page `until`, in
     /// which the next object starts.
-    fn spread(&mut self, block: &Block, slot: u32, page: u64, until: u64) {
-        let last = block.end().saturating_sub(1) >> PAGE_SHIFT;
-        let end = self.first_page + self.pages.len() as u64;
-        let pages = page..=last.min(until).min(end.saturating_sub(1));
+    fn spread(&mut self, area: Area, block: &Block, slot: u32, page: u64, until: u64) {
+        let last = (block.end().saturating_sub(1) >> PAGE_SHIFT).saturating_sub(area.first);
+        let pages = page..=last.min(until).min(area.len.saturating_sub(1));
         if pages.is_empty() {
             return;
         }
         self.spills.push((slot, *block));
         let spill = self.spills.len() as u32;
         for page in pages {
-            self.set_page(page, Descriptor { spill, ..Descriptor::EMPTY });
+            self.set_page(area, page, Descriptor { spill, ..Descriptor::EMPTY });
         }
     }
 
     /// The spill entered for `page` when the last object before it was.
-    fn take_spill(&self, page: u64) -> u32 {
-        let number = self.pages[(page - self.first_page) as usize];
+    fn take_spill(&self, area: Area, page: u64) -> u32 {
+        let number = self.pages[area.base + page as usize];
         self.descriptors[number as usize].spill
     }
 
-    fn set_page(&mut self, page: u64, descriptor: Descriptor) {
-        let place = &mut self.pages[(page - self.first_page) as usize];
+    fn set_page(&mut self, area: Area, page: u64, descriptor: Descriptor) {
+        let place = &mut self.pages[area.base + page as usize];
         if *place == 0 {
             *place = self.descriptors.len() as u32;
             self.descriptors.push(descriptor);
@@ -344,13 +381,47 @@ fn span(blocks: &[Block]) -> Range<u64> {
     }
 }
 
-/// Splits sorted objects at the widest gap between their starts: vmalloc space and module space lie on different
-/// sides of the kernel image, to which more words point than to anything else.
-fn split_at_gap(blocks: &[Block]) -> [&[Block]; 2] {
-    let gaps = blocks.windows(2).map(|w| w[1].start - w[0].start).enumerate();
-    let widest = gaps.max_by_key(|&(_, gap)| gap).map_or(0, |(i, _)| i + 1);
-    let (low, high) = blocks.split_at(widest);
-    [low, high]
+/// Numbers of sorted objects that are found in different ways.
+struct Parts {
+    /// So many are cookies, the first.
+    cookies: usize,
+    /// The direct map's, and others.
+    areas: [Range<usize>; AREAS],
+}
+
+impl Parts {
+    /// What is not in the direct map is split where it leaves the widest gaps: vmalloc space, `struct page`s and module
+    /// space lie on different sides of what more words point to than to anything else.
+    fn of(blocks: &[Block], direct: &Range<u64>) -> Self {
+        let cookies = blocks.partition_point(|b| b.start < KERNEL_HALF);
+        let mapped = blocks.partition_point(|b| b.start < direct.start).max(cookies)
+            ..blocks.partition_point(|b| b.start < direct.end).max(cookies);
+        let outside = [cookies..mapped.start, mapped.end..blocks.len()];
+        let mut gaps = Vec::new();
+        for part in &outside {
+            let mut end = 0;
+            for number in part.clone() {
+                let gap = blocks[number].start.checked_sub(end).filter(|&gap| gap >= SPLIT);
+                gaps.extend(gap.filter(|_| number > part.start).map(|gap| (gap, number)));
+                end = end.max(blocks[number].end());
+            }
+        }
+        gaps.sort_unstable();
+        let mut used = outside.iter().filter(|part| !part.is_empty()).count();
+        let gaps = &gaps[gaps.len().saturating_sub(AREAS - 1 - used)..];
+        let mut areas = [mapped, 0..0, 0..0, 0..0];
+        used = 0;
+        for part in outside.into_iter().filter(|part| !part.is_empty()) {
+            let mut cuts: Vec<usize> = gaps.iter().map(|&(_, n)| n).filter(|n| part.contains(n)).collect();
+            cuts.extend([part.start, part.end]);
+            cuts.sort_unstable();
+            for two in cuts.windows(2) {
+                used += 1;
+                areas[used] = two[0]..two[1];
+            }
+        }
+        Self { cookies, areas }
+    }
 }
 
 fn gcd(a: u64, b: u64) -> u64 {

@@ -26,6 +26,12 @@ pub trait Contents: Sync {
     /// but the last is a multiple of 8 bytes long. Memory that cannot be read is left out. `va` is a multiple of 8. An
     /// object that has a copy for each CPU is all its copies, one after the other, each at the object's address.
     fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8]));
+
+    /// Memory that is lent as a whole, with the address of its first byte: [`Contents::pieces`] lends what lies in it in
+    /// one piece.
+    fn whole(&self) -> Vec<(u64, &[u8])> {
+        Vec::new()
+    }
 }
 
 /// What is not reached from an object, but marking begins there.
@@ -90,12 +96,29 @@ pub struct Special {
     pub weak: Option<u64>,
 }
 
-/// Objects at one distance that are worth being sorted.
-const SORTED_FROM: usize = 64;
+/// Objects at one distance that are worth being put in order.
+const ORDERED_FROM: usize = 512;
+/// In so many parts of the heap.
+const PARTS: usize = 1024;
 /// What one of several threads takes at a time: so many objects, or bytes of roots.
 const SHARE: usize = 128;
 /// See [`SHARE`].
 const ROOT_SHARE: usize = 64 << 10;
+
+/// The same objects, those of each part of the heap together, which takes a third of the time that sorting does.
+fn in_parts(objects: &[Hit], slots: usize) -> Vec<Hit> {
+    let shift = slots.div_ceil(PARTS).next_power_of_two().trailing_zeros();
+    let mut places = [0; PARTS + 1];
+    objects.iter().for_each(|hit| places[(hit.slot >> shift) as usize + 1] += 1);
+    (0..PARTS).for_each(|part| places[part + 1] += places[part]);
+    let mut ordered = vec![Hit { slot: 0, block: Block { start: 0, size: 0 } }; objects.len()];
+    for hit in objects {
+        let place = &mut places[(hit.slot >> shift) as usize];
+        ordered[*place] = *hit;
+        *place += 1;
+    }
+    ordered
+}
 
 /// One marking run over one frozen heap.
 pub struct Marker<'a, C, W = ()> {
@@ -126,6 +149,7 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
         let heap = Heap {
             index,
             contents,
+            whole: contents.whole(),
             state: state.into_iter().map(AtomicU8::new).collect(),
             specials: FxHashMap::default(),
             shapes: &[],
@@ -216,12 +240,12 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
 
     /// Reads everything reached but not yet read, nearest first: an object that fewer references separate from where the
     /// run began is read before all others, so that the witness sees shortest chains. Those at the same distance are
-    /// read in the order of their addresses, as far as that pays: memory is read much faster so.
+    /// read part of the heap by part, where that pays: memory is read much faster so.
     pub fn run(&mut self) {
         while !self.reader.work.is_empty() {
             let mut next = std::mem::take(&mut self.reader.work);
-            if next.len() > SORTED_FROM {
-                next.sort_unstable_by_key(|hit| hit.slot);
+            if next.len() >= ORDERED_FROM {
+                next = in_parts(&next, self.heap.index.slots());
             }
             if self.threads > 1 && next.len() >= self.shared_from {
                 self.together(&next, SHARE, |reader, heap, part| reader.read_objects(heap, &mut (), part));

@@ -1,10 +1,11 @@
 //! The inner loops of the marker: reading objects, looking words up, marking what they reach. Each thread has a [`Reader`];
 //! all share a [`Heap`].
 
-use super::index::{ASK, Block, Hit, Index, NO_SLOT};
+use super::index::{ASK, Block, Hit, Index};
 use super::mark::{Contents, Special, Witness};
 use super::typed::Shape;
-use super::words::candidates;
+use super::words::{GROUP, candidates, groups};
+use crate::arch::{Lanes, prefetch, widest};
 use rustc_hash::FxHashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,12 +24,10 @@ pub(super) const TYPED: u8 = 16;
 
 /// Candidate words collected, from one object or several, before they are looked up together.
 const STAGE: usize = 64;
-/// Objects whose memory is asked for before the first of them is read.
+/// So many objects ahead of the one that is read memory is asked for.
 const AHEAD: usize = 8;
 /// Bytes of each that are: behind them the processor has noticed by itself.
-const TOUCHED: u64 = 1024;
-/// Bytes that come from memory together.
-const LINE: usize = 64;
+const ASKED: usize = 1024;
 /// What stands for an object's slot where a word was read outside of objects.
 const OUTSIDE: u32 = u32::MAX;
 
@@ -36,6 +35,8 @@ const OUTSIDE: u32 = u32::MAX;
 pub(super) struct Heap<'a, C> {
     pub index: &'a Index,
     pub contents: &'a C,
+    /// [`Contents::whole`].
+    pub whole: Vec<(u64, &'a [u8])>,
     /// One byte per slot.
     pub state: Vec<AtomicU8>,
     pub specials: FxHashMap<u32, Special>,
@@ -49,8 +50,8 @@ pub(super) struct Heap<'a, C> {
 pub(super) struct Reader {
     /// Reached and not yet read.
     pub work: Vec<Hit>,
-    /// Words to be looked up, and the slots of the objects they were read from.
-    pub stage: Vec<(u64, u32)>,
+    /// Words to be looked up.
+    stage: Stage,
     /// Words looked up.
     pub candidates: u64,
     /// Those that are references.
@@ -59,7 +60,52 @@ pub(super) struct Reader {
     pub dropped: u64,
 }
 
+/// Words, and the slots of the objects they were read from.
+struct Stage {
+    words: [u64; STAGE + GROUP],
+    sources: [u32; STAGE + GROUP],
+    /// Below [`STAGE`].
+    len: usize,
+}
+
+impl Default for Stage {
+    fn default() -> Self {
+        Self { words: [0; STAGE + GROUP], sources: [0; STAGE + GROUP], len: 0 }
+    }
+}
+
+impl Stage {
+    /// Takes the words that have a bit; true when what it has must be looked up now. All are written and those that count
+    /// stay, because a processor guesses badly which these are.
+    #[inline(always)]
+    fn take(&mut self, lanes: Lanes, words: &[u64; GROUP], bits: u8, source: u32) -> bool {
+        if let Some(place) = self.words[self.len..].first_chunk_mut::<GROUP>()
+            && lanes.compress(words, bits, place).is_none()
+        {
+            let mut count = 0;
+            for (i, word) in words.iter().enumerate() {
+                place[count % GROUP] = *word;
+                count += usize::from(bits >> i & 1);
+            }
+        }
+        self.sources[self.len..][..GROUP].fill(source);
+        self.len += bits.count_ones() as usize;
+        self.len >= STAGE
+    }
+}
+
 impl<'a, C: Contents> Heap<'a, C> {
+    /// The memory of an object, if it is aligned and lent as a whole.
+    #[inline(always)]
+    fn whole(&self, block: Block) -> Option<&'a [u8]> {
+        let (at, bytes) = self.whole.iter().find_map(|&(start, bytes)| {
+            let at = block.start.wrapping_sub(start);
+            (at < bytes.len() as u64).then_some((at as usize, bytes))
+        })?;
+        let len = usize::try_from(block.size).ok()?;
+        bytes[at..].get(..len).filter(|_| block.start.is_multiple_of(8))
+    }
+
     #[inline]
     pub fn state(&self, slot: u32) -> u8 {
         self.state[slot as usize].load(Relaxed)
@@ -100,28 +146,90 @@ impl Reader {
         witness: &mut W,
         objects: &[Hit],
     ) {
-        for batch in objects.chunks(AHEAD) {
-            let mut touched = 0;
-            for Hit { block, .. } in batch {
-                visit(heap.contents, *block, 0..TOUCHED, |_, bytes| {
-                    touched ^= bytes.iter().step_by(LINE).fold(0, |all, byte| all ^ byte);
-                });
+        widest(
+            #[inline(always)]
+            |lanes| self.read_all(lanes, heap, witness, objects),
+        );
+    }
+
+    #[inline(always)]
+    fn read_all<C: Contents, W: Witness>(
+        &mut self,
+        lanes: Lanes,
+        heap: &Heap<'_, C>,
+        witness: &mut W,
+        objects: &[Hit],
+    ) {
+        let ask = |hit: &Hit| {
+            if let Some(bytes) = heap.whole(hit.block) {
+                prefetch(&bytes[..bytes.len().min(ASKED)]);
             }
-            // None of these loads waits for another, and reading on does not wait for them.
-            std::hint::black_box(touched);
-            batch.iter().for_each(|&hit| self.read_reached(heap, witness, hit));
+        };
+        objects.iter().take(AHEAD).for_each(ask);
+        for (number, &hit) in objects.iter().enumerate() {
+            objects.get(number + AHEAD).into_iter().for_each(ask);
+            let shape = heap.shape(hit.slot);
+            match heap.whole(hit.block).filter(|_| heap.state(hit.slot) & SPECIAL == 0) {
+                Some(bytes) => self.read_whole(lanes, heap, witness, bytes, hit, shape),
+                None => self.read_pieces(heap, witness, hit, shape),
+            }
         }
     }
 
-    #[inline]
-    fn read_reached<C: Contents, W: Witness>(&mut self, heap: &Heap<'_, C>, witness: &mut W, hit: Hit) {
-        if heap.state(hit.slot) & (SPECIAL | TYPED) == 0 {
-            self.read_block(heap, witness, hit, 0..hit.block.size);
-        } else if let Some(shape) = heap.shape(hit.slot) {
+    /// Reads an object without special rules, whose memory is `bytes`.
+    #[inline(always)]
+    fn read_whole<C: Contents, W: Witness>(
+        &mut self,
+        lanes: Lanes,
+        heap: &Heap<'_, C>,
+        witness: &mut W,
+        bytes: &[u8],
+        hit: Hit,
+        shape: Option<&Shape>,
+    ) {
+        self.bytes += bytes.len() as u64;
+        let own = heap.index.own(hit.block);
+        groups(
+            lanes,
+            bytes,
+            heap.index.windows(),
+            own,
+            #[inline(always)]
+            |number, words, bits| {
+                let held = shape.map_or(u8::MAX, |shape| shape.group(number));
+                if bits & !held != 0 {
+                    let others = words.iter().enumerate().filter(|&(i, _)| (bits & !held) >> i & 1 != 0);
+                    others.for_each(|(_, &word)| self.drop_word(heap, word, hit));
+                }
+                if self.stage.take(lanes, words, bits & held, hit.slot) {
+                    self.resolve_all(heap, witness);
+                }
+            },
+        );
+    }
+
+    /// Reads an object that is special or lies in pieces.
+    fn read_pieces<C: Contents, W: Witness>(
+        &mut self,
+        heap: &Heap<'_, C>,
+        witness: &mut W,
+        hit: Hit,
+        shape: Option<&Shape>,
+    ) {
+        if heap.state(hit.slot) & SPECIAL != 0 {
+            self.read_special(heap, witness, hit);
+        } else if let Some(shape) = shape {
             self.read_typed(heap, witness, hit, shape);
         } else {
-            self.read_special(heap, witness, hit);
+            self.read_block(heap, witness, hit, 0..hit.block.size);
         }
+    }
+
+    /// Counts a word of an object that would be a reference if it were a pointer.
+    fn drop_word<C: Contents>(&mut self, heap: &Heap<'_, C>, word: u64, hit: Hit) {
+        let mut others = 0;
+        heap.targets(word, Some(hit.slot), false, |t| others += u64::from(t.slot != hit.slot));
+        self.dropped += others;
     }
 
     fn read_typed<C: Contents, W: Witness>(
@@ -135,16 +243,15 @@ impl Reader {
             self.bytes += bytes.len() as u64;
             let at = at - hit.block.start;
             candidates(bytes, heap.index.windows(), |offset, word| {
-                if heap.index.is_inside(word, hit.block) {
+                let (start, len) = heap.index.own(hit.block);
+                if word.wrapping_sub(start) < len {
                     return;
                 }
-                if !shape.holds(at + offset as u64) {
-                    let mut others = 0;
-                    heap.targets(word, Some(hit.slot), false, |t| others += u64::from(t.slot != hit.slot));
-                    self.dropped += others;
-                    return;
+                if shape.holds(at + offset as u64) {
+                    self.put(heap, witness, word, hit.slot);
+                } else {
+                    self.drop_word(heap, word, hit);
                 }
-                self.put(heap, witness, word, hit.slot);
             });
         });
     }
@@ -184,41 +291,59 @@ impl Reader {
         object: Option<Hit>,
     ) {
         self.bytes += bytes.len() as u64;
-        match object {
-            Some(Hit { slot, block }) => candidates(bytes, heap.index.windows(), |_, word| {
-                // Lists that are empty, and locks that nobody waits for: the object is marked already.
-                if !heap.index.is_inside(word, block) {
-                    self.put(heap, witness, word, slot);
-                }
-            }),
-            None => candidates(bytes, heap.index.windows(), |_, word| self.put(heap, witness, word, OUTSIDE)),
-        }
+        let (source, own) = object.map_or((OUTSIDE, (0, 0)), |hit| (hit.slot, heap.index.own(hit.block)));
+        widest(
+            #[inline(always)]
+            |lanes| {
+                groups(
+                    lanes,
+                    bytes,
+                    heap.index.windows(),
+                    own,
+                    #[inline(always)]
+                    |_, words, bits| {
+                        if self.stage.take(lanes, words, bits, source) {
+                            self.resolve_all(heap, witness);
+                        }
+                    },
+                );
+            },
+        );
     }
 
-    #[inline(always)]
     fn put<C: Contents, W: Witness>(&mut self, heap: &Heap<'_, C>, witness: &mut W, word: u64, source: u32) {
-        self.stage.push((word, source));
-        if self.stage.len() == STAGE {
+        (self.stage.words[self.stage.len], self.stage.sources[self.stage.len]) = (word, source);
+        self.stage.len += 1;
+        if self.stage.len >= STAGE {
             self.resolve_all(heap, witness);
         }
     }
 
     /// Looks all collected words up.
+    #[inline(never)]
     pub fn resolve_all<C: Contents, W: Witness>(&mut self, heap: &Heap<'_, C>, witness: &mut W) {
-        let mut stage = std::mem::take(&mut self.stage);
-        let slots = heap.index.quick_slots::<STAGE>(&stage);
-        // A pass of its own: its misses overlap, too.
-        let states = slots.map(|slot| heap.state.get(slot as usize).map_or(0, |state| state.load(Relaxed)));
-        for ((&(word, source), slot), state) in stage.iter().zip(slots).zip(states) {
+        let len = std::mem::take(&mut self.stage.len);
+        let mut slots = [0; STAGE + GROUP];
+        heap.index.quick_slots(&self.stage.words[..len], &mut slots[..len]);
+        // A pass of its own: its misses overlap, too. Which words are to be looked at more closely is written without a
+        // branch, as in `Stage::take`.
+        let (mut closer, mut count, mut done) = ([0; STAGE + GROUP], 0, 0);
+        for (number, &slot) in slots[..len].iter().enumerate() {
+            let state = heap.state.get(slot as usize).map_or(0, |state| state.load(Relaxed));
             let is_done = state & (OBJECT | MARKED | SPECIAL) == OBJECT | MARKED;
-            let of = (source != OUTSIDE).then_some(source);
-            let nothing = slot == NO_SLOT || slot != ASK && state & OBJECT == 0;
-            let is_reference = is_done || !nothing && self.resolve(heap, witness, word, of);
-            self.references += u64::from(is_reference);
+            let is_nothing = (slot != ASK) & (state & OBJECT == 0);
+            done += u64::from(is_done);
+            closer[count] = number as u8;
+            count += usize::from(!is_done & !is_nothing);
         }
-        self.candidates += stage.len() as u64;
-        stage.clear();
-        self.stage = stage;
+        self.references += done;
+        self.candidates += len as u64;
+        for &number in &closer[..count] {
+            let number = usize::from(number);
+            let (word, source) = (self.stage.words[number], self.stage.sources[number]);
+            let source = (source != OUTSIDE).then_some(source);
+            self.references += u64::from(self.resolve(heap, witness, word, source));
+        }
     }
 
     /// Reaches what `word` points into; `source` is the object it was read from.

@@ -6,8 +6,9 @@ use super::mark::{Contents, Marker, Origin, Special, Witness};
 use super::path::{link, root_link};
 use super::trail::Trail;
 use super::typed::Shape;
-use super::words::{Windows, any_candidates, candidates};
+use super::words::{Windows, candidates, candidates_by};
 use super::{HEAD_BYTES, fingerprint};
+use crate::arch::Lanes;
 use crate::instructions;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,11 +25,13 @@ const SPACE: u64 = PAGES * 4096;
 struct Flat {
     direct: Vec<u8>,
     vmalloc: Vec<u8>,
+    /// What is in the direct map is lent as a whole, too.
+    whole: bool,
 }
 
 impl Flat {
     fn new() -> Self {
-        Self { direct: vec![0; SPACE as usize], vmalloc: vec![0; SPACE as usize] }
+        Self { direct: vec![0; SPACE as usize], vmalloc: vec![0; SPACE as usize], whole: false }
     }
 
     fn place(&self, va: u64) -> (bool, usize) {
@@ -60,15 +63,25 @@ impl Contents for Flat {
             va = next;
         }
     }
+
+    fn whole(&self) -> Vec<(u64, &[u8])> {
+        // The last page apart, so that objects lie in both, or in pieces.
+        let (most, last) = self.direct.split_at(self.direct.len() - 4096);
+        let both = vec![(DIRECT, most), (DIRECT + most.len() as u64, last)];
+        if self.whole { both } else { Vec::new() }
+    }
 }
 
 /// Where per-CPU cookies lie: in the first chunk, and in others.
 const COOKIES: [u64; 2] = [0x3_b000, 0x607f_c000_0000];
 
+/// More places than the index has areas: below the direct map, where `struct page`s are, and modules.
+const OTHERS: [u64; 3] = [0xffff_0000_0000_0000, 0xffff_ea00_0000_0000, 0xffff_ffff_c000_0000];
+
 /// Any set of blocks, overlapping or not.
 fn any_blocks() -> impl Strategy<Value = Vec<Block>> {
-    let base =
-        prop_oneof![6 => Just(DIRECT), 2 => Just(VMALLOC), 1 => Just(COOKIES[0]), 1 => Just(COOKIES[1])];
+    let other = proptest::sample::select(&OTHERS);
+    let base = prop_oneof![6 => Just(DIRECT), 2 => Just(VMALLOC), 1 => other, 1 => Just(COOKIES[0]), 1 => Just(COOKIES[1])];
     let start = (base, prop_oneof![(0..SPACE / 8).prop_map(|o| o * 8), 0..SPACE]);
     let size = prop_oneof![0..200u64, Just(64), Just(4096), 0..3 * 4096u64];
     proptest::collection::vec((start, size), 0..60).prop_map(|blocks| {
@@ -151,9 +164,12 @@ proptest! {
         prop_assert_eq!(slots.iter().collect::<BTreeSet<_>>().len(), blocks.len());
         let near = blocks.iter().flat_map(|b| [b.start, b.start + b.size, b.start + b.size / 2])
             .flat_map(|w| [w.wrapping_sub(1), w, w + 1]);
-        let words = words.iter().flat_map(|o| [DIRECT + o, VMALLOC + o, COOKIES[0] + o, COOKIES[1] + o, *o]);
+        let bases = [DIRECT, VMALLOC, COOKIES[0], COOKIES[1], 0].into_iter().chain(OTHERS);
+        let words = words.iter().flat_map(|o| bases.clone().map(move |base| base + o));
         for word in words.chain(near) {
-            let [quick] = index.quick_slots::<1>(&[(word, 0)]);
+            let mut quick = [0];
+            index.quick_slots(&[word], &mut quick);
+            let [quick] = quick;
             let slot = index.find(word).map_or(NO_SLOT, |hit| hit.slot);
             prop_assert!(quick == ASK || quick == slot, "word {:#x}: {} instead of {}", word, quick, slot);
             let found = index.find(word).filter(|h| slots.contains(&h.slot));
@@ -171,7 +187,7 @@ proptest! {
         words in proptest::collection::vec(0..64u64, 0..50), tail in 0..8usize,
         [a, b, c, d] in [0..64u64, 0..64u64, 0..64u64, 0..64u64]
     ) {
-        let windows = [a..(a + 3).min(64), 0..0, b..b + 9];
+        let windows = [a..(a + 3).min(64), 0..0, b..b + 9, 60..61];
         let cookies = [c..c + 2, d..d];
         let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         bytes.extend(vec![0; tail]);
@@ -181,7 +197,7 @@ proptest! {
             .filter(|(_, w)| windows.iter().chain(&cookies).any(|r| r.contains(w))).collect();
         prop_assert_eq!(&found, &expected);
         let mut plain = Vec::new();
-        any_candidates(&bytes, &Windows::new(windows, cookies), |offset, word| plain.push((offset, word)));
+        candidates_by(Lanes::PLAIN, &bytes, &Windows::new(windows, cookies), |offset, word| plain.push((offset, word)));
         prop_assert_eq!(plain, expected, "without wide vectors");
     }
 
@@ -205,8 +221,10 @@ proptest! {
         let area = (area.0.get(&blocks).start, area.1 * 8..(area.1 + area.2) * 8);
         let (index, slots) = index(&blocks);
         let bytes: Vec<u8> = roots.iter().flat_map(|w| w.to_le_bytes()).collect();
-        let [(marker, references), (together, of_all)] = [1, 3].map(|threads| {
-            let mut marker = Marker::new(&index, &memory, &slots, ());
+        let lent = Flat { whole: true, ..plant(&blocks, &edges) };
+        let ways = [(1, &memory), (3, &memory), (1, &lent)];
+        let [(marker, references), (together, of_all), (wholes, of_wholes)] = ways.map(|(threads, memory)| {
+            let mut marker = Marker::new(&index, memory, &slots, ());
             marker.share(threads, 0);
             no_scan.iter().for_each(|&va| marker.set_no_scan(va));
             marker.set_special(area.0, Special { areas: Some(vec![area.1.clone()]), ..Special::default() });
@@ -219,6 +237,7 @@ proptest! {
         });
         prop_assert_eq!(references, roots.iter().filter(|&&w| naive_find(&blocks, w).is_some()).count() as u64);
         prop_assert_eq!((of_all, together.bytes, together.dropped), (references, marker.bytes, marker.dropped));
+        prop_assert_eq!((of_wholes, wholes.bytes, wholes.dropped), (references, marker.bytes, marker.dropped));
 
         let mut reached = BTreeSet::new();
         let mut work: Vec<Block> = roots.iter().filter_map(|&w| naive_find(&blocks, w)).collect();
@@ -245,6 +264,7 @@ proptest! {
         for block in &blocks {
             prop_assert_eq!(marker.is_reached(block.start), reached.contains(block), "{:x?}", block);
             prop_assert_eq!(together.is_reached(block.start), reached.contains(block), "{:x?} by three", block);
+            prop_assert_eq!(wholes.is_reached(block.start), reached.contains(block), "{:x?} as a whole", block);
             let mut found = BTreeSet::new();
             marker.references(block.start, |r| { found.insert(r.target); });
             let expected: BTreeSet<_> = contents(block).into_iter().filter(|b| b != block).collect();

@@ -26,6 +26,12 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Which of the eight words from `8 * number` on can: a bit for each.
+    #[inline]
+    pub fn group(&self, number: usize) -> u8 {
+        self.words.get(number / 8).map_or(0, |bits| (bits >> (number % 8 * 8)) as u8)
+    }
+
     /// True where a word of the object can.
     pub fn new(words: &[bool]) -> Self {
         let pack = |chunk: &[bool]| chunk.iter().rev().fold(0, |bits, &word| bits << 1 | u64::from(word));

@@ -1,18 +1,21 @@
 //! Reading words out of memory and keeping those that may be references: the hot loop of a scan.
 
-use crate::arch::widest;
+use crate::arch::{Lanes, widest};
 use std::ops::Range;
 
 /// Words looked at together; the test of a whole group compiles to vector instructions.
-const GROUP: usize = 8;
+pub(super) const GROUP: usize = 8;
+
+/// See [`Windows`].
+const ADDRESSES: usize = 4;
+const COOKIES: usize = 2;
 
 /// Where references can point.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Windows {
-    /// Start and length of each range of addresses.
-    addresses: [(u64, u64); 3],
-    /// Start and length of each range of per-CPU cookies; the second is empty where one chunk is enough.
-    cookies: [(u64, u64); 2],
+    /// Start and length of each range: four of addresses, and [`COOKIES`] of per-CPU cookies, of which the last is empty
+    /// where one chunk is enough.
+    ranges: [(u64, u64); ADDRESSES + COOKIES],
     /// Start and length of all addresses together. Text, counters and zeros are nowhere near: one comparison, and one for
     /// each range of cookies, rule most words out.
     hull: (u64, u64),
@@ -20,26 +23,30 @@ pub struct Windows {
 
 impl Windows {
     /// Words in one of the ranges are candidates; empty ranges hold none.
-    pub fn new(addresses: [Range<u64>; 3], cookies: [Range<u64>; 2]) -> Self {
+    pub fn new(addresses: [Range<u64>; ADDRESSES], cookies: [Range<u64>; COOKIES]) -> Self {
         let used = || addresses.iter().filter(|r| r.start < r.end);
         let start = used().map(|r| r.start).min().unwrap_or(0);
         let end = used().map(|r| r.end).max().unwrap_or(0);
         let hull = window(start..end);
-        Self { hull, addresses: addresses.map(window), cookies: cookies.map(window) }
+        let mut ranges = addresses.into_iter().chain(cookies).map(window);
+        Self { hull, ranges: std::array::from_fn(|_| ranges.next().unwrap_or_default()) }
     }
 
     /// True for a candidate.
     #[inline(always)]
     pub fn contain(&self, word: u64) -> bool {
-        within(&self.addresses, word) | within(&self.cookies, word)
+        within(&self.ranges, word)
     }
 
-    /// False for most words that are no candidates. `COOKIES` ranges of cookies are not empty.
+    /// False for most words that are no candidates. `USED` ranges of cookies are not empty.
     #[inline(always)]
-    fn near<const COOKIES: usize>(&self, word: u64) -> bool {
-        within(&[self.hull], word) | within(&self.cookies[..COOKIES], word)
+    fn near<const USED: usize>(&self, word: u64) -> bool {
+        within(&[self.hull], word) | within(&self.ranges[ADDRESSES..ADDRESSES + USED], word)
     }
 }
+
+/// The bit by which unsigned and signed numbers differ.
+const SIGN: u64 = 1 << 63;
 
 fn window(range: Range<u64>) -> (u64, u64) {
     (range.start, range.end.saturating_sub(range.start))
@@ -47,7 +54,10 @@ fn window(range: Range<u64>) -> (u64, u64) {
 
 #[inline(always)]
 fn within(windows: &[(u64, u64)], word: u64) -> bool {
-    windows.iter().fold(false, |any, (start, len)| any | (word.wrapping_sub(*start) < *len))
+    // Compared as signed numbers, which is all that many a processor's vectors do.
+    windows.iter().fold(false, |any, (start, len)| {
+        any | ((word.wrapping_sub(*start ^ SIGN) as i64) < (*len ^ SIGN) as i64)
+    })
 }
 
 /// Calls `found` with the offset and value of every aligned little-endian word of `bytes` that lies in one of the
@@ -56,44 +66,78 @@ fn within(windows: &[(u64, u64)], word: u64) -> bool {
 pub fn candidates(bytes: &[u8], windows: &Windows, found: impl FnMut(usize, u64)) {
     widest(
         #[inline(always)]
-        || any_candidates(bytes, windows, found),
+        |lanes| candidates_by(lanes, bytes, windows, found),
     );
 }
 
 /// [`candidates`] for the processor that the caller is compiled for.
 #[inline(always)]
-pub(super) fn any_candidates(bytes: &[u8], windows: &Windows, found: impl FnMut(usize, u64)) {
+pub(super) fn candidates_by(
+    lanes: Lanes,
+    bytes: &[u8],
+    windows: &Windows,
+    mut found: impl FnMut(usize, u64),
+) {
+    groups(
+        lanes,
+        bytes,
+        windows,
+        (0, 0),
+        #[inline(always)]
+        |number, words, bits| {
+            for (i, word) in words.iter().enumerate().filter(|&(i, _)| bits >> i & 1 != 0) {
+                found((number * GROUP + i) * 8, *word);
+            }
+        },
+    );
+}
+
+/// Calls `found` with each group of words that has candidates, its number, and a bit for each word that is one. What lies
+/// in `own`, which is a start and a length, is none.
+#[inline(always)]
+pub(super) fn groups(
+    lanes: Lanes,
+    bytes: &[u8],
+    windows: &Windows,
+    own: (u64, u64),
+    mut found: impl FnMut(usize, &[u64; GROUP], u8),
+) {
     // A comparison more for each word, where one chunk of per-CPU memory is enough, makes the loop a sixth slower.
-    if windows.cookies[1].1 == 0 {
-        near_candidates::<1>(bytes, windows, found);
-    } else {
-        near_candidates::<2>(bytes, windows, found);
+    let one_chunk = windows.ranges[ADDRESSES + COOKIES - 1].1 == 0;
+    let (whole, rest) = bytes.as_chunks::<{ 8 * GROUP }>();
+    let rest = rest.as_chunks::<8>().0;
+    for number in 0..whole.len() + usize::from(!rest.is_empty()) {
+        let (words, there) = match whole.get(number) {
+            Some(group) => (load(group.as_chunks::<8>().0), u8::MAX),
+            None => (load(rest), (1 << rest.len()) - 1),
+        };
+        let bits = match lanes.inside(&words, &windows.ranges) {
+            Some(bits) => bits & !lanes.inside(&words, &[own]).unwrap_or(0),
+            None if one_chunk => one_by_one::<1>(&words, windows, own),
+            None => one_by_one::<COOKIES>(&words, windows, own),
+        };
+        if bits & there != 0 {
+            found(number, &words, bits & there);
+        }
     }
 }
 
+/// A bit for each candidate.
 #[inline(always)]
-fn near_candidates<const COOKIES: usize>(bytes: &[u8], windows: &Windows, mut found: impl FnMut(usize, u64)) {
-    let (groups, rest) = bytes.as_chunks::<{ 8 * GROUP }>();
-    for (number, group) in groups.iter().enumerate() {
-        let mut words = [0; GROUP];
-        for (word, bytes) in words.iter_mut().zip(group.as_chunks::<8>().0) {
-            *word = u64::from_le_bytes(*bytes);
-        }
-        let near = words.map(|word| u8::from(windows.near::<COOKIES>(word)));
-        let mut hits = u64::from_le_bytes(near);
-        while hits != 0 {
-            let i = hits.trailing_zeros() as usize / 8;
-            hits &= hits - 1;
-            if windows.contain(words[i]) {
-                found((number * GROUP + i) * 8, words[i]);
-            }
-        }
+fn one_by_one<const USED: usize>(words: &[u64; GROUP], windows: &Windows, own: (u64, u64)) -> u8 {
+    let near = |word: u64| windows.near::<USED>(word) & !within(&[own], word);
+    // As numbers of 64 bits each they stay vectors.
+    if words.iter().fold(0, |any, &word| any | u64::from(near(word))) == 0 {
+        return 0;
     }
-    let done = groups.len() * GROUP * 8;
-    for (i, bytes) in rest.as_chunks::<8>().0.iter().enumerate() {
-        let word = u64::from_le_bytes(*bytes);
-        if windows.contain(word) {
-            found(done + i * 8, word);
-        }
-    }
+    let candidate = |word: u64| windows.contain(word) & !within(&[own], word);
+    words.iter().rev().fold(0, |bits, &word| bits << 1 | u8::from(candidate(word)))
+}
+
+/// The words of a group, or fewer.
+#[inline(always)]
+fn load(bytes: &[[u8; 8]]) -> [u64; GROUP] {
+    let mut words = [0; GROUP];
+    words.iter_mut().zip(bytes).for_each(|(word, bytes)| *word = u64::from_le_bytes(*bytes));
+    words
 }
