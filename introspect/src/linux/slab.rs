@@ -60,7 +60,7 @@ pub(super) struct Layout {
     cache_list: u64,
     name: u64,
     flags: Field,
-    object_size: u64,
+    pub object_size: u64,
     size: u64,
     node: u64,
     typesafe_by_rcu: u64,

@@ -2,10 +2,11 @@
 
 use super::Linux;
 use super::lookup::Lookup;
+use super::page_structs::Kind;
 use super::read::physical_end;
 use crate::arch::layout::{DIRECT_MAP_4, DIRECT_MAP_5, KERNEL_MAP, PAGE_STRUCTS_4, PAGE_STRUCTS_5};
 use crate::arch::{AddressSpace, CpuState, Leaf};
-use crate::hooks::Surroundings;
+use crate::hooks::{Base, IsSlab, Slabs, Surroundings};
 use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, Pa, PhysicalMemory, Va};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -140,10 +141,13 @@ impl Running {
 const PTI: (u64, u32) = (7 * 4, 1 << 11);
 
 impl Linux {
-    /// What stubs read of where an event happens.
-    pub fn surroundings(&self) -> Surroundings {
+    /// What stubs read of where an event happens, in a guest with this RAM.
+    ///
+    /// # Errors
+    /// Pages of slabs are marked in a way that stubs do not know.
+    pub fn surroundings(&self, memory: &impl PhysicalMemory) -> anyhow::Result<Surroundings> {
         let layout = &self.tasks;
-        Surroundings {
+        Ok(Surroundings {
             current: layout.running.current,
             preempt_count: layout.running.preempt_count,
             softirq_disable_cnt: layout.softirq_disable_cnt,
@@ -152,7 +156,28 @@ impl Linux {
             stack: layout.stack,
             stack_size: layout.stack_size,
             jiffies: self.addresses.jiffies_64,
-        }
+            slabs: self.slabs_for_stubs(memory)?,
+        })
+    }
+
+    fn slabs_for_stubs(&self, memory: &impl PhysicalMemory) -> anyhow::Result<Slabs> {
+        let base = |variable: Option<Va>, constant| variable.map_or(Base::Constant(constant), Base::Variable);
+        let (bases, pages) = (&self.addresses.bases, &self.pages);
+        Ok(Slabs {
+            direct_map: base(bases.page_offset_base, bases.default_direct_map),
+            direct_map_len: physical_end(memory),
+            page_structs: base(bases.vmemmap_base, bases.default_page_structs),
+            page_struct: pages.size,
+            compound_head: pages.compound_head,
+            is_slab: match pages.slab {
+                Kind::Flag(bits) => IsSlab::Flag(pages.flags, bits),
+                // The top byte of a word.
+                Kind::TypeByte(value) => IsSlab::Byte(pages.page_type + 3, value as u8),
+                kind => anyhow::bail!("Pages of slabs are marked in a way of their own: {kind:?}"),
+            },
+            slab_cache: self.slab.slab_cache,
+            object_size: self.slab.object_size,
+        })
     }
 
     /// Start of the direct map of RAM (`page_offset_base`, which KASLR moves early in boot).

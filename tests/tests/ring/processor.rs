@@ -230,7 +230,9 @@ impl Processor {
             Mnemonic::Jae if !carry => return Ok(Next::To(i.near_branch_target())),
             Mnemonic::Jb if carry => return Ok(Next::To(i.near_branch_target())),
             Mnemonic::Jbe if carry || zero => return Ok(Next::To(i.near_branch_target())),
-            Mnemonic::Jae | Mnemonic::Jb | Mnemonic::Jbe => {}
+            Mnemonic::Je if zero => return Ok(Next::To(i.near_branch_target())),
+            Mnemonic::Jne if !zero => return Ok(Next::To(i.near_branch_target())),
+            Mnemonic::Jae | Mnemonic::Jb | Mnemonic::Jbe | Mnemonic::Je | Mnemonic::Jne => {}
             Mnemonic::Ret => return Ok(Next::To(self.pop()?)),
             Mnemonic::Out | Mnemonic::Int3 => return Ok(Next::Trap),
             Mnemonic::Add

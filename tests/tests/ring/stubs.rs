@@ -6,7 +6,9 @@ use guest_profiles::hooks::{self, Tracked};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Register};
 use introspect::arch::layout::{TRACER_CODE, TRACER_RING};
 use introspect::hooks::record::{self, Record, SLOT_LEN, SLOTS};
-use introspect::hooks::{Jump, Plan, Planned, Stub, StubPoint, Surroundings, Writer, plan};
+use introspect::hooks::{
+    Base, IsSlab, Jump, Plan, Planned, Slabs, Stub, StubPoint, Surroundings, Writer, plan,
+};
 use introspect::kernel::Kernel;
 use introspect::memory::Va;
 use std::collections::BTreeMap;
@@ -16,13 +18,25 @@ const TASK: u64 = 0xffff_8880_0100_0000;
 const STACK: u64 = 0xffff_c900_0001_0000;
 const STACK_LEN: u64 = 0x4000;
 const GS: u64 = 0xffff_8880_3ec0_0000;
+/// Of the task that a CPU was interrupted in: its stack pointer.
+const INTERRUPTED: u64 = STACK + 0x3f00;
+const DIRECT_MAP: u64 = 0xffff_8880_0000_0000;
+const RAM: u64 = 1 << 28;
+const PAGES: u64 = 0xffff_ea00_0000_0000;
+const PAGE_STRUCT: u64 = 64;
+/// Variables that have these two.
+const BASES: u64 = 0xffff_ffff_8230_0000;
+const OBJECT: u64 = DIRECT_MAP + 0x200_0000 + 96;
+const CACHE: u64 = DIRECT_MAP + 0x300_0000;
 const JIFFIES: u64 = 0xffff_ffff_8260_5900;
 /// A system-call's work: its flags, all of them set that arithmetic sets, and interrupts on.
 const FLAGS: u64 = 0xad7;
 const HOOK: u32 = 0x1234;
 const CALLER: u64 = 0xffff_ffff_8112_3456;
 
+/// Of the two forms that kernels have, the older one with `softirq_disable_cnt`.
 fn surroundings(softirq_disable_cnt: Option<u64>) -> Surroundings {
+    let is_old = softirq_disable_cnt.is_some();
     Surroundings {
         current: 0x1fbc0,
         preempt_count: 0x1fbc8,
@@ -32,24 +46,58 @@ fn surroundings(softirq_disable_cnt: Option<u64>) -> Surroundings {
         stack: 0x20,
         stack_size: STACK_LEN,
         jiffies: Va(JIFFIES),
+        slabs: Slabs {
+            direct_map: if is_old { Base::Constant(Va(DIRECT_MAP)) } else { Base::Variable(Va(BASES)) },
+            direct_map_len: RAM,
+            page_structs: if is_old { Base::Constant(Va(PAGES)) } else { Base::Variable(Va(BASES + 8)) },
+            page_struct: PAGE_STRUCT,
+            compound_head: 8,
+            is_slab: if is_old { IsSlab::Flag(0, 1 << 9) } else { IsSlab::Byte(0x33, 0xf5) },
+            slab_cache: 0x18,
+            object_size: 0x1c,
+        },
     }
 }
+
+/// Where the stack pointer is on the return address, what a function returns, and the cache of that and its objects' size.
+type Case = (u64, u64, Option<(Va, u64)>);
+
+/// Deep in the task's stack, near its top, on a CPU's stack that an interrupt of the task began, and on another; with a
+/// result that is no object, one of a slab's first page, one of its second, and one elsewhere.
+const CASES: [Case; 4] = [
+    (STACK + 0x2008, 0x70, None),
+    (STACK + STACK_LEN - 0x48, OBJECT, Some((Va(CACHE), 96))),
+    (GS - 0x88, OBJECT + 0x1000, Some((Va(CACHE), 96))),
+    (GS - 0x2000 - 0x88, OBJECT + 0x2000, None),
+];
 
 fn writer(trap: &[u8], softirqs: Option<u64>) -> Writer {
     Writer { ring: TRACER_RING, slots: COUNT, trap: trap.to_vec(), surroundings: surroundings(softirqs) }
 }
 
-/// A vCPU with `rsp` on the return address, `taken` positions given out.
-fn processor(rsp: u64, taken: u64, around: &Surroundings) -> Processor {
+/// The `struct page`s of a slab of two pages, and of another page; and its cache.
+fn slab() -> impl Iterator<Item = (u64, u64)> {
+    let first = PAGES + (OBJECT - DIRECT_MAP) / 0x1000 * PAGE_STRUCT;
+    let empty = (first..first + 3 * PAGE_STRUCT).step_by(8).map(|at| (at, 0));
+    let head = [(first, 1 << 9), (first + 0x18, CACHE), (first + 0x30, 0xf500_0000 | 7)];
+    let tail = (first + PAGE_STRUCT + 8, first | 1);
+    let other = (first + 2 * PAGE_STRUCT + 0x18, CACHE);
+    empty.chain(head).chain([tail, other, (CACHE + 0x18, 96 << 32 | 0xbad)])
+}
+
+/// A vCPU with `rsp` on the return address and `rax` as the result, `taken` positions given out.
+fn processor((rsp, rax, _): Case, taken: u64, around: &Surroundings) -> Processor {
     let mut memory = BTreeMap::new();
     let mut give = |start: u64, bytes: u64, value: &dyn Fn(u64) -> u64| {
         for at in (start..start + bytes).step_by(8) {
             memory.insert(at, value(at));
         }
     };
-    // Own stack, and a page of a CPU's with nothing behind it.
+    // Own stack, and pages of CPUs' with nothing behind them.
     give(STACK, STACK_LEN, &|at| at ^ 0x5a5a);
-    give(GS - 0x1000, 0x1000, &|at| at ^ 0xa5a5);
+    for end in [GS, GS - 0x2000] {
+        give(end - 0x1000, 0x1000, &|at| at ^ 0xa5a5);
+    }
     give(TASK, 0x2000, &|at| at.wrapping_mul(0x9e37_79b9));
     give(TRACER_RING.0, SLOTS + COUNT * SLOT_LEN as u64, &|_| 0xdead_dead_dead_dead);
     memory.insert(TRACER_RING.0 + record::HEAD, taken);
@@ -61,6 +109,10 @@ fn processor(rsp: u64, taken: u64, around: &Surroundings) -> Processor {
     memory.insert(GS + around.current, TASK);
     memory.insert(GS + around.preempt_count, 0x8000_0000);
     memory.insert(JIFFIES, 0x1_0000_4321);
+    memory.insert(GS - 8, INTERRUPTED);
+    memory.insert(BASES, DIRECT_MAP);
+    memory.insert(BASES + 8, PAGES);
+    memory.extend(slab());
     memory.insert(rsp, CALLER);
     let mut registers = [0; 16];
     for (k, register) in registers.iter_mut().enumerate() {
@@ -68,6 +120,7 @@ fn processor(rsp: u64, taken: u64, around: &Surroundings) -> Processor {
     }
     let mut processor =
         Processor { registers, flags: FLAGS, gs: GS, memory, written: Vec::new(), open: false };
+    processor.registers[0] = rax;
     processor.registers[Register::RSP as usize - Register::RAX as usize] = rsp;
     processor
 }
@@ -128,9 +181,10 @@ fn check(
     point: StubPoint,
     displaced: &[Instruction],
     around: &Surroundings,
-    rsp: u64,
+    case: Case,
 ) -> Result<()> {
-    let before = processor(rsp, 3, around);
+    let rsp = case.0;
+    let before = processor(case, 3, around);
     let (mut by_stub, mut by_code) = (before.clone(), before.clone());
     let left = leave(&mut by_stub, &stub.code, stub.start.0, |_| unreachable!("there is room"))?;
     let goes_on = straight(&mut by_code, displaced)?;
@@ -153,10 +207,11 @@ fn check(
     ensure!(ring[1..].iter().all(inside), "written outside of the slot: {ring:x?}");
     ensure!(ring[1..ring.len() - 1].iter().all(|at| *at != slot), "published early");
     ensure!(by_stub.memory[&TRACER_RING.0] == 4, "the position is not taken");
-    check_record(&record_at(&by_stub, 3), point, &before, rsp)
+    check_record(&record_at(&by_stub, 3), point, &before, case)
 }
 
-fn check_record(record: &Record, point: StubPoint, before: &Processor, rsp: u64) -> Result<()> {
+fn check_record(record: &Record, point: StubPoint, before: &Processor, case: Case) -> Result<()> {
+    let (rsp, _, cache) = case;
     ensure!(record.word(record::SEQUENCE) == 4 && record.hook() == HOOK, "head of the record");
     ensure!(record.word(record::RSP) == rsp && record.caller().0 == CALLER, "stack pointer and caller");
     if point != StubPoint::Return {
@@ -168,20 +223,33 @@ fn check_record(record: &Record, point: StubPoint, before: &Processor, rsp: u64)
     ensure!((rax, rbp) == (before.get(Register::RAX)?, before.get(Register::RBP)?), "result");
     ensure!(record.word(record::JIFFIES) == 0x1_0000_4321, "time");
     ensure!(record.task() == (*b"exercise.sh\0\0\0\0\0", 77) && record.counts().0 == 0x8000_0000, "context");
-    let own = STACK..STACK + STACK_LEN;
-    let end = if own.contains(&rsp) { own.end } else { GS };
-    let words = ((end - rsp) / 8).min(record::MAX_WORDS as u64);
-    for k in 0..words {
-        let at = Va(rsp + 8 * k);
-        ensure!(record.stack(at) == before.memory.get(&at.0).copied(), "stack at {at}");
+    ensure!(record.cache() == cache, "cache {:?}", record.cache());
+    check_stacks(record, before, rsp)
+}
+
+/// The stack from `rsp` on, and the one that was interrupted.
+fn check_stacks(record: &Record, before: &Processor, rsp: u64) -> Result<()> {
+    let is_own = (STACK..STACK + STACK_LEN).contains(&rsp);
+    let end = if is_own { STACK + STACK_LEN } else { (rsp | 0xfff) + 1 };
+    let mut room = record::MAX_WORDS as u64;
+    let mut parts = vec![(rsp, end)];
+    parts.extend((end == GS).then_some((INTERRUPTED, STACK + STACK_LEN)));
+    for (start, end) in parts {
+        let words = ((end - start) / 8).min(room);
+        for k in 0..words {
+            let at = Va(start + 8 * k);
+            ensure!(record.stack(at) == before.memory.get(&at.0).copied(), "stack at {at}");
+        }
+        ensure!(record.stack(Va(start + 8 * words)).is_none(), "more than {words} words of stack");
+        room -= words;
     }
-    ensure!(record.stack(Va(rsp + 8 * words)).is_none(), "more than {words} words of stack");
+    ensure!(record.words() as u64 == record::MAX_WORDS as u64 - room, "{} words", record.words());
     Ok(())
 }
 
 /// Where a stub has no free slot it traps, with the position in rax, and goes on as if nothing had been.
-fn check_full(stub: &Stub, displaced: &[Instruction], around: &Surroundings, rsp: u64) -> Result<()> {
-    let before = processor(rsp, COUNT + 2, around);
+fn check_full(stub: &Stub, displaced: &[Instruction], around: &Surroundings) -> Result<()> {
+    let before = processor(CASES[1], COUNT + 2, around);
     let (mut by_stub, mut by_code) = (before.clone(), before);
     let mut asked = 0;
     leave(&mut by_stub, &stub.code, stub.start.0, |processor| {
@@ -221,11 +289,11 @@ fn hook_stubs(kernel: &Kernel, planned: &Planned) -> Result<u32> {
             let stub = writer.stub(HOOK, point, &displaced, TRACER_CODE + 64)?;
             let trap_at = (stub.trap - stub.start) as usize;
             ensure!(stub.code[trap_at..].starts_with(trap), "no trap at {}", stub.trap);
-            // Deep in the task's stack, near its top, and on a stack of the CPU's.
-            for rsp in [STACK + 0x2008, STACK + STACK_LEN - 0x48, GS - 0x88] {
-                check(&stub, point, &displaced, &writer.surroundings, rsp)?;
+            for case in CASES {
+                check(&stub, point, &displaced, &writer.surroundings, case)
+                    .with_context(|| format!("{case:x?}"))?;
             }
-            check_full(&stub, &displaced, &writer.surroundings, STACK + 0x2008)?;
+            check_full(&stub, &displaced, &writer.surroundings)?;
             stubs += 1;
         }
     }

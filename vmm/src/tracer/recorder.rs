@@ -51,9 +51,6 @@ pub struct State {
     pub freed_by: FreedBy,
     /// Allocator calls between their entry and their return, by stack pointer at entry: the argument that the return needs.
     pending: FxHashMap<u64, u64>,
-    /// Past allocations whose cache is not to be found any more. Their frees are in the ring, before the position here if it
-    /// is known.
-    doubtful: FxHashMap<u64, Option<u64>>,
 }
 
 impl State {
@@ -66,7 +63,6 @@ impl State {
     pub fn reset(&mut self) {
         self.registry.clear();
         self.pending.clear();
-        self.doubtful.clear();
     }
 }
 
@@ -214,46 +210,25 @@ impl Recorder {
 
     fn slab_alloc(&self, role: Role, registers: &Registers, moment: Moment<'_>) {
         let address = Va(registers.result());
-        match self.linux.cache_of(&self.ram, address) {
-            // The page was a large allocation's, which its own hook has seen, and is a slab only now.
-            Ok(Some(_)) if role == Role::Kmalloc && self.is_large(address) => {}
-            Ok(Some(cache)) => {
+        let cache = match moment {
+            Moment::Now { .. } => self.cache_now(address),
+            Moment::Past(record) => Ok(record.cache()),
+        };
+        match cache {
+            Ok(Some((cache, size))) => {
                 let origin = self.origin(registers, moment);
-                if self.record_slab(address, cache, &origin).is_err() {
-                    self.doubt(address, moment);
-                }
+                self.state().registry.alloc(&origin.event(address, size, Kind::Slab, cache));
             }
             // Larger than the largest cache: the hook of large allocations has it already.
             Ok(None) if role == Role::Kmalloc => {}
-            Ok(None) | Err(_) => self.doubt(address, moment),
+            Ok(None) | Err(_) => self.lost(),
         }
     }
 
-    /// An object without a cache: lost, or, of an earlier moment, freed since together with its page, if all is well.
-    fn doubt(&self, address: Va, moment: Moment<'_>) {
-        match moment {
-            Moment::Now { .. } => self.lost(),
-            Moment::Past(_) => drop(self.state().doubtful.insert(address.0, None)),
-        }
-    }
-
-    fn is_large(&self, address: Va) -> bool {
-        self.state().registry.get(address).is_some_and(|object| object.kind == Kind::Large)
-    }
-
-    /// After a pass over the ring to `done`, when it had got as far as `head` already: allocations in doubt that were not
-    /// freed by then are lost.
-    pub fn settle(&self, done: u64, head: u64) {
-        let state = &mut *self.state();
-        let before = state.doubtful.len();
-        state.doubtful.retain(|_, free_before| done < *free_before.get_or_insert(head));
-        state.registry.counters.dropped += (before - state.doubtful.len()) as u64;
-    }
-
-    fn record_slab(&self, address: Va, cache: Va, origin: &Origin) -> Result<(), MemoryError> {
-        let size = self.linux.cache_object_size(&self.ram, cache)?;
-        self.state().registry.alloc(&origin.event(address, size, Kind::Slab, cache));
-        Ok(())
+    /// The cache of an object and the size of its objects, as they are now.
+    fn cache_now(&self, object: Va) -> Result<Option<(Va, u64)>, MemoryError> {
+        let Some(cache) = self.linux.cache_of(&self.ram, object)? else { return Ok(None) };
+        Ok(Some((cache, self.linux.cache_object_size(&self.ram, cache)?)))
     }
 
     /// How many of the objects of a bulk call are looked at.
@@ -268,12 +243,11 @@ impl Recorder {
         let origin = self.origin(registers, moment);
         for index in 0..self.bulk(count) {
             let object = self.linux.read_u64(&self.ram, array + index * 8);
-            let recorded = object.map(Va).and_then(|object| {
-                let cache = self.linux.cache_of(&self.ram, object)?;
-                cache.map(|cache| self.record_slab(object, cache, &origin)).transpose()
-            });
-            if !matches!(recorded, Ok(Some(()))) {
-                self.lost();
+            match object.map(Va).and_then(|object| Ok((object, self.cache_now(object)?))) {
+                Ok((object, Some((cache, size)))) => {
+                    self.state().registry.alloc(&origin.event(object, size, Kind::Slab, cache));
+                }
+                Ok((_, None)) | Err(_) => self.lost(),
             }
         }
     }
@@ -339,11 +313,6 @@ impl Recorder {
         if is_object(address) {
             let caller = caller();
             let state = &mut *self.state();
-            if state.doubtful.remove(&address).is_some() {
-                state.registry.counters.allocs += 1;
-                state.registry.counters.frees += 1;
-                return;
-            }
             if let Some(object) = state.registry.free(Va(address)) {
                 state.freed_by.note(object.stack, caller);
             }

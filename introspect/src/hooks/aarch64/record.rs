@@ -22,6 +22,11 @@ impl Record {
         match *self {}
     }
 
+    /// The slab cache of the result and the size of its objects.
+    pub fn cache(&self) -> Option<(Va, u64)> {
+        match *self {}
+    }
+
     /// The return address.
     pub fn caller(&self) -> Va {
         match *self {}

@@ -38,11 +38,19 @@ pub const PID: usize = 64;
 pub const SOFTIRQS: usize = 68;
 /// u32: words of the stack.
 pub const WORDS: usize = 72;
+/// u32: words of the interrupted task's stack behind those.
+pub const INTERRUPTED_WORDS: usize = 76;
 /// 16 bytes.
 pub const COMM: usize = 80;
+/// u64: the slab cache of the result; 0 when that is no slab's.
+pub const CACHE: usize = 96;
+/// u32: its `object_size`.
+pub const OBJECT_SIZE: usize = 104;
+/// u64: the stack pointer of the interrupted task, when a stack of the CPU's is in use.
+pub const INTERRUPTED: usize = 112;
 /// Words of the stack, the return address first.
-pub const STACK: usize = 96;
-/// Most words of the stack.
+pub const STACK: usize = 120;
+/// Most words of both stacks.
 pub const MAX_WORDS: usize = (SLOT_LEN - STACK) / 8;
 
 /// A filled slot.
@@ -84,17 +92,33 @@ impl Record {
         Va(self.word(STACK))
     }
 
-    /// Words of the stack that were written down.
-    pub fn words(&self) -> usize {
-        (self.u32(WORDS) as usize).min(MAX_WORDS)
+    /// The slab cache of the result and the size of its objects; None when the result is no slab's.
+    pub fn cache(&self) -> Option<(Va, u64)> {
+        let cache = self.word(CACHE);
+        (cache != 0).then(|| (Va(cache), self.u32(OBJECT_SIZE).into()))
     }
 
-    /// The word of the stack at `va`; None when it was not written down.
+    /// Words of both stacks that were written down.
+    pub fn words(&self) -> usize {
+        let (own, interrupted) = self.both_words();
+        own + interrupted
+    }
+
+    fn both_words(&self) -> (usize, usize) {
+        let own = (self.u32(WORDS) as usize).min(MAX_WORDS);
+        (own, (self.u32(INTERRUPTED_WORDS) as usize).min(MAX_WORDS - own))
+    }
+
+    /// The word of a stack at `va`; None when it was not written down.
     pub fn stack(&self, va: Va) -> Option<u64> {
-        let offset = va.0.wrapping_sub(self.word(RSP));
-        let words = self.words() as u64;
-        // Below a slot's length, if it is one of the words.
-        (offset.is_multiple_of(8) && offset / 8 < words).then(|| self.word(STACK + offset as usize))
+        let (own, interrupted) = self.both_words();
+        let word = |start: usize, words: usize, first: usize| {
+            let offset = va.0.wrapping_sub(self.word(start));
+            // Below a slot's length, if it is one of the words.
+            let is_there = offset.is_multiple_of(8) && offset / 8 < words as u64;
+            is_there.then(|| self.word(STACK + 8 * first + offset as usize))
+        };
+        word(RSP, own, 0).or_else(|| word(INTERRUPTED, interrupted, own))
     }
 }
 
@@ -117,9 +141,25 @@ mod tests {
     }
 
     #[test]
+    fn the_interrupted_stack_is_read_behind_the_other() {
+        let mut record = Record([0; SLOT_LEN]);
+        let mut put = |at: usize, value: u64| record.0[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        put(RSP, 0x1ff8);
+        put(WORDS, 2 << 32 | 1);
+        put(INTERRUPTED, 0x8000);
+        put(STACK, 0x8000);
+        put(STACK + 8, 0x22);
+        put(STACK + 16, 0x33);
+        let read = |va: u64| record.stack(Va(va));
+        assert_eq!([0x1ff8, 0x8000, 0x8008].map(read), [Some(0x8000), Some(0x22), Some(0x33)]);
+        assert_eq!([0x2000, 0x8010, 0x7ff8].map(read), [None; 3]);
+        assert_eq!(record.words(), 3);
+    }
+
+    #[test]
     fn a_damaged_number_of_words_ends_with_the_slot() {
         let mut record = Record([0; SLOT_LEN]);
-        record.0[WORDS..WORDS + 4].fill(0xff);
+        record.0[WORDS..WORDS + 8].fill(0xff);
         assert_eq!(record.stack(Va(8 * (MAX_WORDS as u64 - 1))), Some(0));
         assert_eq!(record.stack(Va(8 * MAX_WORDS as u64)), None);
         assert_eq!(record.stack(Va(u64::MAX)), None);

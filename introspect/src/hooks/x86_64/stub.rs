@@ -4,11 +4,11 @@
 //! the task stays on its CPU. It calls nothing and leaves registers, flags and stack as they were.
 
 use super::record as slot;
-use crate::memory::{PAGE_SIZE, Va};
+use crate::memory::{PAGE_SHIFT, PAGE_SIZE, Va};
 use anyhow::{Context, ensure};
 use iced_x86::code_asm::{
-    AsmMemoryOperand, CodeAssembler, dword_ptr, eax, edx, esi, ptr, qword_ptr, r8, rax, rbp, rcx, rdi, rdx,
-    rsi, rsp,
+    AsmMemoryOperand, CodeAssembler, byte_ptr, dword_ptr, eax, ecx, edi, edx, ptr, qword_ptr, r8, r8d, r9,
+    rax, rbp, rcx, rdi, rdx, rsi, rsp,
 };
 use iced_x86::{BlockEncoderOptions, IcedError, Instruction};
 
@@ -31,6 +31,46 @@ pub struct Surroundings {
     pub stack_size: u64,
     /// Address of `jiffies_64`.
     pub jiffies: Va,
+    /// How the cache of an object is found.
+    pub slabs: Slabs,
+}
+
+/// From an object to its slab cache, by the `struct page` of its page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slabs {
+    /// Where the direct map of RAM begins.
+    pub direct_map: Base,
+    /// Its length, bytes.
+    pub direct_map_len: u64,
+    /// Where the array of `struct page`s begins.
+    pub page_structs: Base,
+    /// Size of one, a power of two.
+    pub page_struct: u64,
+    /// Offset in it.
+    pub compound_head: u64,
+    /// How it says that the page is a slab's.
+    pub is_slab: IsSlab,
+    /// Offset in it, or in what a slab has in its place.
+    pub slab_cache: u64,
+    /// Offset in `struct kmem_cache`.
+    pub object_size: u64,
+}
+
+/// An address that is a constant, or in a variable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "what the names say")]
+pub enum Base {
+    Constant(Va),
+    Variable(Va),
+}
+
+/// How a `struct page` says that the page is a slab's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IsSlab {
+    /// One of these bits in the word at an offset.
+    Flag(u64, u64),
+    /// This byte at an offset.
+    Byte(u64, u8),
 }
 
 /// Makes the stubs of one guest.
@@ -97,7 +137,7 @@ impl Writer {
         a.cli()?;
         let mut saved = vec![rax, rcx, rdx];
         if is_return {
-            saved.extend([rdi, rsi, r8]);
+            saved.extend([rdi, rsi, r8, r9]);
         }
         for &register in &saved {
             a.push(register)?;
@@ -121,13 +161,14 @@ impl Writer {
         a.lea(rcx, ptr(rsp + pushed))?;
         a.mov(at(rdx, slot::RSP), rcx)?;
         if is_return {
-            a.mov(r8, rax)?;
+            a.mov(r9, rax)?;
             a.mov(rax, qword_ptr(rsp + (pushed - 16)))?;
             a.mov(at(rdx, slot::RAX), rax)?;
             a.mov(at(rdx, slot::RBP), rbp)?;
+            self.cache(&mut a)?;
             self.context(&mut a)?;
             self.stack(&mut a)?;
-            a.mov(at(rdx, slot::SEQUENCE), r8)?;
+            a.mov(at(rdx, slot::SEQUENCE), r9)?;
         } else {
             a.mov(at(rdx, slot::RDI), rdi)?;
             a.mov(at(rdx, slot::RSI), rsi)?;
@@ -176,30 +217,106 @@ impl Writer {
         Ok(())
     }
 
+    /// The cache of the object in rax, as it is now: by the time the record is read, its page may be another cache's.
+    fn cache(&self, a: &mut CodeAssembler) -> Result<(), IcedError> {
+        let slabs = &self.surroundings.slabs;
+        let (mut head, mut none) = (a.create_label(), a.create_label());
+        a.mov(qword_ptr(rdx + slot::CACHE as i32), 0)?;
+        load(a, slabs.direct_map)?;
+        a.sub(rax, rdi)?;
+        a.mov(rdi, slabs.direct_map_len)?;
+        a.cmp(rax, rdi)?;
+        a.jae(none)?;
+        a.shr(rax, PAGE_SHIFT)?;
+        a.shl(rax, slabs.page_struct.trailing_zeros())?;
+        load(a, slabs.page_structs)?;
+        a.add(rax, rdi)?;
+        a.mov(rdi, at(rax, slabs.compound_head as usize))?;
+        a.test(edi, 1)?;
+        a.je(head)?;
+        a.lea(rax, ptr(rdi - 1))?;
+        a.set_label(&mut head)?;
+        match slabs.is_slab {
+            IsSlab::Flag(offset, bits) => {
+                a.mov(rdi, bits)?;
+                a.test(at(rax, offset as usize), rdi)?;
+                a.je(none)?;
+            }
+            IsSlab::Byte(offset, value) => {
+                a.cmp(byte_ptr(rax + offset as i32), u32::from(value))?;
+                a.jne(none)?;
+            }
+        }
+        a.mov(rax, at(rax, slabs.slab_cache as usize))?;
+        a.test(rax, rax)?;
+        a.je(none)?;
+        a.mov(at(rdx, slot::CACHE), rax)?;
+        a.mov(eax, dword_ptr(rax + slabs.object_size as i32))?;
+        a.mov(dword_ptr(rdx + slot::OBJECT_SIZE as i32), eax)?;
+        a.set_label(&mut none)
+    }
+
     /// Copies the stack from rcx on, of the task in rsi: to its top, or, on a stack of the CPU's, to the end of the page,
-    /// behind which there may be nothing.
+    /// behind which there may be nothing. The last word of that is the stack pointer of whom an interrupt came upon
+    /// (arch/x86/include/asm/irq_stack.h), and of that stack, too, what there is room for is copied.
     fn stack(&self, a: &mut CodeAssembler) -> Result<(), IcedError> {
         let around = &self.surroundings;
-        let (mut own, mut fits) = (a.create_label(), a.create_label());
+        let [mut own, mut fits, mut all, mut done] = std::array::from_fn(|_| a.create_label());
+        let size = i32::try_from(around.stack_size).unwrap_or(0);
+        a.xor(r8d, r8d)?;
+        a.mov(dword_ptr(rdx + slot::INTERRUPTED_WORDS as i32), r8d)?;
         a.mov(rax, rcx)?;
         a.sub(rax, qword_ptr(rsi + around.stack as i32))?;
-        a.mov(esi, around.stack_size as i32)?;
-        a.cmp(rax, rsi)?;
+        a.mov(edi, size)?;
+        a.cmp(rax, rdi)?;
         a.jb(own)?;
-        a.mov(esi, PAGE_SIZE as i32)?;
+        a.mov(rax, rcx)?;
+        a.or(rax, PAGE_SIZE as i32 - 8)?;
+        a.mov(r8, qword_ptr(rax))?;
+        a.mov(edi, PAGE_SIZE as i32)?;
+        a.mov(eax, ecx)?;
         a.and(eax, PAGE_SIZE as i32 - 1)?;
         a.set_label(&mut own)?;
-        // esi: bytes from there to the end.
-        a.sub(esi, eax)?;
-        a.shr(esi, 3)?;
-        a.cmp(esi, slot::MAX_WORDS as i32)?;
+        a.mov(at(rdx, slot::INTERRUPTED), r8)?;
+        // edi: bytes from there to the end.
+        a.sub(edi, eax)?;
+        a.shr(edi, 3)?;
+        a.cmp(edi, slot::MAX_WORDS as i32)?;
         a.jbe(fits)?;
-        a.mov(esi, slot::MAX_WORDS as i32)?;
+        a.mov(edi, slot::MAX_WORDS as i32)?;
         a.set_label(&mut fits)?;
-        a.mov(dword_ptr(rdx + slot::WORDS as i32), esi)?;
-        a.xchg(rcx, rsi)?;
+        a.mov(dword_ptr(rdx + slot::WORDS as i32), edi)?;
+        // rax: the task's stack.
+        a.mov(rax, qword_ptr(rsi + around.stack as i32))?;
+        a.mov(rsi, rcx)?;
+        a.mov(ecx, edi)?;
         a.lea(rdi, ptr(rdx + slot::STACK as i32))?;
-        a.rep().movsq()
+        a.rep().movsq()?;
+
+        a.mov(rsi, r8)?;
+        a.sub(r8, rax)?;
+        a.cmp(r8, size)?;
+        a.jae(done)?;
+        a.mov(eax, size)?;
+        a.sub(eax, r8d)?;
+        a.shr(eax, 3)?;
+        a.mov(ecx, slot::MAX_WORDS as i32)?;
+        a.sub(ecx, dword_ptr(rdx + slot::WORDS as i32))?;
+        a.cmp(ecx, eax)?;
+        a.jbe(all)?;
+        a.mov(ecx, eax)?;
+        a.set_label(&mut all)?;
+        a.mov(dword_ptr(rdx + slot::INTERRUPTED_WORDS as i32), ecx)?;
+        a.rep().movsq()?;
+        a.set_label(&mut done)
+    }
+}
+
+/// An address into rdi.
+fn load(a: &mut CodeAssembler, base: Base) -> Result<(), IcedError> {
+    match base {
+        Base::Constant(va) => a.mov(rdi, va.0),
+        Base::Variable(va) => a.mov(rdi, qword_ptr(va.0)),
     }
 }
 

@@ -82,7 +82,7 @@ impl Ring {
                 ring: TRACER_RING,
                 slots: COUNT,
                 trap: instruction.bytes().to_vec(),
-                surroundings: linux.surroundings(),
+                surroundings: linux.surroundings(machine.ram())?,
             },
             hooks: hooks.collect(),
             slots,
@@ -172,10 +172,7 @@ impl Ring {
     pub fn drain(&self) {
         // The stack behind the return address is there at returns only.
         let has_stack = |hook: u32| self.hooks.get(hook as usize).is_some_and(|hook| !hook.entry);
-        let done = self.slots.drain(has_stack, |record| self.record(record));
-        if let Some(done) = done {
-            self.recorder.settle(done, self.slots.head());
-        }
+        self.slots.drain(has_stack, |record| self.record(record));
     }
 
     /// For `status`.

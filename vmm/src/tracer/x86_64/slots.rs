@@ -62,15 +62,12 @@ impl Slots {
     }
 
     /// Hands every record that was complete when it was called to `take`, once; `has_stack` says of a hook whether its records
-    /// have more of the stack than one word. The position before which all were taken; None when there was nothing to do.
-    pub fn drain(&self, has_stack: impl Fn(u32) -> bool, mut take: impl FnMut(&Record)) -> Option<u64> {
+    /// have more of the stack than one word.
+    pub fn drain(&self, has_stack: impl Fn(u32) -> bool, mut take: impl FnMut(&Record)) {
         let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let Reading { tail, beyond } = &mut *reading;
         // Behind are those that wait for a free slot.
         let head = self.head().min(tail.saturating_add(self.count));
-        if head == *tail {
-            return None;
-        }
         for position in *tail..head {
             if position < *tail || beyond.contains(&position) {
                 continue;
@@ -87,7 +84,6 @@ impl Slots {
             }
         }
         self.give_back(*tail);
-        Some(*tail)
     }
 
     fn give_back(&self, tail: u64) {
