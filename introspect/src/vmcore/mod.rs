@@ -10,14 +10,16 @@
 //!
 //! Files are untrusted: sizes and offsets are checked against the file's, and nothing they name is allocated before.
 
+mod format;
 mod notes;
 mod read;
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
 mod write;
 
+pub use format::fingerprint;
 pub use notes::Attached;
-pub use read::{Piece, Vmcore};
+pub use read::{ANOTHER_VERSION, Piece, Vmcore};
 pub use write::{Content, Head};
 
 /// `PT_LOAD` and `PT_NOTE` (ELF-64 Object File Format, "Program header").

@@ -7,10 +7,10 @@ use crate::linux::read::{le32, le64};
 const NT_PRSTATUS: u32 = 1;
 /// Type of our own note, and the version of what it describes.
 const NT_ATTACHED: u32 = 1;
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const OWNER: &[u8] = b"kleak-vmm";
 /// Bytes of our note's descriptor.
-const ATTACHED: usize = 32;
+const ATTACHED: usize = 36;
 
 /// Most CPUs of any configuration (`NR_CPUS` with MAXSMP).
 const MAX_CPUS: usize = 8192;
@@ -18,7 +18,9 @@ const MAX_CPUS: usize = 8192;
 /// What lies behind the memory in a file of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attached {
-    /// CRC-32 of the tracker's state.
+    /// [`super::fingerprint`] of the tracker's state.
+    pub format: u32,
+    /// CRC-32 of it.
     pub crc: u32,
     /// Where that is in the file, and its bytes.
     pub offset: u64,
@@ -71,6 +73,7 @@ pub(super) fn encode(
         for word in [attached.offset, attached.len, attached.kernel_len] {
             descriptor.extend(word.to_le_bytes());
         }
+        descriptor.extend(attached.format.to_le_bytes());
         put(&mut out, OWNER, NT_ATTACHED, &descriptor);
     }
     out
@@ -99,6 +102,7 @@ pub(super) fn decode(mut bytes: &[u8], found: &mut Found) {
                     offset: le64(descriptor, 8),
                     len: le64(descriptor, 16),
                     kernel_len: le64(descriptor, 24),
+                    format: le32(descriptor, 32),
                 });
             }
             _ => {}

@@ -10,6 +10,9 @@ use std::io::{Read, Seek, SeekFrom};
 
 /// Most bytes of notes that are read: of any machine there are a few kilobytes for each CPU.
 const MAX_NOTES: u64 = 64 << 20;
+/// What is said of a file whose state this program cannot read.
+pub const ANOTHER_VERSION: &str =
+    "It was saved by another version of kleak-vmm: analyze it with that one, or save the machine again";
 /// Most program headers.
 const MAX_HEADERS: u64 = 1 << 16;
 /// Physical addresses have 52 bits.
@@ -95,7 +98,7 @@ impl Vmcore {
             }
         }
         if let Some(version) = found.unknown_version {
-            bail!("It was saved by another version of kleak-vmm: its state has version {version}");
+            bail!("{ANOTHER_VERSION} (its note has version {version})");
         }
         ensure!(!pieces.is_empty(), "It holds no memory");
         Ok(Self {

@@ -15,6 +15,8 @@ fn cpu(index: usize) -> CpuState {
     CpuState { index, registers, gs_base: 5, online: true, ..CpuState::default() }
 }
 
+const ATTACHED: Attached = Attached { format: 0x5678, crc: 0x1234, offset: 0, len: 10, kernel_len: 20 };
+
 /// A core of two ranges with something attached, and the file around its head.
 fn core() -> Vec<u8> {
     let ranges = [range(0, 3), range(0x1_0000_0000, 1)];
@@ -29,7 +31,7 @@ fn core() -> Vec<u8> {
         image: (Va(0xffff_ffff_9b00_0000), range(PAGE_SIZE, 2)),
         cpus: &cpus,
         vmcoreinfo: Some("OSRELEASE=6.1.0\nKERNELOFFSET=1a000000\nNUMBER(phys_base)=-4096\n"),
-        attached: Some((0x1234, 10, 20)),
+        attached: Some(ATTACHED),
     };
     let head = Head::new(&content).unwrap();
     assert_eq!(head.file_len, head.bytes.len() as u64 + 4 * PAGE_SIZE + 30);
@@ -55,10 +57,20 @@ fn what_is_laid_out_is_read() {
     // Those that are online, numbered in their order: all that a note says.
     assert_eq!(core.cpus, [cpu(0), CpuState { user_mode: true, ..cpu(1) }]);
     assert!(start.is_multiple_of(PAGE_SIZE));
-    let attached = Attached { crc: 0x1234, offset: file.len() as u64 - 30, len: 10, kernel_len: 20 };
+    let attached = Attached { offset: file.len() as u64 - 30, ..ATTACHED };
     assert_eq!(core.attached, Some(attached));
     let placed = Placement::from_vmcoreinfo(&core.vmcoreinfo.unwrap()).unwrap();
     assert_eq!(placed, Placement { slide: 0x1a00_0000, phys_base: 0x19ff_f000, levels: 4 });
+}
+
+#[test]
+fn a_note_of_another_version_is_refused_with_what_to_do() {
+    let mut file = core();
+    let note = file.windows(9).position(|bytes| bytes == b"kleak-vmm").expect("the note");
+    // Behind the name, which is padded to 12 bytes.
+    file[note + 12] += 1;
+    let error = read(&file).map(|_| ()).expect_err("an error").to_string();
+    assert!(error.contains("another version") && error.contains("analyze it with"), "{error}");
 }
 
 #[test]

@@ -18,8 +18,8 @@ pub struct Content<'a> {
     pub cpus: &'a [(CpuState, i32)],
     /// What the kernel says of itself; crash and drgn need it.
     pub vmcoreinfo: Option<&'a str>,
-    /// CRC-32 and bytes of the tracker's state, and bytes of the kernel image, which are to follow the memory.
-    pub attached: Option<(u32, u64, u64)>,
+    /// The tracker's state and the kernel image, which are to follow the memory; where that is does not matter here.
+    pub attached: Option<Attached>,
 }
 
 /// The beginning of a core: all ranges of RAM follow, one behind the other, then what is attached.
@@ -52,8 +52,8 @@ impl Head {
             "{headers} ranges of RAM are too many for a core file"
         );
         let notes = |offset| {
-            let at = |(crc, len, kernel_len)| Attached { crc, offset, len, kernel_len };
-            notes::encode(content.cpus, content.vmcoreinfo, content.attached.map(at).as_ref())
+            let attached = content.attached.map(|attached| Attached { offset, ..attached });
+            notes::encode(content.cpus, content.vmcoreinfo, attached.as_ref())
         };
         let notes_at = EHDR + headers * PHDR;
         let start = (notes_at + notes(0).len()).next_multiple_of(PAGE_SIZE as usize);
@@ -72,7 +72,7 @@ impl Head {
         }
         bytes.extend(notes);
         bytes.resize(start, 0);
-        let attached = content.attached.map_or(0, |(_, len, kernel_len)| len + kernel_len);
+        let attached = content.attached.map_or(0, |attached| attached.len + attached.kernel_len);
         Ok(Self { bytes, file_len: offset + attached })
     }
 }

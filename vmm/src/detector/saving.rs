@@ -4,10 +4,10 @@ use super::{Detector, Work};
 use crate::console::{Answer, SaveAs};
 use crate::files::resolved;
 use crate::machine::{FrozenRam, Paused};
-use crate::saved::{Facts, Sink, Writing};
+use crate::saved::{Facts, Sink, Writing, format};
 use anyhow::{Context, Result};
 use introspect::memory::{FrozenMemory, Pa, PhysicalMemory, RamRange};
-use introspect::vmcore::{Content, Head};
+use introspect::vmcore::{Attached, Content, Head};
 use serde_json::json;
 use std::io::Write;
 use std::path::Path;
@@ -75,7 +75,13 @@ impl Detector {
             image: linux.image_mapping(),
             cpus: &cpus,
             vmcoreinfo: vmcoreinfo.as_deref(),
-            attached: state.as_ref().map(|s| (crc32fast::hash(s), s.len() as u64, kernel.len() as u64)),
+            attached: state.as_ref().map(|state| Attached {
+                format: format(),
+                crc: crc32fast::hash(state),
+                offset: 0,
+                len: state.len() as u64,
+                kernel_len: kernel.len() as u64,
+            }),
         })?;
         let failure = || format!("Cannot save to {}", path.display());
         let mut sink = Sink::create(&resolved(path), head.file_len).with_context(failure)?;

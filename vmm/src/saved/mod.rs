@@ -21,6 +21,7 @@ use introspect::accounting::growth::{FreedBy, History};
 use introspect::arch::CpuState;
 use introspect::linux::{ModuleMap, Placement};
 use introspect::registry::SavedRegistry;
+use introspect::vmcore::fingerprint;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Read};
@@ -55,6 +56,11 @@ pub struct Facts {
 pub type Writing<'a> = (&'a Facts, &'a SavedRegistry, &'a ModuleMap, &'a FreedBy, &'a History);
 /// The state as it is read.
 type Read5 = (Facts, SavedRegistry, ModuleMap, FreedBy, History);
+
+/// What stands in a file for the form of the state: the same only where it is read as it was written.
+pub fn format() -> u32 {
+    fingerprint::<Read5>()
+}
 
 /// True for the beginning of an ELF core of 64 bits.
 pub fn is_core(bytes: &[u8]) -> bool {

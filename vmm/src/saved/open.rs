@@ -1,6 +1,6 @@
 //! From a file to a detector.
 
-use super::{Facts, Read5};
+use super::{Facts, Read5, format};
 use crate::cli::Failure;
 use crate::detector::{Detector, HostFacts, Parts, ScanOptions};
 use crate::machine::{Guest, GuestRam, TrapInstruction};
@@ -15,7 +15,7 @@ use introspect::kernel::Kernel;
 use introspect::linux::{Linux, Placement};
 use introspect::memory::{PAGE_SIZE, PhysicalMemory, RamRange};
 use introspect::report::Order;
-use introspect::vmcore::{Attached, Vmcore};
+use introspect::vmcore::{ANOTHER_VERSION, Attached, Vmcore};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -80,6 +80,7 @@ fn snapshot(
     file_len: u64,
     opening: &Opening,
 ) -> Result<Opened> {
+    ensure!(attached.format == format(), ANOTHER_VERSION);
     let end = attached.offset.checked_add(attached.len).and_then(|end| end.checked_add(attached.kernel_len));
     ensure!(end.is_some_and(|end| end <= file_len), "It is cut off: the tracker's state is not in it");
     let sizes = attached.len <= MAX_STATE && attached.kernel_len <= MAX_IMAGE_BYTES;
