@@ -15,6 +15,9 @@ pub struct CacheType {
     /// Dotted paths of members that hold no pointers although their types could.
     #[serde(default)]
     pub numbers: Vec<String>,
+    /// Array at the end of the structure that objects have only the first elements of.
+    #[serde(default)]
+    pub cut: Option<String>,
     /// Lines of the kernel source that create the cache.
     pub source: Vec<String>,
 }
@@ -25,7 +28,7 @@ impl CacheType {
     /// # Errors
     /// A name is empty.
     pub(crate) fn check(&self) -> Result<()> {
-        let mut names = [&self.cache, &self.structure].into_iter().chain(&self.numbers);
+        let mut names = [&self.cache, &self.structure].into_iter().chain(&self.numbers).chain(&self.cut);
         ensure!(names.all(|name| !name.is_empty()), "A name is empty");
         Ok(())
     }

@@ -9,7 +9,8 @@ use std::fmt::Write;
 const MAX_DEPTH: u32 = 8;
 
 /// C type of the objects of a slab cache that is used under its own name only: the structure that a profile's row names, or
-/// that has the cache's name, with or without `_cache` or `_cachep`; and exactly its object size.
+/// that has the cache's name, with or without `_cache` or `_cachep`; and exactly its object size, where the row does not say
+/// that objects are cut short.
 pub(super) fn structure_of<M: PhysicalMemory>(
     input: &ScanInput<'_, M>,
     cache: Va,
@@ -17,7 +18,13 @@ pub(super) fn structure_of<M: PhysicalMemory>(
     size: u64,
 ) -> Option<String> {
     let types = input.linux.kernel.types.as_ref()?;
-    let row = input.types.row(name).map(|row| row.structure.as_str());
+    let row = input.types.row(name);
+    if let Some((row, cut)) = row.and_then(|row| Some((row, row.cut.as_deref()?))) {
+        let (start, whole) = (types.offset(&row.structure, cut)?, types.size_of(&row.structure)?);
+        let alone = sharers(input, cache)? <= 1;
+        return (alone && (start..=whole).contains(&size)).then(|| row.structure.clone());
+    }
+    let row = row.map(|row| row.structure.as_str());
     let plain = name.strip_suffix("_cachep").or_else(|| name.strip_suffix("_cache"));
     let candidates = [row, Some(name), plain].into_iter().flatten();
     let named = candidates.into_iter().find(|name| types.size_of(name) == Some(size))?;
