@@ -378,7 +378,7 @@ fn compare_meminfo(ours: &Value, before: &str, after: &str) -> Result<()> {
     for line in LINES {
         ensure!(ours.iter().any(|row| row["name"] == line), "no {line}");
     }
-    let (mut steady, mut equal) = (0, 0);
+    let (mut steady, mut others) = (0, Vec::new());
     for row in ours {
         let name = row["name"].as_str().with_context(|| row.to_string())?;
         let value = row["kB"].as_i64().with_context(|| row.to_string())?;
@@ -387,9 +387,12 @@ fn compare_meminfo(ours: &Value, before: &str, after: &str) -> Result<()> {
         ensure!(off(value, before, after) <= 4 * PAGES_OF_READERS, "{row}, theirs {before} and {after}");
         let is_steady = before == after && !OF_READERS.contains(&name);
         steady += usize::from(is_steady);
-        equal += usize::from(is_steady && value == before);
+        if is_steady && value != before {
+            others.push(format!("{row}, theirs {before} twice"));
+        }
     }
-    ensure!(steady > 10 && equal * 10 >= steady * 9, "{equal} of {steady} steady lines are equal");
+    // One slab that readers take and give back is in four lines: MemFree, MemAvailable, Slab, and a part of that.
+    ensure!(steady > 10 && others.len() * 5 <= steady, "of {steady} steady lines:\n{}", others.join("\n"));
     Ok(())
 }
 
