@@ -25,7 +25,8 @@ pub enum Role {
     Vmalloc,
     /// Gives back the vmalloc-space area at `argument`.
     Vfree,
-    /// Returns the vmalloc-space address of pages that exist already; how many in argument 1.
+    /// Returns the vmalloc-space address of pages that exist already; how many in argument 1, flags in `argument` where that is
+    /// not 0.
     Vmap,
     /// Returns the cookie of a per-CPU allocation; size of one copy in argument 0.
     PercpuAlloc,

@@ -15,7 +15,8 @@ const MAX_DEPTH: usize = 128;
 
 /// `vm_struct.flags` (include/linux/vmalloc.h).
 const VM_ALLOC: u64 = 0x2;
-const VM_MAP: u64 = 0x4;
+/// `vm_struct.flags`: vmap made it.
+pub const VM_MAP: u64 = 0x4;
 const VM_NO_GUARD: u64 = 0x40;
 
 /// `vmap_area.flags` (mm/vmalloc.c); the bits above tell which node an area is from.
@@ -288,8 +289,17 @@ impl Linux {
         let allocated = flags & VM_ALLOC != 0;
         let frames = if allocated { self.backing_frames(memory, start, end - start)? } else { Vec::new() };
         let own = self.vmalloc.flags.map(|offset| self.read_u64(memory, vmap_area + offset)).transpose()?;
-        let made = Made::new(vm.is_some(), flags, own);
+        let made = match (Made::new(vm.is_some(), flags, own), vm) {
+            (Made::Map, Some(vm)) if self.is_static(memory, vm)? => Made::Other,
+            (made, _) => made,
+        };
         Ok(Area { start, size, vm, vmap_area, flags, made, frames })
+    }
+
+    /// Of the image: arm64 declares its segments like that (`declare_kernel_vmas`, arch/arm64/mm/mmu.c).
+    fn is_static(&self, memory: &impl PhysicalMemory, vm: Va) -> Result<bool, MemoryError> {
+        let direct = self.direct_map_base(memory)?;
+        Ok(vm.0.checked_sub(direct.0).is_none_or(|offset| offset >= physical_end(memory)))
     }
 
     pub(super) fn extent(&self, memory: &impl PhysicalMemory, vmap_area: Va) -> Result<Extent, MemoryError> {

@@ -10,6 +10,7 @@ use guest_profiles::hooks::Role;
 use introspect::accounting::growth::FreedBy;
 use introspect::arch::Registers;
 use introspect::hooks::record::Record;
+use introspect::linux::vmalloc::VM_MAP;
 use introspect::linux::{Linux, ModuleMap, PagePlaces, pages, percpu};
 use introspect::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
 use introspect::registry::{AllocEvent, Kind, MAX_DEVICE, MAX_FRAMES, Paint, Registry};
@@ -142,6 +143,8 @@ impl Recorder {
                 self.pend(registers, registers.argument(0))
             }
             Role::Ioremap => self.pend(registers, registers.argument(1)),
+            // Where the profile says which argument has flags.
+            Role::Vmap if argument != 0 && value & VM_MAP == 0 => {}
             Role::Vmap => self.pend(registers, (registers.argument(1) & 0xffff_ffff) * PAGE_SIZE),
             Role::PageAlloc => self.pend(registers, registers.argument(1) & 0xffff_ffff),
             Role::PageBulkAlloc => self
