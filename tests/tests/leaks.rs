@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     trials.push(test("all_cases_6.12-cloud", || all_cases("6.12-cloud")));
     trials.push(long_test("all_cases_6.1-cloud", || all_cases("6.1-cloud")));
     trials.push(with_packages(
-        test("all_cases_6.12-cloud-arm64", || all_cases("6.12-cloud-arm64")),
+        long_test("all_cases_6.12-cloud-arm64", || all_cases("6.12-cloud-arm64")),
         &ARM_PACKAGES,
     ));
     trials.push(with_packages(
