@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     tests::main(vec![
         test("storm_6.1-cloud", || storm("6.1-cloud")),
         test("storm_6.12-cloud", || storm("6.12-cloud")),
-        test("bustle_6.1-cloud", || bustle("6.1-cloud", 40)),
+        long_test("bustle_6.1-cloud", || bustle("6.1-cloud", 40)),
         long_test("bustle_6.12-cloud", || bustle("6.12-cloud", 40)),
         long_test("ten_minutes_of_bustle_6.1-cloud", || bustle("6.1-cloud", 600)),
         long_test("ten_minutes_of_bustle_6.12-cloud", || bustle("6.12-cloud", 600)),
