@@ -56,13 +56,13 @@ pub fn classify(sizes: &[u64], edges: &[(u32, u32)]) -> Vec<Standing> {
 }
 
 /// Edges by source.
-struct Graph {
+pub(super) struct Graph {
     starts: Vec<usize>,
     targets: Vec<u32>,
 }
 
 impl Graph {
-    fn new(nodes: usize, edges: &[(u32, u32)]) -> Self {
+    pub fn new(nodes: usize, edges: &[(u32, u32)]) -> Self {
         let mut edges = edges.to_vec();
         edges.sort_unstable();
         edges.dedup();
@@ -76,7 +76,7 @@ impl Graph {
         Self { starts, targets: edges.into_iter().map(|(_, to)| to).collect() }
     }
 
-    fn targets(&self, node: u32) -> &[u32] {
+    pub fn targets(&self, node: u32) -> &[u32] {
         &self.targets[self.starts[node as usize]..self.starts[node as usize + 1]]
     }
 

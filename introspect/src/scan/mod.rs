@@ -473,6 +473,40 @@ fn set_vmalloc_specials<M: FrozenMemory, C: Contents, W: Witness>(
     Ok(())
 }
 
+/// Marks all that is in use; what is too young to be reported is.
+fn mark_all<M: FrozenMemory, C: Contents, W: Witness>(
+    input: &ScanInput<'_, M>,
+    frozen: &Frozen<'_, M>,
+    marker: &mut Marker<'_, C, W>,
+    treated: &Treated,
+) {
+    read_roots(input, frozen, marker);
+    treated.gray.iter().chain(&treated.young).for_each(|&va| marker.set_gray(va));
+    marker.run();
+}
+
+/// Calls `found` with every reference from what is in use, and the start of the object that it is in; None: of the roots.
+fn each_reference<'a, M: FrozenMemory>(
+    input: &ScanInput<'_, M>,
+    frozen: &Frozen<'a, M>,
+    marker: &Marker<'_, GuestMemory<'a, M>>,
+    mut found: impl FnMut(Option<u64>, mark::Reference),
+) {
+    for region in &frozen.roots.regions {
+        for bytes in region.extents.iter().filter_map(|&extent| frozen.guest.bytes(extent)) {
+            marker.root_references(bytes, |r| found(None, r));
+        }
+    }
+    for word in input.cpus.iter().filter(|cpu| cpu.online).flat_map(|cpu| cpu.registers.words()) {
+        marker.root_references(&word.to_le_bytes(), |r| found(None, r));
+    }
+    for object in frozen.objects(input.registry) {
+        for start in frozen.pages.blocks_of(&object).filter(|&start| marker.is_reached(start)) {
+            marker.references(start, |r| found(Some(start), r));
+        }
+    }
+}
+
 /// Reads all roots.
 fn read_roots<M: FrozenMemory, C: Contents, W: Witness>(
     input: &ScanInput<'_, M>,

@@ -4,9 +4,9 @@
 //! where all objects of one origin have a pointer to their beginning and one has none, it is worth a look. A pointer with
 //! flags in its low bits is one to the beginning.
 
-use super::mark::{Marker, Reference};
+use super::mark::Marker;
 use super::structures::{member_at, structure_of};
-use super::{Frozen, GuestMemory, ScanInput, read_roots};
+use super::{Frozen, GuestMemory, ScanInput, each_reference, mark_all};
 use crate::accounting::{Cell, Column, Role, Table};
 use crate::memory::FrozenMemory;
 use crate::registry::{Kind, Object, Paint, StackId};
@@ -67,9 +67,7 @@ impl Held {
 pub fn possible<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<Vec<Possible>> {
     let (frozen, slots) = Frozen::collect(input)?;
     let (mut marker, treated) = frozen.marker(input, &slots, ())?;
-    read_roots(input, &frozen, &mut marker);
-    treated.gray.iter().chain(&treated.young).for_each(|&va| marker.set_gray(va));
-    marker.run();
+    mark_all(input, &frozen, &mut marker, &treated);
     let held = references(input, &frozen, &marker);
     let mut found: FxHashMap<(StackId, u64, Kind), Possible> = FxHashMap::default();
     for object in frozen.objects(input.registry) {
@@ -114,20 +112,7 @@ fn references<M: FrozenMemory>(
     marker: &Marker<'_, GuestMemory<'_, M>>,
 ) -> FxHashMap<u64, Held> {
     let mut held: FxHashMap<u64, Held> = FxHashMap::default();
-    let mut note = |r: Reference| held.entry(r.target.start).or_default().note(r.entry());
-    for region in &frozen.roots.regions {
-        for bytes in region.extents.iter().filter_map(|&extent| frozen.guest.bytes(extent)) {
-            marker.root_references(bytes, &mut note);
-        }
-    }
-    for word in input.cpus.iter().filter(|cpu| cpu.online).flat_map(|cpu| cpu.registers.words()) {
-        marker.root_references(&word.to_le_bytes(), &mut note);
-    }
-    for object in frozen.objects(input.registry) {
-        for start in frozen.pages.blocks_of(&object).filter(|&start| marker.is_reached(start)) {
-            marker.references(start, &mut note);
-        }
-    }
+    each_reference(input, frozen, marker, |_, r| held.entry(r.target.start).or_default().note(r.entry()));
     held
 }
 

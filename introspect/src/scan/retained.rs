@@ -4,8 +4,8 @@
 //! with it. An origin, such as an allocation site, retains what its objects dominate; what only two origins hold together
 //! neither retains.
 
-use super::mark::Reference;
-use super::{Frozen, ScanInput, read_roots};
+use super::graph::Graph;
+use super::{Frozen, ScanInput, each_reference, mark_all};
 use crate::memory::FrozenMemory;
 use crate::registry::Object;
 use rustc_hash::FxHashMap;
@@ -24,15 +24,13 @@ pub struct Retained {
 ///
 /// # Errors
 /// As [`super::scan`].
-pub fn retained<M: FrozenMemory, K: Hash + Eq + Copy>(
+pub fn retained<M: FrozenMemory, K: Hash + Eq + Clone>(
     input: &ScanInput<'_, M>,
     mut origin: impl FnMut(&Object) -> K,
 ) -> anyhow::Result<FxHashMap<K, Retained>> {
     let (frozen, slots) = Frozen::collect(input)?;
     let (mut marker, treated) = frozen.marker(input, &slots, ())?;
-    read_roots(input, &frozen, &mut marker);
-    treated.gray.iter().chain(&treated.young).for_each(|&va| marker.set_gray(va));
-    marker.run();
+    mark_all(input, &frozen, &mut marker, &treated);
     // Node 0 is all that is no object.
     let (mut sizes, mut origins, mut nodes) = (vec![0], Vec::new(), FxHashMap::default());
     for object in frozen.objects(input.registry).filter(|object| marker.is_reached(object.address.0)) {
@@ -44,25 +42,15 @@ pub fn retained<M: FrozenMemory, K: Hash + Eq + Copy>(
     let mut edges: Vec<(u32, u32)> = Vec::new();
     let held = treated.gray.iter().chain(&treated.young).filter_map(|start| Some((0, *nodes.get(start)?)));
     edges.extend(held);
-    let mut note = |from: u32, r: Reference| {
-        edges.extend(nodes.get(&r.target.start).map(|&to| (from, to)));
-    };
-    for region in &frozen.roots.regions {
-        for bytes in region.extents.iter().filter_map(|&extent| frozen.guest.bytes(extent)) {
-            marker.root_references(bytes, &mut |r| note(0, r));
-        }
-    }
-    for word in input.cpus.iter().filter(|cpu| cpu.online).flat_map(|cpu| cpu.registers.words()) {
-        marker.root_references(&word.to_le_bytes(), &mut |r| note(0, r));
-    }
-    for (&start, &node) in &nodes {
-        marker.references(start, &mut |r| note(node, r));
-    }
-    Ok(by_origin(&sizes, &origins, &Dominators::new(sizes.len(), edges)))
+    each_reference(input, &frozen, &marker, |source, r| {
+        let from = source.map_or(Some(0), |start| nodes.get(&start).copied());
+        edges.extend(from.zip(nodes.get(&r.target.start).copied()));
+    });
+    Ok(by_origin(&sizes, &origins, &Dominators::new(sizes.len(), &edges)))
 }
 
 /// Adds up what the nodes behind 0 retain; of a node below another one of its origin that is in the other's sum already.
-fn by_origin<K: Hash + Eq + Copy>(
+fn by_origin<K: Hash + Eq + Clone>(
     sizes: &[u64],
     origins: &[K],
     dominators: &Dominators,
@@ -81,7 +69,7 @@ fn by_origin<K: Hash + Eq + Copy>(
     // Nodes to enter, and to leave again: chains are too long for recursion.
     let mut path: Vec<(u32, bool)> = below[0].iter().map(|&node| (node, true)).collect();
     while let Some((node, enters)) = path.pop() {
-        let (sum, around) = sums.entry(origins[node as usize - 1]).or_default();
+        let (sum, around) = sums.entry(origins[node as usize - 1].clone()).or_default();
         if !enters {
             *around -= 1;
             continue;
@@ -107,26 +95,23 @@ struct Dominators {
 }
 
 impl Dominators {
-    fn new(count: usize, mut edges: Vec<(u32, u32)>) -> Self {
+    fn new(count: usize, edges: &[(u32, u32)]) -> Self {
         const NONE: u32 = u32::MAX;
-        edges.sort_unstable();
-        edges.dedup();
-        let order = reverse_postorder(count, &edges);
+        let order = reverse_postorder(count, &Graph::new(count, edges));
         let mut place = vec![NONE; count];
         for (n, &node) in order.iter().enumerate() {
             place[node as usize] = n as u32;
         }
-        edges.sort_unstable_by_key(|&(_, to)| to);
-        let starts = starts(count, edges.iter().map(|&(_, to)| to));
+        let backwards: Vec<(u32, u32)> = edges.iter().map(|&(from, to)| (to, from)).collect();
+        let sources = Graph::new(count, &backwards);
         let mut above = vec![NONE; count];
         above[0] = 0;
         let mut changed = true;
         while changed {
             changed = false;
             for &node in &order[1..] {
-                let from =
-                    edges[starts[node as usize]..starts[node as usize + 1]].iter().map(|&(from, _)| from);
-                let known = from.filter(|&from| above[from as usize] != NONE);
+                let known =
+                    sources.targets(node).iter().copied().filter(|&from| above[from as usize] != NONE);
                 let common = known.reduce(|mut a, mut b| {
                     while a != b {
                         if place[a as usize] > place[b as usize] {
@@ -146,32 +131,20 @@ impl Dominators {
     }
 }
 
-/// Index of each node's first edge; `keys` are the edges' nodes, ascending.
-fn starts(count: usize, keys: impl Iterator<Item = u32>) -> Vec<usize> {
-    let mut starts = vec![0; count + 1];
-    keys.for_each(|key| starts[key as usize + 1] += 1);
-    for node in 0..count {
-        starts[node + 1] += starts[node];
-    }
-    starts
-}
-
-/// From node 0, over edges sorted by their beginning.
-fn reverse_postorder(count: usize, edges: &[(u32, u32)]) -> Vec<u32> {
-    let starts = starts(count, edges.iter().map(|&(from, _)| from));
+/// Nodes that can be reached from node 0.
+fn reverse_postorder(count: usize, graph: &Graph) -> Vec<u32> {
     let mut seen = vec![false; count];
     let mut order = Vec::new();
     seen[0] = true;
-    let mut path = vec![(0_u32, starts[0])];
+    let mut path = vec![(0_u32, 0)];
     while let Some((node, edge)) = path.pop() {
-        if edge == starts[node as usize + 1] {
+        let Some(&to) = graph.targets(node).get(edge) else {
             order.push(node);
             continue;
-        }
+        };
         path.push((node, edge + 1));
-        let to = edges[edge].1;
         if !std::mem::replace(&mut seen[to as usize], true) {
-            path.push((to, starts[to as usize]));
+            path.push((to, 0));
         }
     }
     order.reverse();
@@ -184,7 +157,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn retained_by(sizes: &[u64], origins: &[u8], edges: &[(u32, u32)]) -> FxHashMap<u8, Retained> {
-        by_origin(sizes, origins, &Dominators::new(sizes.len(), edges.to_vec()))
+        by_origin(sizes, origins, &Dominators::new(sizes.len(), edges))
     }
 
     /// Bytes out of reach when the nodes that `gone` names are not there.

@@ -10,10 +10,11 @@ use introspect::accounting::slabs::DamagedCache;
 use introspect::accounting::{Table, areas, counters, growth, kmem, slabs, zones};
 use introspect::linux::slab::{self, Cache};
 use introspect::memory::Va;
-use introspect::registry::Object;
+use introspect::registry::{Object, StackId};
 use introspect::scan::retained;
 use rustc_hash::FxHashMap;
 use serde_json::{Map, Value, json};
+use std::rc::Rc;
 use std::sync::PoisonError;
 
 /// Rows that `top` shows.
@@ -101,22 +102,16 @@ impl Detector {
     fn retained_table(&self) -> Result<Table> {
         self.look(|input| {
             let symbolize = |va, at| resolve(input.linux, input.modules, va, at);
-            let (mut sites, mut numbers) = (Vec::new(), FxHashMap::default());
-            let mut by_stack = FxHashMap::default();
+            let mut sites: FxHashMap<StackId, Rc<str>> = FxHashMap::default();
             let site = |object: &Object| {
-                *by_stack.entry(object.stack).or_insert_with(|| {
+                let named = sites.entry(object.stack).or_insert_with(|| {
                     let frames = input.registry.stacks.get(object.stack);
-                    let site = calls::site(frames, object.sequence, &symbolize);
-                    *numbers.entry(site.clone()).or_insert_with(|| {
-                        sites.push(site);
-                        sites.len() - 1
-                    })
-                })
+                    calls::site(frames, object.sequence, &symbolize).into()
+                });
+                Rc::clone(named)
             };
             let found = retained(input, site).context("Cannot look at all references")?;
-            Ok(calls::retained(
-                found.into_iter().map(|(number, retained)| (sites[number].as_str(), retained)),
-            ))
+            Ok(calls::retained(found.iter().map(|(site, retained)| (&**site, *retained))))
         })
     }
 
