@@ -19,15 +19,16 @@ pub(super) fn structure_of<M: PhysicalMemory>(
 ) -> Option<String> {
     let types = input.linux.kernel.types.as_ref()?;
     let row = input.types.row(name);
-    if let Some((row, cut)) = row.and_then(|row| Some((row, row.cut.as_deref()?))) {
-        let (start, whole) = (types.offset(&row.structure, cut)?, types.size_of(&row.structure)?);
-        let alone = sharers(input, cache)? <= 1;
-        return (alone && (start..=whole).contains(&size)).then(|| row.structure.clone());
-    }
+    // From where on objects may end.
+    let cut = row.and_then(|row| types.offset(&row.structure, row.cut.as_deref()?));
     let row = row.map(|row| row.structure.as_str());
+    let fits = |structure: &&str| {
+        let least = cut.filter(|_| row == Some(structure));
+        types.size_of(structure).is_some_and(|whole| (least.unwrap_or(whole)..=whole).contains(&size))
+    };
     let plain = name.strip_suffix("_cachep").or_else(|| name.strip_suffix("_cache"));
     let candidates = [row, Some(name), plain].into_iter().flatten();
-    let named = candidates.into_iter().find(|name| types.size_of(name) == Some(size))?;
+    let named = candidates.into_iter().find(fits)?;
     (sharers(input, cache)? <= 1).then(|| named.to_owned())
 }
 
