@@ -286,12 +286,14 @@ impl Linux {
 
     fn area(&self, memory: &impl PhysicalMemory, vmap_area: Va) -> Result<Area, MemoryError> {
         let Extent { start, end, size, vm, flags } = self.extent(memory, vmap_area)?;
-        let allocated = flags & VM_ALLOC != 0;
-        let frames = if allocated { self.backing_frames(memory, start, end - start)? } else { Vec::new() };
         let own = self.vmalloc.flags.map(|offset| self.read_u64(memory, vmap_area + offset)).transpose()?;
         let made = match (Made::new(vm.is_some(), flags, own), vm) {
             (Made::Map, Some(vm)) if self.is_static(memory, vm)? => Made::Other,
             (made, _) => made,
+        };
+        let frames = match made {
+            Made::Alloc => self.backing_frames(memory, start, end - start)?,
+            _ => Vec::new(),
         };
         Ok(Area { start, size, vm, vmap_area, flags, made, frames })
     }

@@ -421,7 +421,7 @@ impl Detector {
 
     fn seed(&self, memory: &FrozenRam<'_>, paint: Paint) -> Result<usize> {
         let mut state = self.parts.recorder.state();
-        let found = self.found(memory)?;
+        let found = self.found(memory, &self.metadata(memory)?)?;
         state.reset();
         // What is found is no event.
         let allocs = state.registry.counters.allocs;
@@ -435,9 +435,8 @@ impl Detector {
 
     /// All that the guest's metadata list as allocated. A block of pages comes before what lies in it: where both have one
     /// address, the latter is what is found there.
-    fn found(&self, memory: &FrozenRam<'_>) -> Result<Vec<AllocEvent<'static>>> {
+    fn found(&self, memory: &FrozenRam<'_>, found: &Metadata) -> Result<Vec<AllocEvent<'static>>> {
         let linux = &self.parts.linux;
-        let found = self.metadata(memory)?;
         // Their areas look like vmalloc's.
         let chunks = linux.percpu_chunks(memory).context("Cannot read the guest's per-CPU chunks")?;
         let copies: Vec<Va> = chunks.iter().flat_map(|chunk| &chunk.copies).copied().collect();
@@ -494,8 +493,9 @@ impl Detector {
         let boot = linux.boot_objects(memory)?;
         let kinds: Vec<Kind> =
             KINDS.iter().filter(|(what, _)| self.tracks(*what)).map(|(_, kind)| *kind).collect();
-        let areas = self.metadata(memory)?.areas.unwrap_or_default();
-        let found = self.found(memory)?.into_iter();
+        let metadata = self.metadata(memory)?;
+        let areas = metadata.areas.as_deref().unwrap_or_default();
+        let found = self.found(memory, &metadata)?.into_iter();
         let found = found.filter(|event| event.kind != Kind::Page && !boot.contains(&event.address));
         let (pages, structs) = (linux.page_map(memory)?, linux.page_structs(memory)?);
         let direct = linux.direct_map_base(memory)?;
@@ -504,7 +504,7 @@ impl Detector {
                 let frame = (object.address - direct) >> PAGE_SHIFT;
                 pages.get(frame) == Use::Kernel && linux.is_compound(&structs, frame)
             }
-            Kind::Vmap => is_vmap(&areas, object),
+            Kind::Vmap => is_vmap(areas, object),
             _ => true,
         };
         let gap = self.parts.recorder.state().registry.reconcile(&kinds, found, may_be);
