@@ -1,6 +1,7 @@
 //! Planted leaks and real ones: everything that was lost is named, and nothing else.
 
 use anyhow::{Context, Result, ensure};
+use images::kernel::ARM64_LINES;
 use images::{Built, Cache, KernelPackage, leaky, modules};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -14,14 +15,10 @@ fn main() -> ExitCode {
     let mut trials = vec![test("all_cases_and_pages_6.1-cloud", || all_cases_and_pages("6.1-cloud"))];
     trials.push(test("all_cases_6.12-cloud", || all_cases("6.12-cloud")));
     trials.push(long_test("all_cases_6.1-cloud", || all_cases("6.1-cloud")));
-    trials.push(with_packages(
-        long_test("all_cases_6.12-cloud-arm64", || all_cases("6.12-cloud-arm64")),
-        &ARM_PACKAGES,
-    ));
-    trials.push(with_packages(
-        long_test("all_cases_6.1-cloud-arm64", || all_cases("6.1-cloud-arm64")),
-        &ARM_PACKAGES,
-    ));
+    for line in ARM64_LINES {
+        let trial = long_test(format!("all_cases_{line}"), || all_cases(line));
+        trials.push(with_packages(trial, &ARM_PACKAGES));
+    }
     for words in ["maxcpus=1", "nokaslr mitigations=off"] {
         let name = format!("all_cases_6.1-cloud_{}", words.replace(' ', "_"));
         trials.push(long_test(name, move || all_cases_with(words, "6.1-cloud")));

@@ -13,7 +13,7 @@ use std::process::Command;
 const GUESTS: [(&str, &[&str]); 8] = [
     ("6.1-cloud", &modules::OWN),
     ("6.12-cloud", &modules::OWN),
-    ("6.12-cloud-arm64", &["leaky"]),
+    ("6.12-cloud-arm64", &[]),
     ("6.1", &[]),
     ("6.1-rt", &[]),
     ("6.12", &[]),

@@ -79,7 +79,6 @@ fn check_kernel(options: &RunOptions) -> anyhow::Result<()> {
     input_file(&options.kernel_path(), "kernel", hint).map(drop)
 }
 
-/// A disk is an image or a block device, and may be written to unless it is only read.
 /// Kernels leave the I/O APIC alone after these words (arch/x86/kernel/apic, kernel/cpu.c), and on hardware-reduced ACPI they
 /// take no 8259 instead (arch/x86/kernel/acpi/boot.c): nothing would interrupt them.
 const NO_INTERRUPTS: [&str; 5] = ["nosmp", "maxcpus=0", "noapic", "nolapic", "disableapic"];
@@ -96,6 +95,7 @@ fn check_cmdline(options: &RunOptions) -> anyhow::Result<()> {
     Err(Failure::usage(why).hint("--cpus 1, or maxcpus=1 on its command line, gives it one processor").into())
 }
 
+/// A disk is an image or a block device, and may be written to unless it is only read.
 fn check_disks(options: &RunOptions) -> anyhow::Result<()> {
     if options.disks.len() > MAX_DISKS {
         return Err(Failure::usage(format!("A guest has {MAX_DISKS} disks at most"))
