@@ -83,7 +83,8 @@ pub(super) fn percpu_slide(placement: Placement) -> u64 {
     placement.slide
 }
 
-/// The kernel image as it is mapped.
+/// The kernel image as it is mapped: from `_stext` on. What lies before, the Image's head, is mapped in early boot alone; then its
+/// memory is free, and so are its addresses, with which vmalloc space starts where the kernel did not move.
 pub(super) fn image(lookup: &Lookup<'_>, placement: Placement) -> anyhow::Result<Leaf> {
     let segment = lookup.image.segments.first().context("The kernel image has no segment")?;
     ensure!(
@@ -91,10 +92,12 @@ pub(super) fn image(lookup: &Lookup<'_>, placement: Placement) -> anyhow::Result
         "The kernel has pages of {} KiB; only those of 4 KiB are handled",
         (1_u64 << placement.translation.page_shift) >> 10
     );
+    let head = lookup.symbol("_stext")? - (segment.va + placement.slide);
+    ensure!(head < segment.mem_size, "Its symbol _stext lies outside the kernel image");
     Ok(Leaf {
-        va: segment.va + placement.slide,
-        pa: Pa(placement.phys_base),
-        size: segment.mem_size,
+        va: segment.va + placement.slide + head,
+        pa: Pa(placement.phys_base) + head,
+        size: segment.mem_size - head,
         special: false,
     })
 }
