@@ -216,7 +216,7 @@ impl Roots {
         let tasks = input.linux.tasks(memory)?;
         let cpus: Vec<Cpu> = input.cpus.iter().map(|c| Cpu::new(input.linux, memory, c)).collect();
         let words = DeadWords::of(input.linux);
-        let (mut live, mut idle, mut dead) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut live, mut idle, mut dead, mut registers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for task in tasks.iter().filter(|t| t.stack != Va(0)) {
             claims.take(&guest.extents(task.stack..task.stack + task.stack_size));
             self.stacks.push(task.stack);
@@ -224,6 +224,7 @@ impl Roots {
             let part = live_part(task, &cpus).unwrap_or(stack.end..stack.end);
             let sleeping = words.as_ref().filter(|_| !task.on_cpu);
             let holes = sleeping.map_or_else(Vec::new, |words| words.of_task(memory, task));
+            registers.extend(sleeping.into_iter().flat_map(|words| words.registers(memory, task)));
             idle.extend(without(stack, std::slice::from_ref(&part)));
             dead.extend(within(&part, &holes));
             live.extend(without(part, &holes));
@@ -257,8 +258,11 @@ impl Roots {
             self.add("task stacks".into(), extents(live));
             self.add("interrupt stacks".into(), extents(interrupt));
             self.add("exception stacks".into(), extents(exception));
+            if !registers.is_empty() {
+                self.add("registers of sleeping tasks".into(), extents(registers));
+            }
         } else {
-            let all = live.into_iter().chain(interrupt).chain(exception);
+            let all = live.into_iter().chain(interrupt).chain(exception).chain(registers);
             self.leave("stacks in use: stack=off", all.collect());
         }
         self.leave("dead words of sleeping tasks' stacks", dead);

@@ -21,7 +21,7 @@ const INDIRECT_THUNK: &str = "__x86_indirect_";
 const CALLER_SAVED: [&str; 9] = ["rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11"];
 
 /// Code that can be followed.
-pub(super) trait Source {
+pub(in crate::callee_saved) trait Source {
     /// Code from a link address on, as far as it is known; empty where there is none.
     fn bytes(&self, at: Va) -> &[u8];
     /// The function an address belongs to: its start and name.
@@ -59,7 +59,7 @@ pub(super) fn is_cold(name: &str) -> bool {
 }
 
 /// What an address outside the flow of a function is.
-pub(super) enum Callee {
+pub(in crate::callee_saved) enum Callee {
     /// A function, or a part of one.
     Code,
     /// The start of another function than the one that goes there.
@@ -69,9 +69,9 @@ pub(super) enum Callee {
 }
 
 /// The image's own.
-pub(super) struct ImageCode<'a> {
-    pub(super) kernel: &'a Kernel,
-    pub(super) edges: &'a HiddenEdges,
+pub(in crate::callee_saved) struct ImageCode<'a> {
+    pub(in crate::callee_saved) kernel: &'a Kernel,
+    pub(in crate::callee_saved) edges: &'a HiddenEdges,
 }
 
 impl Source for ImageCode<'_> {
@@ -90,14 +90,14 @@ impl Source for ImageCode<'_> {
 }
 
 /// Ways that the code can take and that are not in its instructions, by where they start.
-pub(super) struct HiddenEdges {
+pub(in crate::callee_saved) struct HiddenEdges {
     /// From and to, ascending.
     edges: Vec<(u64, u64)>,
 }
 
 impl HiddenEdges {
     /// From the kernel's tables; None without them.
-    pub(super) fn recover(kernel: &Kernel) -> Option<Self> {
+    pub(in crate::callee_saved) fn recover(kernel: &Kernel) -> Option<Self> {
         // `struct exception_table_entry` (arch/x86/include/asm/extable.h) and `struct jump_entry` (include/linux/jump_label.h)
         // begin alike: two distances, each from its own field.
         let mut edges = table(kernel, "__start___ex_table", "__stop___ex_table", 12)?;

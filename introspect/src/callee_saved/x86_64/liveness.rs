@@ -1,7 +1,8 @@
 //! Whether code reads a register before it writes it: liveness, of callee-saved registers, from one address on.
 
+use super::Register;
 use super::code::{Callee, Source};
-use super::{Register, Registers};
+use crate::callee_saved::{Fate, Registers};
 use crate::memory::Va;
 use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, OpAccess};
 use rustc_hash::FxHashMap;
@@ -9,22 +10,8 @@ use rustc_hash::FxHashMap;
 /// Instructions looked at; the largest functions have some thousands.
 const MAX_STEPS: usize = 50_000;
 
-/// What becomes of the values that registers have at an address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fate {
-    /// Read on some way, or that cannot be excluded.
-    pub read: Registers,
-    /// Still there when the function returns, on some way: then it is the caller who may read them.
-    pub returned: Registers,
-}
-
-impl Fate {
-    /// Nothing can be excluded.
-    pub(super) const UNKNOWN: Self = Self { read: Registers::ALL, returned: Registers::ALL };
-}
-
 /// The fate of all registers from `start` on (link address).
-pub(super) fn fate(code: &impl Source, start: Va) -> Fate {
+pub(in crate::callee_saved) fn fate(code: &impl Source, start: Va) -> Fate {
     let mut walk = Walk {
         code,
         info: InstructionInfoFactory::new(),
@@ -123,7 +110,7 @@ impl<C: Source> Walk<'_, C> {
     }
 
     fn read(&mut self, read: Registers, pending: Registers) -> Registers {
-        self.fate.read = self.fate.read.union(Registers(read.0 & pending.0));
+        self.fate.read = self.fate.read.union(read.intersection(pending));
         pending.without(read)
     }
 }

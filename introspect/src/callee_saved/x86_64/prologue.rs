@@ -1,7 +1,8 @@
 //! Where a function keeps its caller's registers.
 
+use super::Register;
 use super::code::{Callee, Source, is_cold};
-use super::{Register, Registers};
+use crate::callee_saved::Registers;
 use crate::memory::Va;
 use iced_x86::{
     Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register as R,
@@ -36,7 +37,7 @@ impl Saves {
 /// Any way from the function's start to there gives it: code that is not written by hand has the same frame at an address
 /// whichever way it got there, as debuggers' and unwinders' tables want it. The stack pointer is compared with those tables
 /// before anything is made of it.
-pub(super) fn saves(code: &impl Source, ip: Va, exact: bool) -> Option<Saves> {
+pub(in crate::callee_saved) fn saves(code: &impl Source, ip: Va, exact: bool) -> Option<Saves> {
     let inside = if exact { ip } else { ip - 1 };
     let (start, name) = code.function(inside)?;
     // A cold part is entered with a frame that its function made.

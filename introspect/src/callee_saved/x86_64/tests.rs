@@ -1,5 +1,6 @@
 use super::code::Source;
 use super::*;
+use crate::callee_saved::Registers;
 use crate::memory::Va;
 
 const START: Va = Va(0xffff_ffff_8100_0000);

@@ -71,6 +71,11 @@ impl<'a> DeadWords<'a> {
         dead
     }
 
+    /// Saved registers of a task that was switched out that are not on its stack: none.
+    pub fn registers(&self, _memory: &impl PhysicalMemory, _task: &Task) -> Vec<Range<Va>> {
+        Vec::new()
+    }
+
     /// Link address of kernel text; None elsewhere.
     fn link(&self, frame: &StackFrame) -> Option<Va> {
         let link = frame.ip - self.linux.placement.slide;

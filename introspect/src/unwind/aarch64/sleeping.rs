@@ -1,6 +1,7 @@
 //! Where a task that does not run was switched out (arch/arm64/kernel/entry.S, cpu_switch_to).
 
 use super::{Link, Start};
+use crate::callee_saved::Register;
 use crate::linux::tasks::Task;
 use crate::memory::Va;
 use crate::symbols::SymbolTable;
@@ -9,6 +10,8 @@ use crate::types::Btf;
 /// `thread.cpu_context` in `struct task_struct`, where `cpu_switch_to` leaves x19 to x29, sp and pc.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SleepingFrame {
+    /// The callee-saved registers in it, and their offsets in the task.
+    pub saved: [(Register, u64); Register::ALL.len()],
     pub(super) fp: u64,
     pub(super) sp: u64,
     pub(super) pc: u64,
@@ -20,7 +23,12 @@ impl SleepingFrame {
     /// Looks its layout up; None without it.
     pub fn recover(types: &Btf, symbols: &SymbolTable) -> Option<Self> {
         let offset = |member: &str| types.offset("task_struct", &format!("thread.cpu_context.{member}"));
+        let mut saved = Register::ALL.map(|register| (register, 0));
+        for (register, at) in &mut saved {
+            *at = offset(register.name())?;
+        }
         Some(Self {
+            saved,
             fp: offset("fp")?,
             sp: offset("sp")?,
             pc: offset("pc")?,

@@ -1,5 +1,6 @@
 use super::walk::pt_regs;
 use super::{Link, SleepingFrame, Start};
+use crate::callee_saved::Register;
 use crate::linux::tasks::Task;
 use crate::memory::Va;
 use crate::unwind::{End, Text, Unwinder};
@@ -176,7 +177,8 @@ fn damaged_stacks_end() {
 
 #[test]
 fn a_sleeping_task_starts_where_it_was_switched_out() {
-    let frame = SleepingFrame { fp: 0x50, sp: 0x58, pc: 0x60, fork_return: Some(Va(TEXT + 0x40)) };
+    let saved = Register::ALL.map(|register| (register, 8 * register as u64));
+    let frame = SleepingFrame { saved, fp: 0x50, sp: 0x58, pc: 0x60, fork_return: Some(Va(TEXT + 0x40)) };
     let task = Task { va: Va(0xffff_0000_1000_0000), ..Task::default() };
     for (pc, exact) in [(code(0x200), false), (code(0x40), true)] {
         let words = HashMap::from([(0x50, STACK + 0x10), (0x58, STACK), (0x60, pc)]);
