@@ -258,6 +258,8 @@ pub struct Guest {
     cmdline: String,
     timeout_s: u64,
     patience: Duration,
+    /// Folder of programs that take the place of the host's.
+    programs: Option<PathBuf>,
     scratch: Scratch,
 }
 
@@ -293,6 +295,7 @@ impl Guest {
             cmdline,
             timeout_s: 0,
             patience: RUN_TIMEOUT,
+            programs: None,
             scratch,
         };
         guest.timeout(RUN_TIMEOUT.as_secs() - MARGIN_S);
@@ -330,6 +333,26 @@ impl Guest {
     pub fn in_vmx(&mut self) -> &mut Self {
         self.patience = VMX_TIMEOUT;
         self.option("--lab", "vmx").option("--trap", "int3")
+    }
+
+    /// Runs it in a lab `arm` whose machine has a GICv2 and no GICv3, so that KVM has only that for guests.
+    ///
+    /// # Errors
+    /// The program that starts such a machine cannot be written.
+    pub fn with_gic_v2(&mut self) -> Result<&mut Self> {
+        use std::os::unix::fs::PermissionsExt;
+        const QEMU: &str = "qemu-system-aarch64";
+        let text = format!(
+            "#!/bin/sh
+             mine=$(dirname \"$0\"); PATH=$(echo \"$PATH\" | sed \"s|^$mine:||\")
+             for word; do shift; set -- \"$@\" \"$(echo \"$word\" | sed s/gic-version=3/gic-version=2/)\"; done
+             exec {QEMU} \"$@\"
+"
+        );
+        let program = self.scratch.file(QEMU, text)?;
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))?;
+        self.programs = program.parent().map(Path::to_owned);
+        Ok(self)
     }
 
     /// Adds an option without a value.
@@ -375,7 +398,8 @@ impl Guest {
     /// # Errors
     /// It cannot be started.
     pub fn start(&self) -> Result<Session> {
-        Ok(Session::start(self.all_arguments())?.with_patience(self.patience))
+        let session = Session::start_with(self.all_arguments(), self.programs.as_deref())?;
+        Ok(session.with_patience(self.patience))
     }
 
     /// Starts it on a terminal.

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -52,8 +53,24 @@ impl Session {
     /// # Errors
     /// It cannot be started.
     pub fn start<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Self> {
+        Self::start_with(arguments, None)
+    }
+
+    /// The same; a program that is in this folder is taken from there.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_with<A: AsRef<std::ffi::OsStr>>(
+        arguments: impl IntoIterator<Item = A>,
+        programs: Option<&Path>,
+    ) -> Result<Self> {
         let mut command = Command::new(binary()?);
         command.args(arguments);
+        if let Some(programs) = programs {
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            let folders = std::iter::once(programs.to_owned()).chain(std::env::split_paths(&path));
+            command.env("PATH", std::env::join_paths(folders)?);
+        }
         Self::spawn(command)
     }
 

@@ -47,6 +47,8 @@ fn main() -> ExitCode {
             trials.push(with_packages(trial, &ARM_PACKAGES));
         }
     }
+    let trial = long_test("gic_v2_6.12-cloud-arm64", || gic_v2("6.12-cloud-arm64"));
+    trials.push(with_packages(trial, &ARM_PACKAGES));
     tests::main(trials)
 }
 
@@ -74,6 +76,21 @@ fn clean_arm64(line: &str, cpus: u32, words: &str) -> Result<()> {
     let moved = report["guest"]["kaslr_offset"] != "0x0";
     ensure!(moved == words.is_empty(), "KASLR: {}", report["guest"]);
     Ok(())
+}
+
+/// An arm64 guest on a host whose KVM has no GICv3 for guests.
+fn gic_v2(line: &str) -> Result<()> {
+    let mut guest = Guest::new(&kernel(line)?, 2)?;
+    guest
+        .with_gic_v2()?
+        .flag("--fail-on-leak")
+        .script("grep GICv /proc/interrupts; sleep 3; echo audit > /dev/ttyS1; cat /dev/ttyS1")?;
+    let finished = guest.boot(0)?;
+    no_kernel_complaint(&finished.stdout)?;
+    for (said, wanted) in [(" GICv2 ", true), (" GICv3 ", false), ("missing 0, stale 0", true)] {
+        ensure!(finished.stdout.contains(said) == wanted, "{said:?}: {}", tests::tail(&finished.stdout, 30));
+    }
+    check_report(&guest.report()?)
 }
 
 fn clean_guest(mut guest: Guest) -> Result<Value> {

@@ -21,6 +21,7 @@ impl Region {
             "task stacks" => "from each stack pointer up: local variables and saved registers",
             "interrupt stacks" => "a CPU is in an interrupt",
             "exception stacks" => "a CPU is in an exception with a stack of its own",
+            "registers of sleeping tasks" => "what tasks go on with that were switched out",
             "percpu chunks" => "per-CPU allocations that are not tracked",
             "reserved pages" => "memory from before the page allocator",
             "kernel pages" => "pages in use that belong to no tracked object",

@@ -26,8 +26,12 @@ pub enum Gic {
 impl Gic {
     /// The one that the host has.
     pub fn of(vm: &VmFd) -> Self {
-        let mut device = Self::V3.device(KVM_CREATE_DEVICE_TEST);
-        if vm.create_device(&mut device).is_ok() { Self::V3 } else { Self::V2 }
+        Self::choose(|gic| vm.create_device(&mut gic.device(KVM_CREATE_DEVICE_TEST)).is_ok())
+    }
+
+    /// The better one that is there. KVM says when the other is not there either.
+    fn choose(is_there: impl Fn(Self) -> bool) -> Self {
+        if is_there(Self::V3) { Self::V3 } else { Self::V2 }
     }
 
     /// Creates it for a machine whose vCPUs are there.
@@ -68,4 +72,22 @@ impl Gic {
 fn set(device: &DeviceFd, group: u32, attr: u64, value: u64) -> Result<(), HostError> {
     let attr = kvm_device_attr { flags: 0, group, attr, addr: value };
     device.set_device_attr(&attr).map_err(kvm_error("Cannot set up the interrupt controller"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newer_one_is_taken_where_it_is_there() {
+        assert_eq!(Gic::choose(|_| true), Gic::V3);
+        assert_eq!(Gic::choose(|gic| gic == Gic::V2), Gic::V2);
+        assert_eq!(Gic::choose(|_| false), Gic::V2);
+    }
+
+    #[test]
+    fn each_is_a_device_of_its_own() {
+        assert_ne!(Gic::V2.device(0).type_, Gic::V3.device(0).type_);
+        assert_eq!(Gic::V2.device(KVM_CREATE_DEVICE_TEST).flags, KVM_CREATE_DEVICE_TEST);
+    }
 }

@@ -159,3 +159,44 @@ fn serial_ports(fdt: &mut FdtWriter) -> Result<(), Error> {
 fn serial_path(port: usize) -> String {
     format!("/pl011@{:x}", SERIAL[port].0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tree with nothing but the interrupt controller and the timer.
+    fn with(gic: Gic, cpus: usize) -> Vec<u8> {
+        let mut fdt = FdtWriter::new().unwrap();
+        let root = fdt.begin_node("").unwrap();
+        interrupts(&mut fdt, gic, cpus).unwrap();
+        fdt.end_node(root).unwrap();
+        fdt.finish().unwrap()
+    }
+
+    fn holds(tree: &[u8], part: &[u8]) -> bool {
+        tree.windows(part.len()).any(|window| window == part)
+    }
+
+    #[test]
+    fn each_interrupt_controller_has_its_place_and_its_timer() {
+        let cells = |cells: &[u32]| cells.iter().flat_map(|cell| cell.to_be_bytes()).collect::<Vec<u8>>();
+        let timer = |flags: u32| cells(&TIMER_PPIS.map(|ppi| [PPI, ppi, flags]).concat());
+        let v3 = (
+            b"arm,gic-v3\0".as_slice(),
+            cells(&[0, 0x0800_0000, 0, 0x1_0000, 0, 0x080a_0000, 0, 0x6_0000]),
+            timer(LEVEL),
+        );
+        // Its interrupts of one CPU say which CPUs they are wired to: three.
+        let v2 = (
+            b"arm,cortex-a15-gic\0".as_slice(),
+            cells(&[0, 0x0800_0000, 0, 0x1_0000, 0, 0x0801_0000, 0, 0x2000]),
+            timer(0x704),
+        );
+        for (gic, own, other) in [(Gic::V3, &v3, &v2), (Gic::V2, &v2, &v3)] {
+            let tree = with(gic, 3);
+            for (part, wanted) in [(own, true), (other, false)] {
+                assert_eq!([part.0, &part.1, &part.2].map(|part| holds(&tree, part)), [wanted; 3], "{gic:?}");
+            }
+        }
+    }
+}
