@@ -146,17 +146,19 @@ impl Chain<'_, '_> {
     }
 }
 
-/// What a frame has above its record, without what it saved; up to where the caller's begins.
+/// What a frame has beside its record and what it saved: from the stack pointer, which may lie below the record, up to where the
+/// caller's begins.
 fn locals(saves: &Saves, record: Va) -> Vec<Range<Va>> {
-    let end = record + saves.above.unsigned_abs();
-    let mut saved: Vec<u64> = saves.iter().filter_map(|(_, offset)| u64::try_from(offset).ok()).collect();
-    saved.sort_unstable();
-    let (mut locals, mut start) = (Vec::new(), record + RECORD);
-    for slot in saved.into_iter().map(|offset| record + offset).chain([end]) {
-        if start < slot {
-            locals.push(start..slot);
+    let (mut start, end) = (record - saves.below.unsigned_abs(), record + saves.above.unsigned_abs());
+    let slots = saves.iter().map(|(_, offset)| (record + offset as u64, WORD));
+    let mut kept: Vec<(Va, u64)> = slots.chain([(record, RECORD), (end, 0)]).collect();
+    kept.sort_unstable();
+    let mut locals = Vec::new();
+    for (at, len) in kept {
+        if start < at {
+            locals.push(start..at);
         }
-        start = start.max(slot + WORD);
+        start = start.max(at + len);
     }
     locals
 }
