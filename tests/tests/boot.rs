@@ -27,6 +27,9 @@ fn main() -> ExitCode {
     trials.push(test("smallest_guest", || size("128M", 1)));
     trials.push(with_packages(test("disks_6.12-cloud", || disks("6.12-cloud")), &["e2fsprogs"]));
     trials.push(with_packages(long_test("disks_6.1-cloud", || disks("6.1-cloud")), &["e2fsprogs"]));
+    for line in ["6.1-cloud", "6.12-cloud"] {
+        trials.push(long_test(format!("a_halt_ends_the_run_{line}"), move || halt(line)));
+    }
     // What the others show on other kernels.
     trials.push(long_test("clean_6.1_2cpu", || clean("6.1", 2)));
     trials.push(long_test("clean_6.12-rt_2cpu", || clean("6.12-rt", 2)));
@@ -117,6 +120,21 @@ fn disks(line: &str) -> Result<()> {
     let copied = Command::new("debugfs").args(["-R", "cat /copy"]).arg(&system).output()?;
     ensure!(copied.stdout == data, "{} bytes arrived on the host", copied.stdout.len());
     Ok(())
+}
+
+/// Without ACPI a kernel cannot switch the machine off, and halts instead.
+fn halt(line: &str) -> Result<()> {
+    let mut guest = Guest::new(&kernel(line)?, 2)?;
+    guest
+        .cmdline("acpi=off")
+        .flag("--fail-on-leak")
+        .script("sleep 3; echo audit > /dev/ttyS1; cat /dev/ttyS1")?;
+    let finished = guest.boot(0)?;
+    no_kernel_complaint(&finished.stdout)?;
+    let last = tests::tail(&finished.stdout, 10);
+    ensure!(finished.stdout.contains("missing 0, stale 0"), "audit: {last}");
+    ensure!(last.contains("System halted"), "{last}");
+    check_report(&guest.report()?)
 }
 
 /// Runs a program of the host.

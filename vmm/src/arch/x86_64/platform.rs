@@ -117,7 +117,7 @@ impl Platform {
     fn write_port(&self, port: u16, data: &[u8]) -> Next {
         if let Some((serial, offset)) = self.serial_register(port) {
             data.iter().for_each(|&byte| serial.write(offset, byte));
-            return if self.console.is_dead() { Next::End(self.panic()) } else { Next::Enter };
+            return self.console.ended().map_or(Next::Enter, Next::End);
         }
         match (port, data) {
             (SLEEP_CONTROL, &[SLEEP_S5]) => Next::End(Outcome::PowerOff),
@@ -136,10 +136,6 @@ impl Platform {
         let offset = address.checked_sub(DISKS.0)?;
         let disk = self.disks.get((offset / virtio::REGISTERS) as usize)?;
         Some((disk, offset % virtio::REGISTERS))
-    }
-
-    fn panic(&self) -> Outcome {
-        Outcome::Panic(self.console.panicked().map(|(line, _)| line).unwrap_or_default())
     }
 }
 
