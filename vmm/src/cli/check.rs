@@ -31,7 +31,6 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
     for file in &options.files {
         input_file(&file.host, "file", "check the HOST part of --file HOST:GUEST")?;
     }
-    check_cmdline(options)?;
     check_disks(options)?;
     check_command(options)?;
     if let Some(types) = &options.types {
@@ -79,22 +78,6 @@ fn check_kernel(options: &RunOptions) -> anyhow::Result<()> {
     input_file(&options.kernel_path(), "kernel", hint).map(drop)
 }
 
-/// Kernels leave the I/O APIC alone after these words (arch/x86/kernel/apic, kernel/cpu.c), and on hardware-reduced ACPI they
-/// take no 8259 instead (arch/x86/kernel/acpi/boot.c): nothing would interrupt them.
-const NO_INTERRUPTS: [&str; 5] = ["nosmp", "maxcpus=0", "noapic", "nolapic", "disableapic"];
-
-fn check_cmdline(options: &RunOptions) -> anyhow::Result<()> {
-    let mut words = options.cmdline.split_whitespace();
-    let Some(word) = words.find(|word| NO_INTERRUPTS.contains(word)) else { return Ok(()) };
-    if lab::guest_arch(options) != "x86_64" {
-        return Ok(());
-    }
-    let why = format!(
-        "Cannot boot with {word}: the kernel would not use the I/O APIC, and nothing else interrupts it"
-    );
-    Err(Failure::usage(why).hint("--cpus 1, or maxcpus=1 on its command line, gives it one processor").into())
-}
-
 /// A disk is an image or a block device, and may be written to unless it is only read.
 fn check_disks(options: &RunOptions) -> anyhow::Result<()> {
     if options.disks.len() > MAX_DISKS {
@@ -106,6 +89,12 @@ fn check_disks(options: &RunOptions) -> anyhow::Result<()> {
         let what = format!("The lab {lab} has no disks on a host of another architecture");
         return Err(Failure::usage(what)
             .hint("leave --disk out, or bring what is needed with --file")
+            .into());
+    }
+    let without_acpi = options.cmdline.split_whitespace().any(|word| word == "acpi=off");
+    if without_acpi && !options.disks.is_empty() && lab::guest_arch(options) == "x86_64" {
+        return Err(Failure::usage("A kernel sees no disks with acpi=off")
+            .hint("leave --disk out, or acpi=off; acpi=noirq takes no interrupts from ACPI, but disks")
             .into());
     }
     for disk in &options.disks {
@@ -336,15 +325,13 @@ mod tests {
     }
 
     #[test]
-    fn words_that_turn_interrupts_off_are_refused() {
-        let scratch = Scratch::new("words");
-        let kernel = scratch.file("bzImage", b"MZ kernel");
-        let text = refusal(&["--kernel", &kernel, "--cmdline", "quiet nosmp"]);
-        assert!(text.contains("with nosmp: ") && text.contains("hint: --cpus 1"), "{text}");
-        for words in ["maxcpus=1 quiet", "nosmpx", ""] {
-            assert!(checked(&["--kernel", &kernel, "--cmdline", words]).is_ok(), "{words}");
-        }
-        assert!(checked(&["--kernel", &kernel, "--cmdline", "nosmp", "--lab", "arm"]).is_ok());
+    fn disks_are_refused_without_acpi() {
+        let scratch = Scratch::new("disks");
+        let file = scratch.file("file", b"MZ kernel");
+        let args = ["--kernel", &file, "--cmdline", "quiet acpi=off", "--disk", &file];
+        assert!(refusal(&args).contains("sees no disks with acpi=off\nhint: leave --disk out"));
+        assert!(checked(&args[..4]).is_ok());
+        assert!(checked(&["--kernel", &file, "--cmdline", "acpi=noirq", "--disk", &file]).is_ok());
     }
 
     #[test]
