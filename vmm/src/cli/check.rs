@@ -26,7 +26,7 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
         input_file(initrd, "initrd", "check --initrd, or leave it out to boot the embedded initramfs")?;
     }
     for module in &options.modules {
-        check_module(&module.path, lab::guest_arch(options))?;
+        check_module(&module.path, lab::guest_arch(options), "check --module")?;
     }
     for file in &options.files {
         input_file(&file.host, "file", "check the HOST part of --file HOST:GUEST")?;
@@ -140,9 +140,12 @@ fn check_command(options: &RunOptions) -> anyhow::Result<()> {
 }
 
 /// A module is a relocatable ELF file for the guest's machine; whether it fits the kernel is seen later.
-fn check_module(path: &Path, arch: &str) -> anyhow::Result<()> {
+///
+/// # Errors
+/// It is not; `hint` is for one that cannot be read.
+pub(crate) fn check_module(path: &Path, arch: &str, hint: &str) -> anyhow::Result<()> {
     const ET_REL: u16 = 1;
-    let head = input_file(path, "module", "check --module")?;
+    let head = input_file(path, "module", hint)?;
     let failure = |what: &str| {
         let text = format!("Module {} is not a kernel module: {what}", path.display());
         Failure::usage(text).hint("build it against the headers of the guest's kernel, and give the .ko file")

@@ -9,6 +9,7 @@ use super::recipes::Ready;
 use super::result::{BootResult, FOUND, Group, Growth, Heap, Outcome, TestResult};
 use super::suite::{Action, Suite, Test};
 use super::worker::{Ending, Live, NoLine, Worker};
+use crate::cli::failure;
 use crate::cli::values::{FileSpec, format_size};
 use crate::run::{SETTLE_MS, SETTLE_WITH_MODULES_MS};
 use anyhow::{Context, Result};
@@ -91,7 +92,7 @@ pub fn run(
         match kernel {
             _ if environment.live.stopped() => session.fail_rest(Outcome::Interrupted, STOPPED),
             Ok(kernel) => session.run(kernel, &name),
-            Err(error) => session.fail_rest(Outcome::NotBooted, &format!("{error:#}")),
+            Err(error) => session.fail_rest(Outcome::NotBooted, &failure::sentence(error)),
         }
         pending = session.left;
     }
@@ -177,7 +178,7 @@ impl<'a> Session<'a> {
             Err(_) if self.environment.live.stopped() => {
                 return self.fail_rest(Outcome::Interrupted, STOPPED);
             }
-            Err(error) => return self.fail_rest(Outcome::NotBooted, &format!("{error:#}")),
+            Err(error) => return self.fail_rest(Outcome::NotBooted, &failure::sentence(&error)),
         };
         let trouble = self.follow(&mut worker, &token).err();
         if trouble.as_ref().is_some_and(|end| !matches!(end, End::NoLine(NoLine::Ended))) {
@@ -210,7 +211,7 @@ impl<'a> Session<'a> {
                     ready.push(test);
                     modules.push(found);
                 }
-                Err(error) => self.fail(test, Outcome::Failed, &format!("{error:#}")),
+                Err(error) => self.fail(test, Outcome::Failed, &failure::sentence(&error)),
             }
         }
         self.boot.tests = ready;

@@ -1,6 +1,8 @@
 //! Everything that can happen to a boot, without one: the process that would be `kleak-vmm run` is this test program, which
 //! plays the guest's driver and the detector. What each test does is its command: see [`play`].
 
+#[cfg(target_arch = "x86_64")]
+mod foreign;
 mod shards;
 
 use super::options::Outputs;

@@ -37,6 +37,7 @@ pub use single::{Form, Looked, of_report};
 use crate::cli::{ExitCode, Failure, check, failure, print};
 use crate::console::signals;
 use crate::doctor::available_memory_bytes;
+use crate::lab;
 use crate::run::RuleFiles;
 use crate::scratch::Scratch;
 use anyhow::{Context, Result};
@@ -149,7 +150,7 @@ fn run_suite(
         patience,
         live,
     };
-    run_boots(&environment, &boots, options.jobs, &collector);
+    run_boots(&environment, &boots, options, &collector);
     Ok(conclude(collector.finish(), baseline_path.as_deref(), &options.outputs))
 }
 
@@ -220,8 +221,9 @@ fn check_files(suite: &Suite, outputs: &Outputs) -> Result<()> {
     Ok(())
 }
 
-/// Runs the boots, `jobs` at a time and no more than there is memory for.
-fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collector: &Collector) {
+/// Runs the boots, `--jobs` at a time and no more than there is memory for.
+fn run_boots(environment: &Environment<'_>, boots: &[Boot], options: &RegressOptions, collector: &Collector) {
+    let arch = lab::arch_in(options.lab);
     // One after the other: several fetches at a time would only wait for each other.
     let kernels: Vec<_> = (0..environment.suite.kernels.len())
         .map(|index| {
@@ -230,13 +232,13 @@ fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collect
             if used && matches!(kernel.source, KernelSource::Recipe(_)) {
                 collector.say(&format!("preparing kernel {}", kernel.name));
             }
-            used.then(|| recipes::kernel(kernel))
+            used.then(|| recipes::kernel(kernel, arch))
         })
         .collect();
     let memory = Admission::new(available_memory_bytes().unwrap_or(u64::MAX));
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
-        for _ in 0..jobs.min(boots.len()) {
+        for _ in 0..options.jobs.min(boots.len()) {
             scope.spawn(|| {
                 loop {
                     let number = next.fetch_add(1, SeqCst);

@@ -1,13 +1,16 @@
 //! Where the suite's kernels, modules and programs are on this host: paths as they stand, or made by the `images` crate.
 
 use super::suite::{KERNEL_PLACE, Kernel, KernelSource, RECIPE};
+use crate::cli::check;
 use crate::cli::values::ModuleSpec;
 use crate::lab;
+use crate::run::check_fit;
 use anyhow::{Context, Result};
 use images::initramfs::GuestModule;
 use images::kernel::Headers;
 use images::module_file::{self, WantedModule};
 use images::{Cache, KernelPackage, cache, modules, programs};
+use introspect::image::KernelImage;
 use std::path::{Path, PathBuf};
 
 /// A kernel that is there.
@@ -15,6 +18,10 @@ use std::path::{Path, PathBuf};
 pub struct Ready {
     /// The image.
     pub path: PathBuf,
+    /// `uname -r`; None where its file does not say so to this program, which knows its own architecture's kernels only.
+    pub release: Option<String>,
+    /// Architecture of its guests, as Rust names it.
+    arch: &'static str,
     /// Its name in the suite.
     name: String,
     /// The package it is from.
@@ -29,40 +36,41 @@ fn store() -> Result<Cache> {
     Ok(Cache::new(lab::folder()?.with_file_name("images")))
 }
 
-/// Makes sure that the kernel is there.
+/// Makes sure that the kernel is there. It is for guests of the architecture `arch`.
 ///
 /// # Errors
 /// It is not, and cannot be fetched.
-pub fn kernel(kernel: &Kernel) -> Result<Ready> {
-    let (path, package) = match &kernel.source {
+pub fn kernel(kernel: &Kernel, arch: &'static str) -> Result<Ready> {
+    let (path, release, package) = match &kernel.source {
         KernelSource::File(path) => {
             std::fs::File::open(path).with_context(|| format!("Cannot read kernel {}", path.display()))?;
-            (path.clone(), None)
+            let image = KernelImage::open(path).ok();
+            (path.clone(), image.map(|image| image.release().to_owned()), None)
         }
         KernelSource::Recipe(name) => {
             let package = KernelPackage::fetch(&store()?, name)?;
-            (package.vmlinuz.clone(), Some(package))
+            (package.vmlinuz.clone(), Some(package.release.clone()), Some(package))
         }
     };
-    Ok(Ready { path, name: kernel.name.clone(), package })
+    Ok(Ready { path, release, arch, name: kernel.name.clone(), package })
 }
 
 impl Ready {
     /// The modules asked for and those they need, in the order of loading.
     ///
     /// # Errors
-    /// One of them is not there, or cannot be built.
+    /// One of them is not there, cannot be built, or is for another kernel.
     pub fn modules(&self, wanted: &[ModuleSpec]) -> Result<Vec<GuestModule>> {
         let find = |spec: &ModuleSpec| {
-            Ok(WantedModule { path: self.module(&spec.path)?, parameters: spec.params.join(" ") })
+            let path = self.module(&spec.path)?;
+            check::check_module(&path, self.arch, "check its path in the suite")?;
+            Ok(WantedModule { path, parameters: spec.params.join(" ") })
         };
         let wanted: Vec<_> = wanted.iter().map(find).collect::<Result<_>>()?;
         let folder = self.package.as_ref().map(|package| package.modules_dir.as_path());
         let found = module_file::resolve(&wanted, folder)?;
-        if let Some(package) = &self.package {
-            for (file, _) in &found {
-                file.info.check_fits(&package.release)?;
-            }
+        if let Some(release) = &self.release {
+            check_fit(&found, release)?;
         }
         Ok(found.into_iter().map(GuestModule::from).collect())
     }
