@@ -4,6 +4,7 @@ use super::super::fixture::{group, results, test};
 use super::super::result::{BootResult, Fixed, Group, Growth, Heap, Outcome, Results, State, TestResult};
 use super::*;
 use quick_xml::events::Event;
+use serde_json::json;
 use std::collections::BTreeMap;
 
 /// One test of each kind, with text that no form may take as it is.
@@ -11,8 +12,8 @@ fn sample() -> Results {
     let evil = "<script>&\"'\u{1b}]]>";
     let mut known = group("k", 2, "known_probe");
     known.state = State::Known;
-    let leaked =
-        TestResult { message: evil.into(), ..test("6.1/small/leaky", vec![group("n", 3, evil), known]) };
+    let new = Group { direct: 1, ..group("n", 3, evil) };
+    let leaked = TestResult { message: evil.into(), ..test("6.1/small/leaky", vec![new, known]) };
     let crashed = TestResult {
         outcome: Outcome::Crashed,
         message: "Kernel panic".into(),
@@ -92,7 +93,7 @@ fn junit_counts_failures_and_errors() {
     assert_eq!((of("failure").len(), of("error").len()), (1, 1));
     assert_eq!(of("failure")[0]["message"], "<script>&\"'\u{fffd}]]>");
     assert_eq!(of("error")[0]["type"], "crashed");
-    assert!(text.contains("new leak n: 3 objects"), "{text}");
+    assert!(text.contains("new leak n: 3 objects, 1 direct, 192 bytes"), "{text}");
 }
 
 #[test]
@@ -132,6 +133,12 @@ fn sarif_has_a_result_for_each_leak() {
         ]
     );
     assert_eq!(prints("primaryLocationLineHash"), prints("kleakGroup/v1"));
+    assert_eq!(
+        (&results[0]["properties"]["direct"], &results[1]["properties"]["direct"]),
+        (&json!(1), &json!(2))
+    );
+    let says = results[0]["message"]["text"].as_str().unwrap();
+    assert!(says.contains(" leaks 3 objects (1 direct) of 192 bytes"), "{says}");
     assert_eq!(results[0]["stacks"][0]["frames"].as_array().map(Vec::len), Some(2));
 }
 
@@ -189,7 +196,7 @@ fn html_is_one_page_of_its_own() {
     let foreign = ["<script", "://", "src=", "href=", "url(", "onload"];
     assert!(!foreign.iter().any(|part| bare.contains(part)), "{bare}");
     assert!(page.starts_with("<!DOCTYPE html>") && page.trim_end().ends_with("</html>"));
-    assert!(page.contains("&lt;script&gt;"));
+    assert!(page.contains("&lt;script&gt;") && page.contains("new leak n: 3 objects, 1 direct, "));
     // Every leak has its box: 3 * 64 and 2 * 64 bytes below "all" and "init".
     let boxes: Vec<&str> =
         page.split("<title>").skip(2).map(|rest| rest.split("</title>").next().unwrap()).collect();
@@ -236,7 +243,7 @@ fn text_says_all_that_is_wrong_and_counts() {
         "6.1/small/fine: passed (1.5 s)\n",
         "6.1/small/leaky: leaked: ",
         ", 2 known leaks (1.5 s)\n",
-        "  new leak n: 3 objects, 192 bytes, retains 192 bytes, slab kmalloc-64\n",
+        "  new leak n: 3 objects, 1 direct, 192 bytes, retains 192 bytes, slab kmalloc-64\n",
         "6.1/small/crash: crashed: Kernel panic (1.5 s)\n  | ",
         "fixed: f fixed_probe\n",
         "suite: 4 tests: 2 passed, 1 leaked, 1 crashed; leaks: 3 new, 2 known, 0 expected, 1 fixed;",

@@ -80,10 +80,11 @@ fn leak(text: &mut String, group: &Group) {
     };
     let _ = writeln!(
         text,
-        "  {state} leak {}: {} object{}, {} bytes, retains {} bytes, {} {}",
+        "  {state} leak {}: {} object{}, {} direct, {} bytes, retains {} bytes, {} {}",
         group.id,
         group.count,
         plural(group.count),
+        group.direct,
         group.bytes,
         group.retained_bytes,
         group.kind,
