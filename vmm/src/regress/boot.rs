@@ -42,6 +42,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 /// Why a test was interrupted.
 const STOPPED: &str = "the run was ended";
+/// Why one was that had not begun.
+pub const NOT_BEGUN: &str = "the run was ended before it";
 
 /// What all boots have in common.
 pub struct Environment<'a> {
@@ -90,7 +92,7 @@ pub fn run(
         let name = format!("{}-{attempt}", index + 1);
         let mut session = Session::new(environment, part, judged, sink);
         match kernel {
-            _ if environment.live.stopped() => session.fail_rest(Outcome::Interrupted, STOPPED),
+            _ if environment.live.stopped() => session.fail_rest(Outcome::Interrupted, NOT_BEGUN),
             Ok(kernel) => session.run(kernel, &name),
             Err(error) => session.fail_rest(Outcome::NotBooted, &failure::sentence(error)),
         }
@@ -176,7 +178,7 @@ impl<'a> Session<'a> {
         let (mut worker, _prepared) = match worker {
             Ok(both) => both,
             Err(_) if self.environment.live.stopped() => {
-                return self.fail_rest(Outcome::Interrupted, STOPPED);
+                return self.fail_rest(Outcome::Interrupted, NOT_BEGUN);
             }
             Err(error) => return self.fail_rest(Outcome::NotBooted, &failure::sentence(&error)),
         };
@@ -431,10 +433,12 @@ impl<'a> Session<'a> {
         };
         match self.left.first().copied() {
             None => {}
-            Some(test) if running && outcome != Outcome::Interrupted => {
+            Some(test) if running => {
                 self.left.remove(0);
                 self.fail(test, outcome, &message);
             }
+            // They have not begun, which the next boot, that is none, says of them.
+            Some(_) if outcome == Outcome::Interrupted => {}
             Some(_) => self.fail_rest(outcome, &message),
         }
     }

@@ -1,6 +1,7 @@
 //! Everything that can happen to a boot, without one: the process that would be `kleak-vmm run` is this test program, which
 //! plays the guest's driver and the detector. What each test does is its command: see [`play`].
 
+mod ended;
 #[cfg(target_arch = "x86_64")]
 mod foreign;
 mod shards;
@@ -469,32 +470,6 @@ fn leaks_of_the_boot_are_the_boot_tests() {
 }
 
 #[test]
-fn ending_it_keeps_what_is_there() {
-    let case = Case::new(&suite("boot = \"per-test\"", &["good"], &["exit 0", "hang", "leak a 1"]));
-    let mut case = case;
-    case.options.jobs = 1;
-    let live: Arc<Live> = Arc::default();
-    let (stop, results) = (Arc::clone(&live), case.folder.join("results.json"));
-    let ender = std::thread::spawn(move || {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !fs::read_to_string(&results).is_ok_and(|text| text.contains("passed"))
-            && Instant::now() < deadline
-        {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        std::thread::sleep(Duration::from_millis(300));
-        stop.stop();
-    });
-    let results = case.run_with(&live);
-    ender.join().unwrap();
-    assert_eq!(
-        outcomes(&results),
-        [("exit 0", Outcome::Passed), ("hang", Outcome::Interrupted), ("leak a 1", Outcome::Interrupted)]
-    );
-    assert_eq!(results.exit_code(), ExitCode::Guest);
-}
-
-#[test]
 fn a_baseline_tells_new_from_known_from_fixed() {
     let mut case = Case::new(&suite("baseline = \"base.json\"", &["good"], &["leak a 1", "leak b 2"]));
     let suite_file = case.options.suite.as_ref().unwrap();
@@ -531,28 +506,6 @@ fn a_report_that_cannot_be_written_loses_nothing_else() {
         assert_eq!(known.has("a"), code.is_some());
         assert_eq!(finished.exit_code(false).ok(), code, "{command}");
     }
-}
-
-#[test]
-fn what_an_earlier_run_left_is_no_result() {
-    let case = Case::new(&suite("", &["good"], &["exit 0"]));
-    let file = case.folder.join("results.json");
-    assert_eq!(case.run().exit_code(), ExitCode::Success);
-    fs::write(case.folder.join("suite.toml"), suite("", &["mute"], &["exit 0"])).unwrap();
-    let live: Arc<Live> = Arc::default();
-    let (stop, seen) = (Arc::clone(&live), file.clone());
-    let ender = std::thread::spawn(move || {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        let begun = || fs::read_to_string(&seen).is_ok_and(|text| text.contains("\"complete\": false"));
-        while !begun() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        let began = begun();
-        stop.stop();
-        began
-    });
-    case.run_with(&live);
-    assert!(ender.join().unwrap(), "the results of the run before stay until the first test has ended");
 }
 
 #[test]

@@ -40,7 +40,7 @@ use crate::doctor::available_memory_bytes;
 use crate::lab;
 use crate::run::RuleFiles;
 use crate::scratch::Scratch;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use baseline::Baseline;
 use boot::{Environment, Patience};
 use collect::Collector;
@@ -227,12 +227,18 @@ fn run_boots(environment: &Environment<'_>, boots: &[Boot], options: &RegressOpt
     // One after the other: several fetches at a time would only wait for each other.
     let kernels: Vec<_> = (0..environment.suite.kernels.len())
         .map(|index| {
-            let used = boots.iter().any(|boot| boot.kernel == index);
+            if !boots.iter().any(|boot| boot.kernel == index) {
+                return None;
+            }
+            // A download may take its time.
+            if environment.live.stopped() {
+                return Some(Err(anyhow!(boot::NOT_BEGUN)));
+            }
             let kernel = &environment.suite.kernels[index];
-            if used && matches!(kernel.source, KernelSource::Recipe(_)) {
+            if matches!(kernel.source, KernelSource::Recipe(_)) {
                 collector.say(&format!("preparing kernel {}", kernel.name));
             }
-            used.then(|| recipes::kernel(kernel, arch))
+            Some(recipes::kernel(kernel, arch))
         })
         .collect();
     let memory = Admission::new(available_memory_bytes().unwrap_or(u64::MAX));

@@ -255,7 +255,7 @@ pub struct Results {
     pub suite: String,
     /// Its file, as it was given; relative where it is below the working folder.
     pub file: String,
-    /// Whether all tests have their result.
+    /// Whether all tests have their result; one that was interrupted has none.
     pub complete: bool,
     /// The shard, `I/N`.
     pub shard: Option<String>,
