@@ -90,7 +90,8 @@ pub fn run(
         attempt += 1;
         let part = Boot { tests: std::mem::take(&mut pending), ..*boot };
         let name = format!("{}-{attempt}", index + 1);
-        let mut session = Session::new(environment, part, judged, sink);
+        let release = kernel.as_ref().ok().and_then(|kernel| kernel.release.clone());
+        let mut session = Session { release, ..Session::new(environment, part, judged, sink) };
         match kernel {
             _ if environment.live.stopped() => session.fail_rest(Outcome::Interrupted, NOT_BEGUN),
             Ok(kernel) => session.run(kernel, &name),
@@ -116,6 +117,8 @@ impl Drop for Prepared {
 struct Session<'a> {
     environment: &'a Environment<'a>,
     boot: Boot,
+    /// The kernel's.
+    release: Option<String>,
     /// Some test of the run asks for the leaks of the boot itself.
     judged: bool,
     sink: &'a dyn Sink,
@@ -143,6 +146,7 @@ impl<'a> Session<'a> {
         Self {
             environment,
             boot,
+            release: None,
             judged,
             sink,
             left: Vec::new(),
@@ -465,6 +469,7 @@ impl<'a> Session<'a> {
         TestResult {
             id: matrix::id(suite, kernel, guest, test),
             kernel: suite.kernels[kernel].name.clone(),
+            release: self.release.clone(),
             guest: suite.guests[guest].name.clone(),
             test: suite.tests[test].name.clone(),
             outcome,

@@ -86,3 +86,34 @@ fn a_guests_module_for_another_kernel_keeps_its_boots_only() {
     assert!(results.tests[1].message.contains("its vermagic is"), "{}", results.tests[1].message);
     assert_eq!((results.boots.len(), results.exit_code()), (1, ExitCode::Guest));
 }
+
+#[test]
+fn results_say_which_release_a_kernel_is_also_when_merged() {
+    let tail = "[[kernel]]\npath = \"dead\"\n[[kernel]]\npath = \"absent\"\n[[test]]\nname = \"t\"\n[[test]]\nname = \"u\"\n";
+    let mut case = case(tail);
+    let of = |results: &Results| -> Vec<_> {
+        results.tests.iter().map(|test| (test.id.clone(), test.release.clone())).collect()
+    };
+    let whole = case.run();
+    let wanted = [("good", Some(RELEASE)), ("dead", None), ("absent", None)];
+    let of_tests = wanted.iter().flat_map(|(kernel, release)| {
+        ["t", "u"].map(|test| (format!("{kernel}/default/{test}"), release.map(str::to_owned)))
+    });
+    assert_eq!(of(&whole), of_tests.collect::<Vec<_>>());
+    assert_eq!(whole.tests[0].outcome, Outcome::Passed);
+    let json = serde_json::to_value(&whole).unwrap();
+    assert_eq!((&json["tests"][0]["release"], &json["tests"][2]["release"]), (&json!(RELEASE), &json!(null)));
+    let files = ["t", "u"].map(|test| {
+        case.options.only = vec![format!("/{test}")];
+        case.run();
+        let file = case.folder.join(format!("{test}.json"));
+        fs::rename(case.folder.join("results.json"), &file).unwrap();
+        file
+    });
+    let joined = merge(&files, &Outputs::default()).unwrap().results;
+    assert_eq!(of(&joined), of(&whole));
+    let text = write::text(&joined);
+    let lines =
+        format!("kernel good: {RELEASE}\nkernel dead: release unknown\nkernel absent: release unknown\n");
+    assert!(text.contains(&lines), "{text}");
+}

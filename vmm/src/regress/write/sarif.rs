@@ -95,6 +95,7 @@ fn leak(test: &TestResult, group: &Group) -> Value {
     row["stacks"] = json!([{ "message": { "text": "Where it was allocated" }, "frames": frames }]);
     row["properties"] = json!({
         "test": test.id,
+        "release": test.release,
         "group": group.id,
         "count": group.count,
         "direct": group.direct,
@@ -126,6 +127,7 @@ fn failed(test: &TestResult, rule: usize) -> Value {
     let text = format!("{}: {}: {}", test.id, test.outcome.name(), test.message);
     let mut row = row(rule, "error", &text, &test.id, "new");
     row["locations"] = json!([location(&test.id)]);
+    row["properties"] = json!({ "test": test.id, "release": test.release });
     row
 }
 

@@ -41,6 +41,15 @@ pub fn text(results: &Results) -> String {
     for fixed in &results.fixed {
         let _ = writeln!(text, "fixed: {} {}", fixed.id, fixed.site);
     }
+    let mut kernels: Vec<(&str, &str)> = Vec::new();
+    for kernel in results.tests.iter().map(|test| (test.kernel.as_str(), test.release_text())) {
+        if !kernels.contains(&kernel) {
+            kernels.push(kernel);
+        }
+    }
+    for (name, release) in kernels {
+        let _ = writeln!(text, "kernel {name}: {release}");
+    }
     let unasked: u64 = results.boots.iter().map(|boot| boot.unasked_leaks).sum();
     if unasked > 0 {
         let _ = writeln!(
