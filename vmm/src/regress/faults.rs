@@ -509,6 +509,35 @@ fn a_report_that_cannot_be_written_loses_nothing_else() {
 }
 
 #[test]
+fn what_could_not_be_written_is_refused_before_anything_boots() {
+    let mut case = Case::new(&suite("", &["good"], &["exit 0"]));
+    let refused = |options: &RegressOptions| {
+        let suite = options.suite.as_ref().unwrap();
+        let error = run_suite(suite, options, Path::new("x"), PATIENCE, Arc::default()).err().unwrap();
+        assert_eq!(failure::exit_code(&error), ExitCode::Usage);
+        failure::render(&error)
+    };
+    case.options.logs = Some(case.folder.join("good/logs"));
+    let logs = refused(&case.options);
+    assert!(logs.contains("Cannot create ") && logs.contains("\nhint: check --logs\n"), "{logs}");
+    case.options.logs = None;
+    case.options.outputs.baseline = Some(case.folder.join("absent/base.json"));
+    case.options.outputs.update_baseline = true;
+    let baseline = refused(&case.options);
+    assert!(baseline.contains("Cannot write baseline ") && baseline.contains("\nhint: "), "{baseline}");
+    case.options.outputs.baseline = None;
+    assert!(refused(&case.options).contains("\nhint: give --baseline FILE, or baseline ="));
+    let outputs = Outputs { update_baseline: true, ..Outputs::default() };
+    fs::write(
+        case.folder.join("results.json"),
+        serde_json::to_string(&fixture::results(Vec::new())).unwrap(),
+    )
+    .unwrap();
+    let error = merge(&[case.folder.join("results.json")], &outputs).err().unwrap();
+    assert!(failure::render(&error).ends_with("\nhint: give --baseline FILE\n"));
+}
+
+#[test]
 fn boots_wait_for_memory() {
     let memory = Admission::new(100);
     let first = memory.admit(80);

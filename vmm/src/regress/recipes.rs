@@ -1,8 +1,8 @@
 //! Where the suite's kernels, modules and programs are on this host: paths as they stand, or made by the `images` crate.
 
 use super::suite::{KERNEL_PLACE, Kernel, KernelSource, RECIPE};
-use crate::cli::check;
 use crate::cli::values::ModuleSpec;
+use crate::cli::{Failure, check};
 use crate::lab;
 use crate::run::check_fit;
 use anyhow::{Context, Result};
@@ -12,6 +12,9 @@ use images::module_file::{self, WantedModule};
 use images::{Cache, KernelPackage, cache, modules, programs};
 use introspect::image::KernelImage;
 use std::path::{Path, PathBuf};
+
+/// What to do about a file that cannot be read.
+pub const PATH_HINT: &str = "check its path in the suite";
 
 /// A kernel that is there.
 #[derive(Debug, Clone)]
@@ -43,12 +46,14 @@ fn store() -> Result<Cache> {
 pub fn kernel(kernel: &Kernel, arch: &'static str) -> Result<Ready> {
     let (path, release, package) = match &kernel.source {
         KernelSource::File(path) => {
-            std::fs::File::open(path).with_context(|| format!("Cannot read kernel {}", path.display()))?;
+            check::input_file(path, "kernel", PATH_HINT)?;
             let image = KernelImage::open(path).ok();
             (path.clone(), image.map(|image| image.release().to_owned()), None)
         }
         KernelSource::Recipe(name) => {
-            let package = KernelPackage::fetch(&store()?, name)?;
+            let hint = "check the network, and the recipe: the name of a Debian kernel, such as 6.1-cloud or 6.1.0-47-cloud";
+            let package =
+                KernelPackage::fetch(&store()?, name).with_context(|| Failure::host("").hint(hint))?;
             (package.vmlinuz.clone(), Some(package.release.clone()), Some(package))
         }
     };
@@ -63,7 +68,7 @@ impl Ready {
     pub fn modules(&self, wanted: &[ModuleSpec]) -> Result<Vec<GuestModule>> {
         let find = |spec: &ModuleSpec| {
             let path = self.module(&spec.path)?;
-            check::check_module(&path, self.arch, "check its path in the suite")?;
+            check::check_module(&path, self.arch, PATH_HINT)?;
             Ok(WantedModule { path, parameters: spec.params.join(" ") })
         };
         let wanted: Vec<_> = wanted.iter().map(find).collect::<Result<_>>()?;
@@ -104,7 +109,7 @@ impl Ready {
             Some(name) => programs::build(&store()?, name)?,
             None => self.placed(path),
         };
-        std::fs::File::open(&path).with_context(|| format!("Cannot read file {}", path.display()))?;
+        check::input_file(&path, "file", PATH_HINT)?;
         Ok(path)
     }
 }

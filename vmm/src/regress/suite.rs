@@ -369,11 +369,15 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn kernel(&self, table: KernelTable, span: &Range<usize>) -> Result<Kernel, Wrong> {
         let (source, name) = match (table.path, table.recipe) {
-            (Some(path), None) => {
-                let name =
-                    path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-                (KernelSource::File(self.folder.join(path)), name)
-            }
+            (Some(path), None) => match path.file_name().map(|name| name.to_string_lossy().into_owned()) {
+                Some(name) => (KernelSource::File(self.folder.join(path)), name),
+                None => {
+                    return wrong(
+                        span,
+                        format!("the kernel's path {:?} names no file", path.display().to_string()),
+                    );
+                }
+            },
             (None, Some(recipe)) => (KernelSource::Recipe(recipe.clone()), recipe),
             _ => return wrong(span, "a kernel takes either path or recipe"),
         };

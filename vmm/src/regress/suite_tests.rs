@@ -111,6 +111,8 @@ fn what_is_wrong_is_said_with_its_line() {
         ("[[test]]\nname = \"a/b\"\n", 5, "slash"),
         ("[[test]]\nrun = \"x\"\n", 5, "name"),
         ("[[kernel]]\n", 5, "either path or recipe"),
+        ("[[kernel]]\npath = \"\"\n", 5, "path \"\" names no file"),
+        ("[[kernel]]\nname = \"x\"\npath = \"..\"\n", 5, "path \"..\" names no file"),
         ("[[guest]]\nmem = \"64M\"\n", 6, "mem is not within 128M and 8G"),
         ("[[guest]]\nmem = \"big\"\n", 6, "512M"),
         ("[[guest]]\ncpus = 9\n", 6, "cpus = 9"),

@@ -66,10 +66,11 @@ pub fn text(results: &Results) -> String {
         .count();
     let _ = writeln!(
         text,
-        "{}{}: {} tests: {}; leaks: {} new, {} known, {} expected, {} fixed; canary found in {found} of {} boots",
+        "{}{}: {} test{}: {}; leaks: {} new, {} known, {} expected, {} fixed; canary found in {found} of {} boots",
         results.suite,
         if results.complete { "" } else { " (incomplete)" },
         results.tests.len(),
+        plural(results.tests.len() as u64),
         if counts.is_empty() { "none".to_owned() } else { counts.join(", ") },
         results.leaks(State::New),
         results.leaks(State::Known),
