@@ -30,6 +30,15 @@ impl Block {
     fn end(&self) -> u64 {
         self.start.saturating_add(self.size)
     }
+
+    /// Whether `word` refers to it: it lies inside. A cookie may be a small number, so what lies in one's bytes must also be
+    /// what a pointer to per-CPU memory is: the cookie with flags in its low bits, or a member's place.
+    pub(super) fn is_meant_by(&self, word: u64) -> bool {
+        const FLAGS: u64 = 8;
+        const ALIGNMENT: u64 = 4;
+        let offset = word.wrapping_sub(self.start);
+        offset < self.size && (self.start >= KERNEL_HALF || offset < FLAGS || offset.is_multiple_of(ALIGNMENT))
+    }
 }
 
 /// A word resolved.
@@ -370,7 +379,7 @@ impl Descriptor {
 fn find_in_list(list: &[Block], base: u32, word: u64) -> Option<Hit> {
     let number = list.partition_point(|b| b.start <= word).checked_sub(1)?;
     let block = list[number];
-    (word < block.end()).then_some(Hit { slot: base + number as u32, block })
+    block.is_meant_by(word).then_some(Hit { slot: base + number as u32, block })
 }
 
 /// From the first start to the last end.

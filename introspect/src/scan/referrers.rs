@@ -57,10 +57,10 @@ pub fn referrers<M: FrozenMemory>(
     target: &Object,
 ) -> anyhow::Result<Vec<Reference>> {
     let mut found = Vec::new();
-    let windows = Targets::of(input, target)?.windows();
-    each_word(input, &input.guest()?, &windows, |holder, word| {
+    let targets = Targets::of(input, target)?;
+    each_word(input, &input.guest()?, &targets.windows(), |holder, word| {
         let own = matches!(&holder, Holder::Object { object, .. } if object.address == target.address);
-        if !own && found.len() < MAX {
+        if !own && targets.meant_by(word) && found.len() < MAX {
             found.push(Reference { holder: holder.to_referrer(), word });
         }
     })?;
@@ -88,6 +88,12 @@ impl Targets {
     /// Where such words point.
     pub(super) fn windows(&self) -> [Range<u64>; 2] {
         [self.addresses.clone(), self.structs.clone()]
+    }
+
+    /// Whether a word in one of them refers to the object.
+    fn meant_by(&self, word: u64) -> bool {
+        let Range { start, end } = self.addresses;
+        self.structs.contains(&word) || Block { start, size: end - start }.is_meant_by(word)
     }
 
     /// Offset in the object that a word refers to: of a page's structure, that of the page.

@@ -141,11 +141,23 @@ fn plant(blocks: &[Block], edges: &[Edge]) -> Flat {
 
 fn naive_find(blocks: &[Block], word: u64) -> Option<Block> {
     let last = blocks.iter().filter(|b| b.start <= word).max_by_key(|b| b.start)?;
-    (word - last.start < last.size).then_some(*last)
+    let (offset, is_cookie) = (word - last.start, last.start < 1 << 63);
+    (offset < last.size && !(is_cookie && offset >= 8 && !offset.is_multiple_of(4))).then_some(*last)
 }
 
 fn index(blocks: &[Block]) -> (Index, Vec<u32>) {
     Index::new(blocks, &(DIRECT..DIRECT + SPACE))
+}
+
+#[test]
+fn a_number_that_points_between_the_members_of_per_cpu_memory_is_no_cookie() {
+    let [block, other] = [COOKIES[0] + 64, VMALLOC].map(|start| Block { start, size: 24 });
+    let (index, _) = index(&[block, other]);
+    let found = |start: u64, offset: u64| index.find(start + offset).is_some();
+    // With percpu_ref's flags, and at members of 8 and 4 bytes.
+    assert!([0, 1, 3, 8, 12, 20].into_iter().all(|offset| found(block.start, offset)));
+    assert!(![9, 10, 15, 22, 24].into_iter().any(|offset| found(block.start, offset)));
+    assert!((0..24).all(|offset| found(other.start, offset)));
 }
 
 #[test]
