@@ -242,7 +242,15 @@ fn wrong<T>(span: &Range<usize>, what: impl Into<String>) -> Result<T, Wrong> {
 fn parse(text: &str, folder: &Path, default_name: &str) -> Result<Suite, Wrong> {
     let file: File = toml::from_str(text).map_err(|error| Wrong {
         at: error.span().map_or(0, |span| span.start),
-        what: error.message().replace('\n', " "),
+        // In TOML's own words instead of serde's.
+        what: error
+            .message()
+            .replace('\n', " ")
+            .replace(
+                "map, expected a sequence",
+                "a table, expected a list of tables, which begin with [[...]]",
+            )
+            .replace("expected a sequence", "expected a list, as [\"...\"]"),
     })?;
     let reader = Reader { folder };
     if file.kernels.is_empty() {

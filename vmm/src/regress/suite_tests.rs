@@ -113,6 +113,8 @@ fn what_is_wrong_is_said_with_its_line() {
         ("[[kernel]]\n", 5, "either path or recipe"),
         ("[[kernel]]\npath = \"\"\n", 5, "path \"\" names no file"),
         ("[[kernel]]\nname = \"x\"\npath = \"..\"\n", 5, "path \"..\" names no file"),
+        ("modules = \"x.ko\"\n", 5, "string \"x.ko\", expected a list, as [\"...\"]"),
+        ("[guest]\nmem = \"1G\"\n", 5, "a table, expected a list of tables, which begin with [[...]]"),
         ("[[guest]]\nmem = \"64M\"\n", 6, "mem is not within 128M and 8G"),
         ("[[guest]]\nmem = \"big\"\n", 6, "512M"),
         ("[[guest]]\ncpus = 9\n", 6, "cpus = 9"),
