@@ -26,7 +26,7 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
         input_file(initrd, "initrd", "check --initrd, or leave it out to boot the embedded initramfs")?;
     }
     for module in &options.modules {
-        check_module(&module.path, lab::guest_arch(options))?;
+        check_module(&module.path, lab::guest_arch(options), "check --module")?;
     }
     for file in &options.files {
         input_file(&file.host, "file", "check the HOST part of --file HOST:GUEST")?;
@@ -50,7 +50,7 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
         saved::check_place(snapshot).with_context(|| {
             Failure::usage(format!("Cannot save to {}", snapshot.display())).hint("check --snapshot-on-leak")
         })?;
-        output_file(snapshot)?;
+        output_file(snapshot, "saved machine", "check --snapshot-on-leak")?;
     }
     if let Some(dir) = &options.report_dir {
         let failure = || Failure::usage(format!("Cannot create report directory {}", dir.display()));
@@ -65,7 +65,9 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
 /// Names the one that cannot.
 pub(super) fn reports(reports: &Reports) -> anyhow::Result<()> {
     let files = reports.0.iter().map(|report| report.path.as_path());
-    files.filter(|path| *path != Path::new("-")).try_for_each(output_file)
+    files
+        .filter(|path| *path != Path::new("-"))
+        .try_for_each(|path| output_file(path, "report", "check --report"))
 }
 
 fn check_kernel(options: &RunOptions) -> anyhow::Result<()> {
@@ -129,9 +131,12 @@ fn check_command(options: &RunOptions) -> anyhow::Result<()> {
 }
 
 /// A module is a relocatable ELF file for the guest's machine; whether it fits the kernel is seen later.
-fn check_module(path: &Path, arch: &str) -> anyhow::Result<()> {
+///
+/// # Errors
+/// It is not; `hint` is for one that cannot be read.
+pub(crate) fn check_module(path: &Path, arch: &str, hint: &str) -> anyhow::Result<()> {
     const ET_REL: u16 = 1;
-    let head = input_file(path, "module", "check --module")?;
+    let head = input_file(path, "module", hint)?;
     let failure = |what: &str| {
         let text = format!("Module {} is not a kernel module: {what}", path.display());
         Failure::usage(text).hint("build it against the headers of the guest's kernel, and give the .ko file")
@@ -187,10 +192,10 @@ fn directory(path: &Path, what: &str, hint: &str) -> anyhow::Result<()> {
     std::fs::read_dir(path).map(drop).with_context(failure)
 }
 
-/// A report is written at the end of the run; that it cannot be is better said at the start. The file is not
+/// Reports are written at the end of the run; that one cannot be is better said at the start. The file is not
 /// created yet, so that a run that fails leaves none behind.
-pub(crate) fn output_file(path: &Path) -> anyhow::Result<()> {
-    let failure = || Failure::usage(format!("Cannot write report {}", path.display())).hint("check --report");
+pub(crate) fn output_file(path: &Path, what: &str, hint: &str) -> anyhow::Result<()> {
+    let failure = || Failure::usage(format!("Cannot write {what} {}", path.display())).hint(hint);
     if path.is_dir() {
         return Err(anyhow::anyhow!("It is a directory").context(failure()));
     }
