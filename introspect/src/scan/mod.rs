@@ -355,13 +355,12 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
                 (_, Some(Action::Area)) => {
                     let area = rule.and_then(|r| r.start).unwrap_or(0)
                         ..rule.and_then(|r| r.end).unwrap_or(object.size);
-                    let areas = Some(std::iter::once(area).collect());
-                    marker.set_special(va, Special { areas, ..Special::default() });
+                    marker.set_areas(va, vec![area]);
                 }
                 (Paint::Normal, None) => {}
             }
             if let Some(areas) = areas.of(object.address).filter(|_| object.kind != Kind::Page) {
-                marker.set_special(va, Special { areas: Some(areas.to_vec()), ..Special::default() });
+                marker.set_areas(va, areas.to_vec());
             }
             if input.now_jiffies.saturating_sub(object.jiffies) < min_age {
                 treated.young.extend(blocks());
