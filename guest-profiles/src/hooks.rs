@@ -42,6 +42,15 @@ pub enum Role {
     PageListFree,
     /// Gives back the blocks in the `struct folio_batch` at `argument`.
     PageBatchFree,
+    /// The object that starts at `argument` is no leak and is read (`kmemleak_not_leak`).
+    NotLeak,
+    /// The object that starts at `argument` is neither reported nor read (`kmemleak_ignore`).
+    Ignore,
+    /// The object that starts at `argument` is not read (`kmemleak_no_scan`).
+    NoScan,
+    /// Of the object that `argument` points into only the bytes from there on are read, and those of other such calls; how
+    /// many in the next argument, all when that is -1 (`kmemleak_scan_area`).
+    ScanArea,
     /// The kernel has changed its text.
     Patched,
     /// A module is about to start; `struct module` in `argument`.

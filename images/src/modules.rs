@@ -34,7 +34,7 @@ fn build_files(cache: &Cache, headers: &Headers, files: &[(String, Vec<u8>)], na
 }
 
 /// Our own modules.
-pub const OWN: [&str; 7] = ["breaking", "churn", "clean", "growing", "leaky", "patch", "storm"];
+pub const OWN: [&str; 8] = ["annotated", "breaking", "churn", "clean", "growing", "leaky", "patch", "storm"];
 /// Those of them that make page table entries of x86-64.
 const X86_64_ONLY: [&str; 1] = ["breaking"];
 

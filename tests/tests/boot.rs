@@ -25,8 +25,17 @@ fn main() -> ExitCode {
         }));
     }
     trials.push(test("smallest_guest", || size("128M", 1)));
-    trials.push(with_packages(test("disks_6.12-cloud", || disks("6.12-cloud")), &["e2fsprogs"]));
-    trials.push(with_packages(long_test("disks_6.1-cloud", || disks("6.1-cloud")), &["e2fsprogs"]));
+    trials.push(with_packages(test("disks_6.12-cloud", || disks("6.12-cloud", "")), &["e2fsprogs"]));
+    trials.push(with_packages(long_test("disks_6.1-cloud", || disks("6.1-cloud", "")), &["e2fsprogs"]));
+    // Interrupts by the 8259.
+    trials.push(with_packages(test("disks_6.1-cloud_nosmp", || disks("6.1-cloud", "nosmp")), &["e2fsprogs"]));
+    for (line, words) in [("6.12-cloud", "nosmp"), ("6.1-cloud", "nolapic"), ("6.12-cloud", "noapic")] {
+        let trial = long_test(format!("disks_{line}_{words}"), move || disks(line, words));
+        trials.push(with_packages(trial, &["e2fsprogs"]));
+    }
+    for line in ["6.1-cloud", "6.12-cloud"] {
+        trials.push(long_test(format!("a_halt_ends_the_run_{line}"), move || halt(line)));
+    }
     // What the others show on other kernels.
     trials.push(long_test("clean_6.1_2cpu", || clean("6.1", 2)));
     trials.push(long_test("clean_6.12-rt_2cpu", || clean("6.12-rt", 2)));
@@ -106,8 +115,9 @@ fn clean_guest(mut guest: Guest) -> Result<Value> {
 }
 
 /// Two disks, the second only read: a file system that is written to and checked afterwards, sectors that are as they were.
-/// What the file system and its drivers allocate is no leak.
-fn disks(line: &str) -> Result<()> {
+/// What the file system and its drivers allocate is no leak. With `words` on the command line, which leave the I/O APIC alone,
+/// if any.
+fn disks(line: &str, words: &str) -> Result<()> {
     const MIB: usize = 1 << 20;
     let scratch = Scratch::new()?;
     let data: Vec<u8> = (0..3 * MIB as u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
@@ -116,15 +126,24 @@ fn disks(line: &str) -> Result<()> {
     let mut read_only = raw.clone().into_os_string();
     read_only.push(",ro");
     let mut guest = Guest::new(&kernel(line)?, 2)?;
-    guest.flag("--fail-on-leak").option("--disk", &system).option("--disk", read_only).script(
-        "mkdir /disk; mount -t ext4 /dev/vda /disk
+    guest
+        .cmdline(words)
+        .flag("--fail-on-leak")
+        .option("--disk", &system)
+        .option("--disk", read_only)
+        .script(
+            "mkdir /disk; mount -t ext4 /dev/vda /disk
          cp /dev/vdb /disk/copy; mkdir /disk/many; for i in $(seq 200); do echo $i > /disk/many/$i; done
          sync; rm -r /disk/many; echo x > /dev/vdb && sync && echo WRITTEN
          umount /disk; mount -t ext4 /dev/vda /disk; cmp /disk/copy /dev/vdb && echo SAME; umount /disk
-         sleep 2; echo audit > /dev/ttyS1; cat /dev/ttyS1",
-    )?;
+         grep virtio /proc/interrupts; sleep 2; echo audit > /dev/ttyS1; cat /dev/ttyS1",
+        )?;
     let finished = guest.boot(0)?;
     no_kernel_complaint(&finished.stdout)?;
+    let chip = if words.is_empty() { "IO-APIC" } else { "XT-PIC" };
+    let by_chip = |line: &&str| line.contains(chip) && line.contains(" virtio");
+    let interrupted = finished.stdout.lines().filter(by_chip).count();
+    ensure!(interrupted == 2, "{interrupted} disks by {chip}: {}", tests::tail(&finished.stdout, 20));
     let said = |line: &str| finished.stdout.lines().any(|said| said == line);
     ensure!(said("SAME") && !said("WRITTEN"), "{}", tests::tail(&finished.stdout, 20));
     ensure!(finished.stdout.contains("missing 0, stale 0"), "audit: {}", tests::tail(&finished.stdout, 10));
@@ -134,6 +153,21 @@ fn disks(line: &str) -> Result<()> {
     let copied = Command::new("debugfs").args(["-R", "cat /copy"]).arg(&system).output()?;
     ensure!(copied.stdout == data, "{} bytes arrived on the host", copied.stdout.len());
     Ok(())
+}
+
+/// Without ACPI a kernel cannot switch the machine off, and halts instead.
+fn halt(line: &str) -> Result<()> {
+    let mut guest = Guest::new(&kernel(line)?, 2)?;
+    guest
+        .cmdline("acpi=off")
+        .flag("--fail-on-leak")
+        .script("sleep 3; echo audit > /dev/ttyS1; cat /dev/ttyS1")?;
+    let finished = guest.boot(0)?;
+    no_kernel_complaint(&finished.stdout)?;
+    let last = tests::tail(&finished.stdout, 10);
+    ensure!(finished.stdout.contains("missing 0, stale 0"), "audit: {last}");
+    ensure!(last.contains("System halted"), "{last}");
+    check_report(&guest.report()?)
 }
 
 /// Runs a program of the host.

@@ -19,9 +19,14 @@ fn main() -> ExitCode {
         let trial = long_test(format!("all_cases_{line}"), || all_cases(line));
         trials.push(with_packages(trial, &ARM_PACKAGES));
     }
-    for words in ["maxcpus=1", "nokaslr mitigations=off"] {
-        let name = format!("all_cases_6.1-cloud_{}", words.replace(' ', "_"));
-        trials.push(long_test(name, move || all_cases_with(words, "6.1-cloud")));
+    for (line, words) in [
+        ("6.1-cloud", "maxcpus=1"),
+        ("6.1-cloud", "nokaslr mitigations=off"),
+        ("6.1-cloud", "nosmp"),
+        ("6.12-cloud", "nosmp"),
+    ] {
+        let name = format!("all_cases_{line}_{}", words.replace(' ', "_"));
+        trials.push(long_test(name, move || all_cases_with(words, line)));
     }
     for line in ["6.1-cloud", "6.12-cloud"] {
         let name = format!("all_cases_{line}_five_levels");

@@ -230,7 +230,7 @@ impl Linux {
     /// `SLAB_TYPESAFE_BY_RCU` waits in the same list as all that was given to `call_rcu`, so that what was queued behind it
     /// hangs from there. None for a slab in use.
     pub fn rcu_link(&self, structs: &PageStructs<'_>, frame: u64) -> Option<Range<Va>> {
-        let late = self.slab.late.as_ref()?;
+        let late = &self.slab.late;
         let waits = late.text.contains(&Va(le64(structs.from(frame)?, late.head + late.func)));
         let at = structs.base + frame * structs.size + late.head;
         waits.then(|| at..at + 8)

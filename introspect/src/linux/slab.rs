@@ -80,12 +80,12 @@ pub(super) struct Layout {
     /// None on kernels without KFENCE.
     pub kfence: Option<KfenceLayout>,
     /// Of slabs that are given back after a grace period.
-    pub late: Option<LateLayout>,
+    pub late: LateLayout,
 }
 
 /// How a slab of a cache with `SLAB_TYPESAFE_BY_RCU` waits to be given back (`free_slab`, mm/slub.c).
 pub(super) struct LateLayout {
-    /// Offset of `rcu_head` in `struct slab`; the rest of the time other members lie there.
+    /// Offset of the `struct rcu_head` in `struct slab`; the rest of the time other members lie there.
     pub head: u64,
     /// Offset of `func` in `rcu_head`.
     pub func: u64,
@@ -147,17 +147,18 @@ impl Layout {
             inuse: slab("inuse")?,
             objects: slab("objects")?,
             kfence: KfenceLayout::new(lookup)?,
-            late: LateLayout::new(lookup),
+            late: LateLayout::new(lookup)?,
         })
     }
 }
 
 impl LateLayout {
-    fn new(lookup: &Lookup<'_>) -> Option<Self> {
-        Some(Self {
-            head: lookup.types.offset("slab", "rcu_head")?,
-            func: lookup.types.offset("callback_head", "func")?,
-            text: lookup.symbol_if_any("_stext")?..lookup.symbol_if_any("_etext")?,
+    /// `rcu_head` is a macro (include/linux/types.h), so that compilers call the member of that name `callback_head`, too.
+    fn new(lookup: &Lookup<'_>) -> anyhow::Result<Self> {
+        Ok(Self {
+            head: lookup.offset("slab", "callback_head")?,
+            func: lookup.offset("callback_head", "func")?,
+            text: lookup.symbol("_stext")?..lookup.symbol("_etext")?,
         })
     }
 }

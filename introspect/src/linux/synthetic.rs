@@ -329,7 +329,7 @@ fn types(era: Era) -> Vec<u8> {
         64,
         &[
             ("slab_cache", word, 24),
-            ("rcu_head", word, 32),
+            ("callback_head", word, 32),
             ("freelist", word, 32),
             ("inuse", short, 40),
             ("objects", short, 42),

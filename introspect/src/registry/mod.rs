@@ -7,6 +7,7 @@
 //! Blocks of the page allocator are kept apart ([`blocks`]): slabs, large kmallocs and vmalloc blocks are made of them,
 //! so that they and other objects have the same addresses; and they may be given back in parts.
 
+mod areas;
 mod audit;
 mod blocks;
 mod depot;
@@ -18,6 +19,7 @@ mod slabs;
 #[cfg(test)]
 mod tests;
 
+pub use areas::ScanAreas;
 pub use audit::{Audit, Mismatch, Truth, is_vmap};
 pub use depot::{StackDepot, StackId};
 pub use reconcile::Gap;
@@ -176,6 +178,7 @@ pub struct Registry {
     pub stacks: StackDepot,
     /// Counters.
     pub counters: Counters,
+    areas: ScanAreas,
     slabs: Slabs,
     blocks: Blocks,
     /// Sizes and records of objects of other kinds, and of slab objects that [`Slabs`] refused, by address.
@@ -203,6 +206,7 @@ impl Registry {
             cache: self.caches.intern(event.cache),
             comm: self.comms.intern(event.comm),
         });
+        self.areas.remove(event.address);
         let replaced = match event.kind {
             Kind::Page => self.blocks.insert(event.address, event.size, record),
             kind => self.insert(event.address, event.size, kind, record),
@@ -218,6 +222,7 @@ impl Registry {
             return None;
         };
         self.counters.frees += 1;
+        self.areas.remove(address);
         Some(self.object(address, size, &record))
     }
 
@@ -257,6 +262,25 @@ impl Registry {
         self.change(address, Record::set_no_scan)
     }
 
+    /// Parts of objects that are read instead of the whole.
+    pub fn scan_areas(&self) -> &ScanAreas {
+        &self.areas
+    }
+
+    /// Of the object that `start` points into, `size` bytes from there on are read, and other areas of it; `u64::MAX` stands
+    /// for all to its end. False when there is no such object, or not so much of it.
+    pub fn add_scan_area(&mut self, start: Va, size: u64) -> bool {
+        let Some(object) = self.get(start).or_else(|| self.containing(start)) else { return false };
+        let first = start - object.address;
+        let size = if size == u64::MAX { object.size - first } else { size };
+        if size == 0 || size > object.size - first {
+            return false;
+        }
+        let added = self.areas.add(object.address, first..first + size);
+        self.counters.dropped += u64::from(!added);
+        added
+    }
+
     /// Sets `reported`.
     pub fn set_reported(&mut self, address: Va) {
         self.change(address, Record::set_reported);
@@ -292,6 +316,7 @@ impl Registry {
 
     /// Forgets every object (`off`). Backtraces stay, because reports still name them, and so do the counters.
     pub fn clear(&mut self) {
+        self.areas = ScanAreas::default();
         self.slabs = Slabs::default();
         self.blocks = Blocks::default();
         self.others = HashMap::default();

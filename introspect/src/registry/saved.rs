@@ -2,7 +2,7 @@
 //! left out and counted as a dropped event.
 
 use super::record::{New, Record};
-use super::{Counters, Kind, MAX_FRAMES, Object, Registry, StackId};
+use super::{Counters, Kind, MAX_FRAMES, Object, Registry, ScanAreas, StackId};
 use crate::memory::Va;
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,7 @@ pub struct SavedRegistry {
     comms: Vec<[u8; 16]>,
     /// Objects, and then blocks of pages.
     objects: Vec<Object>,
+    areas: ScanAreas,
     counters: Counters,
     sequence: u64,
 }
@@ -32,6 +33,7 @@ impl Registry {
             stacks: stacks.collect(),
             comms: self.comms.values().to_vec(),
             objects: self.objects().chain(self.blocks()).collect(),
+            areas: self.areas.clone(),
             counters: self.counters,
             sequence: self.sequence,
         }
@@ -50,6 +52,7 @@ impl Registry {
                 this.counters.dropped = this.counters.dropped.saturating_add(1);
             }
         }
+        this.areas = saved.areas.checked(|address| this.get(address).map(|object| object.size));
         this
     }
 

@@ -345,3 +345,43 @@ fn an_allocation_and_a_free_take_few_instructions() {
         assert!((50.0..4000.0).contains(&instructions), "{instructions} instructions for a pair");
     }
 }
+
+#[test]
+fn scan_areas_end_with_their_object_and_stay_inside() {
+    let mut registry = Registry::default();
+    let event = |address: u64, size: u64| AllocEvent {
+        address: Va(address),
+        size,
+        kind: Kind::Slab,
+        cache: Va(1),
+        comm: [0; 16],
+        pid: 0,
+        jiffies: 0,
+        stack: &[],
+    };
+    registry.alloc(&event(0x1000, 64));
+    registry.add_scan_area(Va(0x1008), 16);
+    registry.add_scan_area(Va(0x1030), u64::MAX);
+    for (start, size) in [(0x1008, 0), (0x1008, 57), (0x1040, 8), (0x1000, u64::MAX - 1)] {
+        registry.add_scan_area(Va(start), size);
+    }
+    let areas = |registry: &Registry, at: u64| registry.scan_areas().of(Va(at)).map(<[_]>::to_vec);
+    assert_eq!(areas(&registry, 0x1000), Some(vec![0x8..0x18, 0x30..0x40]));
+    let restored = Registry::restore(&registry.save(), 1 << 20);
+    assert_eq!(areas(&restored, 0x1000), Some(vec![0x8..0x18, 0x30..0x40]));
+    registry.free(Va(0x1000));
+    registry.alloc(&event(0x1000, 32));
+    assert_eq!(areas(&registry, 0x1000), None);
+    registry.add_scan_area(Va(0x1000), 8);
+    registry.alloc(&event(0x1000, 32));
+    assert_eq!(areas(&registry, 0x1000), None, "its free was missed");
+    for _ in 0..100 {
+        registry.add_scan_area(Va(0x1000), 8);
+    }
+    assert_eq!(
+        (areas(&registry, 0x1000).map(|areas| areas.len()), registry.counters.dropped),
+        (Some(64), 36)
+    );
+    registry.clear();
+    assert_eq!(areas(&registry, 0x1000), None);
+}

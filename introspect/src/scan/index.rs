@@ -37,7 +37,8 @@ impl Block {
         const FLAGS: u64 = 8;
         const ALIGNMENT: u64 = 4;
         let offset = word.wrapping_sub(self.start);
-        offset < self.size && (self.start >= KERNEL_HALF || offset < FLAGS || offset.is_multiple_of(ALIGNMENT))
+        offset < self.size
+            && (self.start >= KERNEL_HALF || offset < FLAGS || offset.is_multiple_of(ALIGNMENT))
     }
 }
 

@@ -181,6 +181,13 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
         }
     }
 
+    /// Has only these parts of the object that starts at `va` read, unless it is known better already what of it is.
+    pub fn set_areas(&mut self, va: u64, areas: Vec<Range<u64>>) {
+        if let Some(hit) = self.add_state(va, SPECIAL) {
+            self.heap.specials.entry(hit.slot).or_default().areas.get_or_insert(areas);
+        }
+    }
+
     /// What [`Marker::set_shape`] chooses from.
     pub fn set_shapes(&mut self, shapes: &'a [Arc<Shape>]) {
         self.heap.shapes = shapes;

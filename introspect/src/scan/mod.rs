@@ -330,6 +330,7 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
     ) -> Treated {
         // As msecs_to_jiffies, which rounds up.
         let min_age = input.min_age_ms.saturating_mul(input.linux.hz()).div_ceil(1000);
+        let areas = input.registry.scan_areas();
         let mut treated = Treated::default();
         for object in self.objects(input.registry) {
             let va = object.address.0;
@@ -354,10 +355,12 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
                 (_, Some(Action::Area)) => {
                     let area = rule.and_then(|r| r.start).unwrap_or(0)
                         ..rule.and_then(|r| r.end).unwrap_or(object.size);
-                    let areas = Some(std::iter::once(area).collect());
-                    marker.set_special(va, Special { areas, ..Special::default() });
+                    marker.set_areas(va, vec![area]);
                 }
                 (Paint::Normal, None) => {}
+            }
+            if let Some(areas) = areas.of(object.address).filter(|_| object.kind != Kind::Page) {
+                marker.set_areas(va, areas.to_vec());
             }
             if input.now_jiffies.saturating_sub(object.jiffies) < min_age {
                 treated.young.extend(blocks());

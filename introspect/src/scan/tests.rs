@@ -161,6 +161,30 @@ fn a_number_that_points_between_the_members_of_per_cpu_memory_is_no_cookie() {
 }
 
 #[test]
+fn areas_of_what_is_special_stay_as_they_are() {
+    let [first, second, third] = [0, 64, 128].map(|at| Block { start: DIRECT + at, size: 64 });
+    let blocks = [first, second, third];
+    let (index, slots) = index(&blocks);
+    let mut memory = Flat::new();
+    memory.put(first.start, second.start);
+    memory.put(first.start + 8, third.start);
+    let areas = |area: std::ops::Range<u64>| std::iter::once(area).collect::<Vec<_>>();
+    let reached = |special: Option<Special>| {
+        let mut marker = Marker::new(&index, &memory, &slots, ());
+        if let Some(special) = special {
+            marker.set_special(first.start, special);
+        }
+        marker.set_areas(first.start, areas(8..16));
+        marker.set_gray(first.start);
+        marker.run();
+        [second, third].map(|block| marker.is_reached(block.start))
+    };
+    assert_eq!(reached(None), [false, true]);
+    assert_eq!(reached(Some(Special { areas: Some(areas(0..8)), ..Special::default() })), [true, false]);
+    assert_eq!(reached(Some(Special { weak: Some(0), ..Special::default() })), [true, true]);
+}
+
+#[test]
 fn an_empty_object_at_the_start_of_the_last_page_is_found_nowhere() {
     let blocks = [Block { start: DIRECT, size: 8 }, Block { start: DIRECT + 8 * 4096, size: 0 }];
     let (index, slots) = index(&blocks);

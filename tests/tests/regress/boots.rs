@@ -53,6 +53,9 @@ pub fn attribution() -> Result<()> {
         "{}",
         finished.stdout
     );
+    for part in [": 2 objects, 2 direct, 256 bytes", &format!("\nkernel 6.1-cloud: {}\n", kernel.release)] {
+        ensure!(finished.stdout.contains(part), "no {part:?} in {}", finished.stdout);
+    }
     let group = |test: usize| tests[test]["groups"][0]["id"].as_str();
     ensure!(group(4).is_some() && group(4) == group(5), "{:?} and {:?}", group(4), group(5));
     for (name, part) in [

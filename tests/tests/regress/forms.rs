@@ -48,7 +48,7 @@ fn sample(folder: &Scratch) -> Result<()> {
         };
         let kernel = if at < 9 { "6.1-cloud" } else { "6.12-cloud" };
         json!({
-            "id": format!("{kernel}/small/{outcome}"), "kernel": kernel, "guest": "small", "test": outcome,
+            "id": format!("{kernel}/small/{outcome}"), "kernel": kernel, "release": EVIL, "guest": "small", "test": outcome,
             "outcome": outcome, "message": EVIL, "status": 0, "millis": 1234 * at, "groups": groups,
             "console": [EVIL], "heap": { "objects": 10_000 + at, "bytes": 2_000_000 + 5000 * (at * at % 7) },
         })

@@ -87,7 +87,12 @@ fn ended_by(signal: &str) -> Result<()> {
     let results = written(&case).context("results")?;
     let wanted = [("boot", "passed", 0), ("long", "interrupted", 0), ("later", "interrupted", 0)];
     ensure!(outcomes(&results)? == wanted, "{}\n{}", finished.stdout, finished.stderr);
-    ensure!(finished.stdout.contains("1 passed, 2 interrupted"), "{}", finished.stdout);
+    ensure!(results["complete"] == false, "{:#}", results["complete"]);
+    ensure!(
+        finished.stdout.contains(" (incomplete): 3 tests: 1 passed, 2 interrupted"),
+        "{}",
+        finished.stdout
+    );
     for name in ["results.xml", "results.sarif", "results.html"] {
         let text = std::fs::read_to_string(case.0.path(name))?;
         ensure!(text.contains("later") && text.contains("interrupted"), "{name}: {text}");

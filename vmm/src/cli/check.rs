@@ -26,12 +26,11 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
         input_file(initrd, "initrd", "check --initrd, or leave it out to boot the embedded initramfs")?;
     }
     for module in &options.modules {
-        check_module(&module.path, lab::guest_arch(options))?;
+        check_module(&module.path, lab::guest_arch(options), "check --module")?;
     }
     for file in &options.files {
         input_file(&file.host, "file", "check the HOST part of --file HOST:GUEST")?;
     }
-    check_cmdline(options)?;
     check_disks(options)?;
     check_command(options)?;
     if let Some(types) = &options.types {
@@ -51,7 +50,7 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
         saved::check_place(snapshot).with_context(|| {
             Failure::usage(format!("Cannot save to {}", snapshot.display())).hint("check --snapshot-on-leak")
         })?;
-        output_file(snapshot)?;
+        output_file(snapshot, "saved machine", "check --snapshot-on-leak")?;
     }
     if let Some(dir) = &options.report_dir {
         let failure = || Failure::usage(format!("Cannot create report directory {}", dir.display()));
@@ -66,7 +65,9 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
 /// Names the one that cannot.
 pub(super) fn reports(reports: &Reports) -> anyhow::Result<()> {
     let files = reports.0.iter().map(|report| report.path.as_path());
-    files.filter(|path| *path != Path::new("-")).try_for_each(output_file)
+    files
+        .filter(|path| *path != Path::new("-"))
+        .try_for_each(|path| output_file(path, "report", "check --report"))
 }
 
 fn check_kernel(options: &RunOptions) -> anyhow::Result<()> {
@@ -77,22 +78,6 @@ fn check_kernel(options: &RunOptions) -> anyhow::Result<()> {
         }
     };
     input_file(&options.kernel_path(), "kernel", hint).map(drop)
-}
-
-/// Kernels leave the I/O APIC alone after these words (arch/x86/kernel/apic, kernel/cpu.c), and on hardware-reduced ACPI they
-/// take no 8259 instead (arch/x86/kernel/acpi/boot.c): nothing would interrupt them.
-const NO_INTERRUPTS: [&str; 5] = ["nosmp", "maxcpus=0", "noapic", "nolapic", "disableapic"];
-
-fn check_cmdline(options: &RunOptions) -> anyhow::Result<()> {
-    let mut words = options.cmdline.split_whitespace();
-    let Some(word) = words.find(|word| NO_INTERRUPTS.contains(word)) else { return Ok(()) };
-    if lab::guest_arch(options) != "x86_64" {
-        return Ok(());
-    }
-    let why = format!(
-        "Cannot boot with {word}: the kernel would not use the I/O APIC, and nothing else interrupts it"
-    );
-    Err(Failure::usage(why).hint("--cpus 1, or maxcpus=1 on its command line, gives it one processor").into())
 }
 
 /// A disk is an image or a block device, and may be written to unless it is only read.
@@ -106,6 +91,12 @@ fn check_disks(options: &RunOptions) -> anyhow::Result<()> {
         let what = format!("The lab {lab} has no disks on a host of another architecture");
         return Err(Failure::usage(what)
             .hint("leave --disk out, or bring what is needed with --file")
+            .into());
+    }
+    let without_acpi = options.cmdline.split_whitespace().any(|word| word == "acpi=off");
+    if without_acpi && !options.disks.is_empty() && lab::guest_arch(options) == "x86_64" {
+        return Err(Failure::usage("A kernel sees no disks with acpi=off")
+            .hint("leave --disk out, or acpi=off; acpi=noirq takes no interrupts from ACPI, but disks")
             .into());
     }
     for disk in &options.disks {
@@ -140,9 +131,12 @@ fn check_command(options: &RunOptions) -> anyhow::Result<()> {
 }
 
 /// A module is a relocatable ELF file for the guest's machine; whether it fits the kernel is seen later.
-fn check_module(path: &Path, arch: &str) -> anyhow::Result<()> {
+///
+/// # Errors
+/// It is not; `hint` is for one that cannot be read.
+pub(crate) fn check_module(path: &Path, arch: &str, hint: &str) -> anyhow::Result<()> {
     const ET_REL: u16 = 1;
-    let head = input_file(path, "module", "check --module")?;
+    let head = input_file(path, "module", hint)?;
     let failure = |what: &str| {
         let text = format!("Module {} is not a kernel module: {what}", path.display());
         Failure::usage(text).hint("build it against the headers of the guest's kernel, and give the .ko file")
@@ -198,10 +192,10 @@ fn directory(path: &Path, what: &str, hint: &str) -> anyhow::Result<()> {
     std::fs::read_dir(path).map(drop).with_context(failure)
 }
 
-/// A report is written at the end of the run; that it cannot be is better said at the start. The file is not
+/// Reports are written at the end of the run; that one cannot be is better said at the start. The file is not
 /// created yet, so that a run that fails leaves none behind.
-pub(crate) fn output_file(path: &Path) -> anyhow::Result<()> {
-    let failure = || Failure::usage(format!("Cannot write report {}", path.display())).hint("check --report");
+pub(crate) fn output_file(path: &Path, what: &str, hint: &str) -> anyhow::Result<()> {
+    let failure = || Failure::usage(format!("Cannot write {what} {}", path.display())).hint(hint);
     if path.is_dir() {
         return Err(anyhow::anyhow!("It is a directory").context(failure()));
     }
@@ -336,15 +330,13 @@ mod tests {
     }
 
     #[test]
-    fn words_that_turn_interrupts_off_are_refused() {
-        let scratch = Scratch::new("words");
-        let kernel = scratch.file("bzImage", b"MZ kernel");
-        let text = refusal(&["--kernel", &kernel, "--cmdline", "quiet nosmp"]);
-        assert!(text.contains("with nosmp: ") && text.contains("hint: --cpus 1"), "{text}");
-        for words in ["maxcpus=1 quiet", "nosmpx", ""] {
-            assert!(checked(&["--kernel", &kernel, "--cmdline", words]).is_ok(), "{words}");
-        }
-        assert!(checked(&["--kernel", &kernel, "--cmdline", "nosmp", "--lab", "arm"]).is_ok());
+    fn disks_are_refused_without_acpi() {
+        let scratch = Scratch::new("disks");
+        let file = scratch.file("file", b"MZ kernel");
+        let args = ["--kernel", &file, "--cmdline", "quiet acpi=off", "--disk", &file];
+        assert!(refusal(&args).contains("sees no disks with acpi=off\nhint: leave --disk out"));
+        assert!(checked(&args[..4]).is_ok());
+        assert!(checked(&["--kernel", &file, "--cmdline", "acpi=noirq", "--disk", &file]).is_ok());
     }
 
     #[test]

@@ -92,6 +92,19 @@ pub fn exit_code(error: &anyhow::Error) -> ExitCode {
 
 /// The lines printed for an error: `kleak-vmm: error: WHAT: WHY` and, where known, `hint: WHAT TO DO`.
 pub fn render(error: &anyhow::Error) -> String {
+    let mut text = format!("kleak-vmm: error: {}\n", chain(error));
+    if let Some(hint) = hint(error) {
+        text.push_str(&format!("hint: {hint}\n"));
+    }
+    text
+}
+
+/// The same as part of a line: `WHAT: WHY (hint: WHAT TO DO)`.
+pub fn sentence(error: &anyhow::Error) -> String {
+    hint(error).map_or_else(|| chain(error), |hint| format!("{} (hint: {hint})", chain(error)))
+}
+
+fn chain(error: &anyhow::Error) -> String {
     let mut levels: Vec<String> = Vec::new();
     for level in error.chain().map(ToString::to_string) {
         // Some libraries repeat their source in their own message.
@@ -99,11 +112,11 @@ pub fn render(error: &anyhow::Error) -> String {
             levels.push(level);
         }
     }
-    let mut text = format!("kleak-vmm: error: {}\n", one_line(&levels.join(": ")));
-    if let Some(hint) = error.downcast_ref::<Failure>().and_then(Failure::what_to_do) {
-        text.push_str(&format!("hint: {}\n", one_line(hint)));
-    }
-    text
+    one_line(&levels.join(": "))
+}
+
+fn hint(error: &anyhow::Error) -> Option<String> {
+    error.downcast_ref::<Failure>().and_then(Failure::what_to_do).map(one_line)
 }
 
 /// Prints the error on standard error and returns its exit code.
@@ -158,6 +171,14 @@ mod tests {
              hint: add yourself to the group kvm\n"
         );
         assert_eq!(exit_code(&error), ExitCode::Host);
+        assert_eq!(
+            sentence(&error),
+            "Starting the machine: Cannot open /dev/kvm: open failed: Permission denied (hint: add yourself to the group kvm)"
+        );
+        assert_eq!(
+            sentence(&denied().context(Failure::usage("")).unwrap_err()),
+            "open failed: Permission denied"
+        );
     }
 
     #[test]

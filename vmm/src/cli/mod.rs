@@ -35,6 +35,19 @@ struct Cli {
     command: Action,
 }
 
+const REGRESS_HELP: &str = "A suite:
+
+  [[kernel]]
+  path = \"bzImage\"
+
+  [[test]]
+  name = \"mydriver\"
+  modules = [\"mydriver.ko\"]
+  script = \"exercise.sh\"
+
+docs/regress.md has every key. Exit codes: 0 nothing leaked but what is known or expected; 1 new leaks, or expected ones that are
+missing; 2 something is wrong with the suite, the baseline or a report; 3 a test failed, or could not be made; 4 this host cannot.";
+
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Boot a kernel, track its heap, scan for leaks; the guest's console is on standard input and output
@@ -43,6 +56,7 @@ enum Action {
     )]
     Run(Box<RunOptions>),
     /// Run the tests of a suite on its kernels and guests, and judge what they leak
+    #[command(after_help = REGRESS_HELP)]
     Regress(Box<RegressOptions>),
     /// Send one console command to a running virtual machine
     Ctl(CtlOptions),

@@ -64,7 +64,12 @@ pub fn foreign(options: &RunOptions) -> Option<Lab> {
 
 /// The architecture of the guest, as Rust names it.
 pub fn guest_arch(options: &RunOptions) -> &'static str {
-    foreign(options).map_or(ARCH, Lab::arch)
+    arch_in(options.lab)
+}
+
+/// The architecture of guests in the lab of this choice.
+pub fn arch_in(wish: LabChoice) -> &'static str {
+    wished(wish).map_or(ARCH, Lab::arch)
 }
 
 #[cfg(test)]

@@ -48,7 +48,7 @@ use images::lab::LabFiles;
 use images::module_file::WantedModule;
 
 pub use bochs::is_installed as bochs_is_installed;
-pub use decide::{Decision, decide, foreign, guest_arch, own_lab};
+pub use decide::{Decision, arch_in, decide, foreign, guest_arch, own_lab};
 pub use emulator::{Program, program};
 pub use exports::Export;
 pub use images::lab::Lab;

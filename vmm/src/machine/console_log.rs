@@ -1,5 +1,6 @@
-//! What the guest printed on its console: the last lines, and whether its kernel panicked.
+//! What the guest printed on its console: the last lines, and whether its kernel panicked or halted.
 
+use super::control::Outcome;
 use crate::devices::{SerialSink, Unread};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +15,8 @@ const LINE_BYTES: usize = 1024;
 const PANIC: &str = "Kernel panic - not syncing";
 const PANIC_END: &str = "---[ end Kernel panic - not syncing";
 const PANIC_WAIT: &str = "Rebooting in ";
+/// kernel/reboot.c: a kernel that cannot power off halts (and says so since 6.9).
+const HALTS: [&str; 2] = ["reboot: System halted", "reboot: Power off not available: System halted instead"];
 /// mm/oom_kill.c, of the whole machine or of a memory cgroup.
 const OOM_KILLS: [&str; 2] = ["Out of memory: Killed process", "Memory cgroup out of memory: Killed process"];
 
@@ -24,15 +27,14 @@ struct Log {
     lines: VecDeque<String>,
     partial: Vec<u8>,
     panicked: Option<(String, Instant)>,
-    dead: bool,
+    ended: Option<Outcome>,
     oom_kills: u64,
 }
 
 impl Default for ConsoleLog {
     fn default() -> Self {
-        let log =
-            Log { lines: VecDeque::new(), partial: Vec::new(), panicked: None, dead: false, oom_kills: 0 };
-        Self(Mutex::new(log))
+        let (lines, partial) = (VecDeque::new(), Vec::new());
+        Self(Mutex::new(Log { lines, partial, panicked: None, ended: None, oom_kills: 0 }))
     }
 }
 
@@ -60,9 +62,9 @@ impl ConsoleLog {
         !self.lock().partial.is_empty()
     }
 
-    /// True once the kernel has panicked and printed all it has to say.
-    pub fn is_dead(&self) -> bool {
-        self.lock().dead
+    /// How the kernel ended, once it has printed all it has to say and nothing else tells: it panicked or halted.
+    pub fn ended(&self) -> Option<Outcome> {
+        self.lock().ended.clone()
     }
 
     fn add(&self, bytes: &[u8]) {
@@ -89,8 +91,12 @@ impl Log {
         if self.panicked.is_none() && text.starts_with(PANIC) {
             self.panicked = Some((text.to_owned(), Instant::now()));
         }
-        if self.panicked.is_some() && (text.starts_with(PANIC_END) || text.starts_with(PANIC_WAIT)) {
-            self.dead = true;
+        if let Some((panic, _)) = &self.panicked
+            && (text.starts_with(PANIC_END) || text.starts_with(PANIC_WAIT))
+        {
+            self.ended = Some(Outcome::Panic(panic.clone()));
+        } else if HALTS.contains(&text) {
+            self.ended = Some(Outcome::Halt);
         }
         self.oom_kills += u64::from(OOM_KILLS.iter().any(|kill| text.starts_with(kill)));
         if self.lines.len() == LINES {
@@ -164,22 +170,32 @@ mod tests {
         for stamp in ["", "[    1.500000] ", "[    1.500000][    T1] "] {
             let log = log(&format!("{stamp}Kernel panic - not syncing: Attempted to kill init!\r\n"));
             assert!(log.panicked().unwrap().0.ends_with("kill init!"), "{stamp}");
-            assert!(!log.is_dead());
+            assert_eq!(log.ended(), None);
             log.add(format!("{stamp}---[ end Kernel panic - not syncing: x ]---\n").as_bytes());
-            assert!(log.is_dead());
+            assert_eq!(log.ended(), log.panicked().map(|(line, _)| Outcome::Panic(line)));
         }
     }
 
     #[test]
     fn a_wait_before_the_restart_is_the_end() {
-        assert!(log("[ 1.0] Kernel panic - not syncing: x\n[ 1.1] Rebooting in 10 seconds..\n").is_dead());
+        let log = log("[ 1.0] Kernel panic - not syncing: x\n[ 1.1] Rebooting in 10 seconds..\n");
+        assert!(matches!(log.ended(), Some(Outcome::Panic(_))));
+    }
+
+    #[test]
+    fn a_halt_is_an_end() {
+        for line in HALTS {
+            assert_eq!(log(&format!("[    1.5] {line}")).ended(), None, "the line has no end yet");
+            assert_eq!(log(&format!("[    1.5] {line}\r\n")).ended(), Some(Outcome::Halt));
+            assert_eq!(log(&format!("it said {line}\n{line}?\n")).ended(), None);
+        }
     }
 
     #[test]
     fn talk_of_panics_is_none() {
         let log =
             log("# grep 'Kernel panic - not syncing' log\nRebooting in 3\nsaw Kernel panic - not syncing\n");
-        assert!(log.panicked().is_none() && !log.is_dead());
+        assert!(log.panicked().is_none() && log.ended().is_none());
     }
 
     #[test]

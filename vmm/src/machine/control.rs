@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 pub enum Outcome {
     /// The guest switched itself off.
     PowerOff,
+    /// The guest's kernel stands still for good, without switching the machine off.
+    Halt,
     /// The guest restarted itself.
     Reset,
     /// The kernel panicked: the console line that says so.
@@ -42,6 +44,7 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::PowerOff => write!(f, "The guest powered off"),
+            Self::Halt => write!(f, "The guest halted"),
             Self::Reset => write!(f, "The guest reset the machine"),
             Self::Panic(line) => write!(f, "The guest kernel panicked: {line}"),
             Self::TripleFault => write!(f, "The guest crashed with a triple fault"),

@@ -140,7 +140,7 @@ impl Guest {
     /// A kernel told to restart after a panic resets, or crashes on the way: the panic is what happened.
     pub(super) fn with_panic(&self, outcome: Outcome) -> Outcome {
         match (outcome, self.console.panicked()) {
-            (Outcome::Reset | Outcome::PowerOff | Outcome::TripleFault, Some((line, _))) => {
+            (Outcome::Reset | Outcome::PowerOff | Outcome::Halt | Outcome::TripleFault, Some((line, _))) => {
                 Outcome::Panic(line)
             }
             (outcome, _) => outcome,

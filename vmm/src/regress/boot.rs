@@ -9,6 +9,7 @@ use super::recipes::Ready;
 use super::result::{BootResult, FOUND, Group, Growth, Heap, Outcome, TestResult};
 use super::suite::{Action, Suite, Test};
 use super::worker::{Ending, Live, NoLine, Worker};
+use crate::cli::failure;
 use crate::cli::values::{FileSpec, format_size};
 use crate::run::{SETTLE_MS, SETTLE_WITH_MODULES_MS};
 use anyhow::{Context, Result};
@@ -41,6 +42,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 /// Why a test was interrupted.
 const STOPPED: &str = "the run was ended";
+/// Why one was that had not begun.
+pub const NOT_BEGUN: &str = "the run was ended before it";
 
 /// What all boots have in common.
 pub struct Environment<'a> {
@@ -87,11 +90,12 @@ pub fn run(
         attempt += 1;
         let part = Boot { tests: std::mem::take(&mut pending), ..*boot };
         let name = format!("{}-{attempt}", index + 1);
-        let mut session = Session::new(environment, part, judged, sink);
+        let release = kernel.as_ref().ok().and_then(|kernel| kernel.release.clone());
+        let mut session = Session { release, ..Session::new(environment, part, judged, sink) };
         match kernel {
-            _ if environment.live.stopped() => session.fail_rest(Outcome::Interrupted, STOPPED),
+            _ if environment.live.stopped() => session.fail_rest(Outcome::Interrupted, NOT_BEGUN),
             Ok(kernel) => session.run(kernel, &name),
-            Err(error) => session.fail_rest(Outcome::NotBooted, &format!("{error:#}")),
+            Err(error) => session.fail_rest(Outcome::NotBooted, &failure::sentence(error)),
         }
         pending = session.left;
     }
@@ -113,6 +117,8 @@ impl Drop for Prepared {
 struct Session<'a> {
     environment: &'a Environment<'a>,
     boot: Boot,
+    /// The kernel's.
+    release: Option<String>,
     /// Some test of the run asks for the leaks of the boot itself.
     judged: bool,
     sink: &'a dyn Sink,
@@ -140,6 +146,7 @@ impl<'a> Session<'a> {
         Self {
             environment,
             boot,
+            release: None,
             judged,
             sink,
             left: Vec::new(),
@@ -175,9 +182,9 @@ impl<'a> Session<'a> {
         let (mut worker, _prepared) = match worker {
             Ok(both) => both,
             Err(_) if self.environment.live.stopped() => {
-                return self.fail_rest(Outcome::Interrupted, STOPPED);
+                return self.fail_rest(Outcome::Interrupted, NOT_BEGUN);
             }
-            Err(error) => return self.fail_rest(Outcome::NotBooted, &format!("{error:#}")),
+            Err(error) => return self.fail_rest(Outcome::NotBooted, &failure::sentence(&error)),
         };
         let trouble = self.follow(&mut worker, &token).err();
         if trouble.as_ref().is_some_and(|end| !matches!(end, End::NoLine(NoLine::Ended))) {
@@ -210,7 +217,7 @@ impl<'a> Session<'a> {
                     ready.push(test);
                     modules.push(found);
                 }
-                Err(error) => self.fail(test, Outcome::Failed, &format!("{error:#}")),
+                Err(error) => self.fail(test, Outcome::Failed, &failure::sentence(&error)),
             }
         }
         self.boot.tests = ready;
@@ -430,10 +437,12 @@ impl<'a> Session<'a> {
         };
         match self.left.first().copied() {
             None => {}
-            Some(test) if running && outcome != Outcome::Interrupted => {
+            Some(test) if running => {
                 self.left.remove(0);
                 self.fail(test, outcome, &message);
             }
+            // They have not begun, which the next boot, that is none, says of them.
+            Some(_) if outcome == Outcome::Interrupted => {}
             Some(_) => self.fail_rest(outcome, &message),
         }
     }
@@ -460,6 +469,7 @@ impl<'a> Session<'a> {
         TestResult {
             id: matrix::id(suite, kernel, guest, test),
             kernel: suite.kernels[kernel].name.clone(),
+            release: self.release.clone(),
             guest: suite.guests[guest].name.clone(),
             test: suite.tests[test].name.clone(),
             outcome,

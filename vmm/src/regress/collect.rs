@@ -66,7 +66,8 @@ impl Collector {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut state.results);
         state.results.sort();
-        state.results.complete = state.results.tests.len() == self.tests;
+        let ended = state.results.tests.len() - state.results.count(Outcome::Interrupted);
+        state.results.complete = ended == self.tests;
         state.results.millis = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let written = write::all(&state.results, &self.reports);
         if let (Err(error), false) = (&written, state.unwritten) {

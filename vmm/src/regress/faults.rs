@@ -1,6 +1,9 @@
 //! Everything that can happen to a boot, without one: the process that would be `kleak-vmm run` is this test program, which
 //! plays the guest's driver and the detector. What each test does is its command: see [`play`].
 
+mod ended;
+#[cfg(target_arch = "x86_64")]
+mod foreign;
 mod shards;
 
 use super::options::Outputs;
@@ -467,32 +470,6 @@ fn leaks_of_the_boot_are_the_boot_tests() {
 }
 
 #[test]
-fn ending_it_keeps_what_is_there() {
-    let case = Case::new(&suite("boot = \"per-test\"", &["good"], &["exit 0", "hang", "leak a 1"]));
-    let mut case = case;
-    case.options.jobs = 1;
-    let live: Arc<Live> = Arc::default();
-    let (stop, results) = (Arc::clone(&live), case.folder.join("results.json"));
-    let ender = std::thread::spawn(move || {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !fs::read_to_string(&results).is_ok_and(|text| text.contains("passed"))
-            && Instant::now() < deadline
-        {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        std::thread::sleep(Duration::from_millis(300));
-        stop.stop();
-    });
-    let results = case.run_with(&live);
-    ender.join().unwrap();
-    assert_eq!(
-        outcomes(&results),
-        [("exit 0", Outcome::Passed), ("hang", Outcome::Interrupted), ("leak a 1", Outcome::Interrupted)]
-    );
-    assert_eq!(results.exit_code(), ExitCode::Guest);
-}
-
-#[test]
 fn a_baseline_tells_new_from_known_from_fixed() {
     let mut case = Case::new(&suite("baseline = \"base.json\"", &["good"], &["leak a 1", "leak b 2"]));
     let suite_file = case.options.suite.as_ref().unwrap();
@@ -532,25 +509,32 @@ fn a_report_that_cannot_be_written_loses_nothing_else() {
 }
 
 #[test]
-fn what_an_earlier_run_left_is_no_result() {
-    let case = Case::new(&suite("", &["good"], &["exit 0"]));
-    let file = case.folder.join("results.json");
-    assert_eq!(case.run().exit_code(), ExitCode::Success);
-    fs::write(case.folder.join("suite.toml"), suite("", &["mute"], &["exit 0"])).unwrap();
-    let live: Arc<Live> = Arc::default();
-    let (stop, seen) = (Arc::clone(&live), file.clone());
-    let ender = std::thread::spawn(move || {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        let begun = || fs::read_to_string(&seen).is_ok_and(|text| text.contains("\"complete\": false"));
-        while !begun() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        let began = begun();
-        stop.stop();
-        began
-    });
-    case.run_with(&live);
-    assert!(ender.join().unwrap(), "the results of the run before stay until the first test has ended");
+fn what_could_not_be_written_is_refused_before_anything_boots() {
+    let mut case = Case::new(&suite("", &["good"], &["exit 0"]));
+    let refused = |options: &RegressOptions| {
+        let suite = options.suite.as_ref().unwrap();
+        let error = run_suite(suite, options, Path::new("x"), PATIENCE, Arc::default()).err().unwrap();
+        assert_eq!(failure::exit_code(&error), ExitCode::Usage);
+        failure::render(&error)
+    };
+    case.options.logs = Some(case.folder.join("good/logs"));
+    let logs = refused(&case.options);
+    assert!(logs.contains("Cannot create ") && logs.contains("\nhint: check --logs\n"), "{logs}");
+    case.options.logs = None;
+    case.options.outputs.baseline = Some(case.folder.join("absent/base.json"));
+    case.options.outputs.update_baseline = true;
+    let baseline = refused(&case.options);
+    assert!(baseline.contains("Cannot write baseline ") && baseline.contains("\nhint: "), "{baseline}");
+    case.options.outputs.baseline = None;
+    assert!(refused(&case.options).contains("\nhint: give --baseline FILE, or baseline ="));
+    let outputs = Outputs { update_baseline: true, ..Outputs::default() };
+    fs::write(
+        case.folder.join("results.json"),
+        serde_json::to_string(&fixture::results(Vec::new())).unwrap(),
+    )
+    .unwrap();
+    let error = merge(&[case.folder.join("results.json")], &outputs).err().unwrap();
+    assert!(failure::render(&error).ends_with("\nhint: give --baseline FILE\n"));
 }
 
 #[test]

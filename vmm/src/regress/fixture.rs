@@ -38,6 +38,7 @@ pub fn test(id: &str, groups: Vec<Group>) -> TestResult {
     let mut next = || names.next().unwrap_or_default();
     TestResult {
         kernel: next(),
+        release: Some("6.1.0-test".to_owned()),
         guest: next(),
         test: next(),
         id: id.to_owned(),

@@ -37,9 +37,10 @@ pub use single::{Form, Looked, of_report};
 use crate::cli::{ExitCode, Failure, check, failure, print};
 use crate::console::signals;
 use crate::doctor::available_memory_bytes;
+use crate::lab;
 use crate::run::RuleFiles;
 use crate::scratch::Scratch;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use baseline::Baseline;
 use boot::{Environment, Patience};
 use collect::Collector;
@@ -126,10 +127,11 @@ fn run_suite(
         return Err(Failure::usage(what).hint("names are KERNEL/GUEST/TEST").into());
     }
     let baseline_path = options.outputs.baseline.clone().or_else(|| suite.baseline.clone());
-    let baseline = read_baseline(baseline_path.as_deref(), options.outputs.update_baseline)?;
+    let whose = "give --baseline FILE, or baseline = \"FILE\" in the suite";
+    let baseline = read_baseline(baseline_path.as_deref(), options.outputs.update_baseline, whose)?;
     if let Some(folder) = &options.logs {
-        fs::create_dir_all(folder)
-            .with_context(|| Failure::usage(format!("Cannot create {}", folder.display())))?;
+        let failure = || Failure::usage(format!("Cannot create {}", folder.display())).hint("check --logs");
+        fs::create_dir_all(folder).with_context(failure)?;
     }
     // Within a repository, what a reader of the results on another machine can find.
     let here = std::env::current_dir().unwrap_or_default();
@@ -149,7 +151,7 @@ fn run_suite(
         patience,
         live,
     };
-    run_boots(&environment, &boots, options.jobs, &collector);
+    run_boots(&environment, &boots, options, &collector);
     Ok(conclude(collector.finish(), baseline_path.as_deref(), &options.outputs))
 }
 
@@ -167,12 +169,17 @@ fn conclude(mut results: Results, path: Option<&Path>, outputs: &Outputs) -> Fin
     Finished { results, saved: saved.and(written) }
 }
 
-fn read_baseline(path: Option<&Path>, update: bool) -> Result<Baseline> {
+/// One that is to be updated can be written, too; `whose` says how it is named.
+fn read_baseline(path: Option<&Path>, update: bool, whose: &str) -> Result<Baseline> {
     match path {
-        Some(path) => Baseline::read(path, update),
-        None if update => Err(Failure::usage("--update-baseline needs to know which")
-            .hint("give --baseline FILE, or baseline = \"FILE\" in the suite")
-            .into()),
+        Some(path) => {
+            let baseline = Baseline::read(path, update)?;
+            if update {
+                check::output_file(path, "baseline", "check its path")?;
+            }
+            Ok(baseline)
+        }
+        None if update => Err(Failure::usage("--update-baseline needs to know which").hint(whose).into()),
         None => Ok(Baseline::default()),
     }
 }
@@ -180,8 +187,7 @@ fn read_baseline(path: Option<&Path>, update: bool) -> Result<Baseline> {
 /// What can be known to go wrong is said before anything boots. Kernels and modules are the tests' own matter: one that was
 /// not built is the result of its tests.
 fn check_files(suite: &Suite, outputs: &Outputs) -> Result<()> {
-    let input =
-        |path: &Path, what: &str| check::input_file(path, what, "check its path in the suite").map(drop);
+    let input = |path: &Path, what: &str| check::input_file(path, what, recipes::PATH_HINT).map(drop);
     let fixed = |path: &Path| {
         let text = path.to_string_lossy();
         !text.starts_with(RECIPE) && !text.contains(suite::KERNEL_PLACE)
@@ -210,7 +216,7 @@ fn check_files(suite: &Suite, outputs: &Outputs) -> Result<()> {
     }
     RuleFiles::read(suite.profile.as_deref(), &suite.suppressions)?;
     for report in &outputs.reports {
-        check::output_file(report)?;
+        check::output_file(report, "report", "check --report")?;
     }
     if images::initramfs::find_busybox().is_none() {
         return Err(Failure::host("No static busybox on this host, so tests have no shell in the guest")
@@ -220,23 +226,30 @@ fn check_files(suite: &Suite, outputs: &Outputs) -> Result<()> {
     Ok(())
 }
 
-/// Runs the boots, `jobs` at a time and no more than there is memory for.
-fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collector: &Collector) {
+/// Runs the boots, `--jobs` at a time and no more than there is memory for.
+fn run_boots(environment: &Environment<'_>, boots: &[Boot], options: &RegressOptions, collector: &Collector) {
+    let arch = lab::arch_in(options.lab);
     // One after the other: several fetches at a time would only wait for each other.
     let kernels: Vec<_> = (0..environment.suite.kernels.len())
         .map(|index| {
-            let used = boots.iter().any(|boot| boot.kernel == index);
+            if !boots.iter().any(|boot| boot.kernel == index) {
+                return None;
+            }
+            // A download may take its time.
+            if environment.live.stopped() {
+                return Some(Err(anyhow!(boot::NOT_BEGUN)));
+            }
             let kernel = &environment.suite.kernels[index];
-            if used && matches!(kernel.source, KernelSource::Recipe(_)) {
+            if matches!(kernel.source, KernelSource::Recipe(_)) {
                 collector.say(&format!("preparing kernel {}", kernel.name));
             }
-            used.then(|| recipes::kernel(kernel))
+            Some(recipes::kernel(kernel, arch))
         })
         .collect();
     let memory = Admission::new(available_memory_bytes().unwrap_or(u64::MAX));
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
-        for _ in 0..jobs.min(boots.len()) {
+        for _ in 0..options.jobs.min(boots.len()) {
             scope.spawn(|| {
                 loop {
                     let number = next.fetch_add(1, SeqCst);
@@ -254,7 +267,7 @@ fn run_boots(environment: &Environment<'_>, boots: &[Boot], jobs: usize, collect
 /// Joins the results of shards. What is fixed is told by the baseline that they were judged by, or by the one given.
 fn merge(files: &[PathBuf], outputs: &Outputs) -> Result<Finished> {
     let mut results = merge::join(files)?;
-    let given = read_baseline(outputs.baseline.as_deref(), outputs.update_baseline)?;
+    let given = read_baseline(outputs.baseline.as_deref(), outputs.update_baseline, "give --baseline FILE")?;
     if outputs.baseline.is_some() {
         results.baseline = given;
     }

@@ -167,6 +167,9 @@ pub struct TestResult {
     pub id: String,
     /// Kernel's name in the suite.
     pub kernel: String,
+    /// What the kernel calls itself, `uname -r`; None where its file does not say.
+    #[serde(default)]
+    pub release: Option<String>,
     /// Guest's name in the suite.
     pub guest: String,
     /// Its own name.
@@ -197,7 +200,15 @@ pub struct Heap {
     pub bytes: u64,
 }
 
+/// In results, of a kernel whose release is not known.
+pub const UNKNOWN_RELEASE: &str = "release unknown";
+
 impl TestResult {
+    /// The kernel's release as it is shown.
+    pub fn release_text(&self) -> &str {
+        self.release.as_deref().unwrap_or(UNKNOWN_RELEASE)
+    }
+
     /// Number of leaks in these states.
     pub fn leaks(&self, state: State) -> u64 {
         self.groups.iter().filter(|group| group.state == state).map(|group| group.count).sum()
@@ -255,7 +266,7 @@ pub struct Results {
     pub suite: String,
     /// Its file, as it was given; relative where it is below the working folder.
     pub file: String,
-    /// Whether all tests have their result.
+    /// Whether all tests have their result; one that was interrupted has none.
     pub complete: bool,
     /// The shard, `I/N`.
     pub shard: Option<String>,

@@ -53,6 +53,7 @@ fn results(report: &Value, looked: &Looked<'_>) -> Result<Results> {
     let guest = looked.by.to_owned();
     let mut test = TestResult {
         id: format!("{kernel}/{guest}/{}", looked.test),
+        release: Some(kernel.clone()).filter(|release| !release.is_empty()),
         kernel,
         guest,
         test: looked.test.to_owned(),

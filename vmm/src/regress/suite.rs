@@ -242,7 +242,15 @@ fn wrong<T>(span: &Range<usize>, what: impl Into<String>) -> Result<T, Wrong> {
 fn parse(text: &str, folder: &Path, default_name: &str) -> Result<Suite, Wrong> {
     let file: File = toml::from_str(text).map_err(|error| Wrong {
         at: error.span().map_or(0, |span| span.start),
-        what: error.message().replace('\n', " "),
+        // In TOML's own words instead of serde's.
+        what: error
+            .message()
+            .replace('\n', " ")
+            .replace(
+                "map, expected a sequence",
+                "a table, expected a list of tables, which begin with [[...]]",
+            )
+            .replace("expected a sequence", "expected a list, as [\"...\"]"),
     })?;
     let reader = Reader { folder };
     if file.kernels.is_empty() {
@@ -369,11 +377,15 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn kernel(&self, table: KernelTable, span: &Range<usize>) -> Result<Kernel, Wrong> {
         let (source, name) = match (table.path, table.recipe) {
-            (Some(path), None) => {
-                let name =
-                    path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-                (KernelSource::File(self.folder.join(path)), name)
-            }
+            (Some(path), None) => match path.file_name().map(|name| name.to_string_lossy().into_owned()) {
+                Some(name) => (KernelSource::File(self.folder.join(path)), name),
+                None => {
+                    return wrong(
+                        span,
+                        format!("the kernel's path {:?} names no file", path.display().to_string()),
+                    );
+                }
+            },
             (None, Some(recipe)) => (KernelSource::Recipe(recipe.clone()), recipe),
             _ => return wrong(span, "a kernel takes either path or recipe"),
         };

@@ -135,15 +135,24 @@ fn modules(options: &RunOptions, release: &str, drivers: &[WantedModule]) -> Res
     let given = |driver: &&WantedModule| !asked.iter().any(|module| module.path == driver.path);
     let wanted: Vec<_> = drivers.iter().filter(given).chain(&asked).cloned().collect();
     let found = resolve(&wanted)?;
-    for (file, _) in &found {
-        let hint = format!("{} must be built against the headers of this kernel", file.path.display());
-        file.info.check_fits(release).with_context(|| Failure::usage("").hint(hint))?;
-    }
+    check_fit(&found, release)?;
     let module = |found: (ModuleFile, String)| {
         let kept = kept.contains(&found.0.info.name);
         GuestModule { kept, ..found.into() }
     };
     Ok(found.into_iter().map(module).collect())
+}
+
+/// Whether a kernel of this release takes the modules.
+///
+/// # Errors
+/// Exit code 2: names one that it does not take.
+pub fn check_fit(modules: &[(ModuleFile, String)], release: &str) -> Result<()> {
+    for (file, _) in modules {
+        let hint = format!("{} must be built against the headers of this kernel", file.path.display());
+        file.info.check_fits(release).with_context(|| Failure::usage("").hint(hint))?;
+    }
+    Ok(())
 }
 
 fn read(path: &Path, what: &str) -> Result<Vec<u8>> {

@@ -5,7 +5,7 @@ pub mod reports;
 mod rules;
 mod watch;
 
-pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS, recover, types_file};
+pub use guest::{SETTLE_MS, SETTLE_WITH_MODULES_MS, check_fit, recover, types_file};
 pub use rules::RuleFiles;
 pub use watch::next_number;
 

@@ -233,7 +233,7 @@ impl Ended<'_> {
 fn failure_of(outcome: Option<&Outcome>, timeout_s: Option<u64>) -> Option<String> {
     match outcome {
         None => Some(format!("The guest did not end within {} s", timeout_s.unwrap_or(0))),
-        Some(Outcome::PowerOff | Outcome::Reset | Outcome::HostStop | Outcome::Saved) => None,
+        Some(Outcome::PowerOff | Outcome::Halt | Outcome::Reset | Outcome::HostStop | Outcome::Saved) => None,
         Some(bad) => Some(bad.to_string()),
     }
 }
@@ -258,7 +258,7 @@ mod tests {
 
     #[test]
     fn only_an_end_that_was_meant_is_none() {
-        for good in [Outcome::PowerOff, Outcome::Reset, Outcome::HostStop] {
+        for good in [Outcome::PowerOff, Outcome::Halt, Outcome::Reset, Outcome::HostStop] {
             assert_eq!(failure_of(Some(&good), None), None, "{good}");
         }
         for bad in [Outcome::Panic("x".into()), Outcome::TripleFault, Outcome::Error("y".into())] {

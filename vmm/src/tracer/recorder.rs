@@ -160,6 +160,9 @@ impl Recorder {
             Role::PageBatchFree => {
                 self.free_pages(|recorder| recorder.linux.pages_in_batch(&recorder.ram, Va(value)));
             }
+            Role::NotLeak | Role::Ignore | Role::NoScan | Role::ScanArea => {
+                self.annotated(role, Va(value), registers.argument(argument + 1));
+            }
             Role::SlabAlloc | Role::Kmalloc | Role::Patched | Role::ModuleLoad | Role::ModuleUnload => {}
         }
     }
@@ -336,6 +339,17 @@ impl Recorder {
     fn rcu_free(&self, head: u64, x: u64) {
         let object = if x < 4096 { head.wrapping_sub(x) } else { x };
         self.state().registry.paint(Va(object), Paint::Black);
+    }
+
+    /// What kernel and modules tell their own kmemleak of an object. Of what is not tracked it does not matter.
+    fn annotated(&self, role: Role, object: Va, size: u64) {
+        let registry = &mut self.state().registry;
+        match role {
+            Role::Ignore => registry.paint(object, Paint::Black),
+            Role::NoScan => registry.set_no_scan(object),
+            Role::ScanArea => registry.add_scan_area(object, size),
+            _ => registry.paint(object, Paint::Gray),
+        };
     }
 
     fn module_loaded(&self, va: Va) {

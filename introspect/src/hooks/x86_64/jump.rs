@@ -108,6 +108,10 @@ pub(super) fn needs_memory(role: Role) -> bool {
         | Role::PageBulkAlloc
         | Role::PageListFree
         | Role::PageBatchFree
+        | Role::NotLeak
+        | Role::Ignore
+        | Role::NoScan
+        | Role::ScanArea
         | Role::Patched
         | Role::ModuleLoad
         | Role::ModuleUnload => true,

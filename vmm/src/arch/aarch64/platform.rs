@@ -100,7 +100,7 @@ impl Platform {
             let mut value = [0; 4];
             value.iter_mut().zip(data).for_each(|(value, byte)| *value = *byte);
             port.write(offset, u32::from_le_bytes(value));
-            return if self.console.is_dead() { Next::End(self.panic()) } else { Next::Enter };
+            return self.console.ended().map_or(Next::Enter, Next::End);
         }
         if let Some((disk, offset)) = self.disk_register(address) {
             disk.write(offset, data);

@@ -28,6 +28,8 @@ pub const MMIO_HOLE: Pa = Pa(0xc000_0000);
 pub const DISKS: Pa = Pa(0xd000_0000);
 /// Inputs of the I/O APIC that no ISA interrupt has: one for each disk, [`crate::machine::MAX_DISKS`] at most.
 pub const DISK_IRQS: std::ops::Range<u32> = 16..24;
+/// The same for kernels that know only the 8259's: ISA interrupts that no other device here has.
+pub const ISA_DISK_IRQS: [u32; 8] = [5, 6, 7, 10, 11, 12, 14, 15];
 /// I/O APIC (Intel 82093AA).
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Local APICs.
@@ -47,6 +49,8 @@ pub const TRACER_CODE: Pa = Pa(0x4_4000_0000);
 pub const SERIAL_PORTS: [u16; 2] = [0x3f8, 0x2f8];
 /// ISA interrupt of each serial port.
 pub const SERIAL_IRQS: [u32; 2] = [4, 3];
+/// ISA interrupt of ACPI's events, where there is fixed hardware.
+pub const SCI: u32 = 9;
 /// ACPI sleep control register (ACPI 6.5, 4.8.3.7); the status register is the next port.
 pub const SLEEP_CONTROL: u16 = 0x600;
 /// ACPI sleep status register.
@@ -55,6 +59,18 @@ pub const SLEEP_STATUS: u16 = 0x601;
 pub const RESET: u16 = 0x602;
 /// What the guest writes to [`RESET`].
 pub const RESET_VALUE: u8 = 1;
+
+/// PM1 status register of ACPI's fixed hardware (ACPI 6.5, 4.8.3.1), two bytes as the others.
+pub const PM1_STATUS: u16 = 0x604;
+/// PM1 enable register, behind it.
+pub const PM1_ENABLE: u16 = 0x606;
+/// PM1 control register (ACPI 6.5, 4.8.3.2).
+pub const PM1_CONTROL: u16 = 0x608;
+/// ACPI 6.5, 4.8.3.7: SLP_EN, and S5's type in the bits above 1, of the sleep control register; the PM1 control register has them
+/// in its high byte.
+pub const SLEEP_S5: u8 = 0x20 | S5 << 2;
+/// Type of the sleep that is power off, as the DSDT says.
+pub const S5: u8 = 5;
 
 /// RAM of a machine with `bytes` of memory.
 pub fn ram(bytes: u64) -> Vec<RamRange> {

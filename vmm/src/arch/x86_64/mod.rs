@@ -5,6 +5,7 @@ mod counter;
 mod cpuid;
 mod debug;
 mod exits;
+mod hardware;
 pub mod layout;
 mod platform;
 mod registers;
@@ -18,6 +19,7 @@ pub use debug::{
     set_debug_registers, set_debugging, set_instruction_pointer,
 };
 pub use exits::ExitRecord;
+pub use hardware::Hardware;
 pub use platform::Platform;
 pub use registers::{
     cpu_state, describe_failure, enable_traps, is_reset, reflect, resumed, set_trap_registers, trap_places,

@@ -1,8 +1,9 @@
 //! Interrupt chips and ports.
 
+use super::hardware::{FixedHardware, Hardware};
 use super::layout::{
-    DISK_IRQS, DISKS, KVM_IDENTITY_MAP, KVM_TSS, RESET, RESET_VALUE, SERIAL_IRQS, SERIAL_PORTS,
-    SLEEP_CONTROL, SLEEP_STATUS,
+    DISKS, KVM_IDENTITY_MAP, KVM_TSS, RESET, RESET_VALUE, SERIAL_IRQS, SERIAL_PORTS, SLEEP_CONTROL, SLEEP_S5,
+    SLEEP_STATUS,
 };
 use super::{DebugStatus, ExitRecord, TRAP_PORT, TrapInstruction};
 use crate::arch::Next;
@@ -19,6 +20,7 @@ pub struct Platform {
     /// COM1 and COM2.
     pub serial: [Arc<SerialPort>; 2],
     disks: Vec<Arc<VirtioDisk>>,
+    fixed: Option<FixedHardware>,
     console: Arc<ConsoleLog>,
 }
 
@@ -30,15 +32,13 @@ const I8042_RESET: u8 = 0xfe;
 /// MC146818 clock: index and data.
 const CMOS_INDEX: u16 = 0x70;
 const CMOS_DATA: u16 = 0x71;
-/// ACPI 6.5, 4.8.3.7: SLP_EN, and S5's type in the bits above 1.
-const SLEEP_S5: u8 = 0x20 | 5 << 2;
 
 impl Platform {
     /// Creates the in-kernel interrupt chips and timer of `vm`, which must come before its vCPUs, and the devices.
     ///
     /// # Errors
     /// What KVM refused.
-    pub(super) fn new(vm: &VmFd, devices: Devices<'_>) -> anyhow::Result<Self> {
+    pub(super) fn new(vm: &VmFd, hardware: Hardware, devices: Devices<'_>) -> anyhow::Result<Self> {
         let Devices { console, ram, disks } = devices;
         // Only Intel hosts use these two; others take and ignore them.
         vm.set_identity_map_address(KVM_IDENTITY_MAP.0)
@@ -54,8 +54,10 @@ impl Platform {
             let interrupt = interrupt(vm, irq).context("Cannot connect a disk's interrupt")?;
             Ok(VirtioDisk::new(disk, ram.clone(), interrupt))
         };
-        let disks = disks.into_iter().zip(DISK_IRQS).map(connect).collect::<anyhow::Result<_>>()?;
-        Ok(Self { serial, disks, console })
+        let disks =
+            disks.into_iter().zip(hardware.disk_irqs()).map(connect).collect::<anyhow::Result<_>>()?;
+        let fixed = (hardware == Hardware::Fixed).then(FixedHardware::default);
+        Ok(Self { serial, disks, fixed, console })
     }
 
     /// Decides what an exit means; carries out accesses to ports.
@@ -106,6 +108,10 @@ impl Platform {
             data.iter_mut().for_each(|byte| *byte = serial.read(offset));
             return;
         }
+        if let Some(fixed) = self.fixed_hardware(port) {
+            data.iter_mut().zip(port..).for_each(|(byte, port)| *byte = fixed.read(port));
+            return;
+        }
         let value = match port {
             // No keyboard, no clock, awake: polls of their status end at once.
             I8042_DATA | I8042_COMMAND | CMOS_INDEX | CMOS_DATA | SLEEP_CONTROL | SLEEP_STATUS => 0,
@@ -117,7 +123,11 @@ impl Platform {
     fn write_port(&self, port: u16, data: &[u8]) -> Next {
         if let Some((serial, offset)) = self.serial_register(port) {
             data.iter().for_each(|&byte| serial.write(offset, byte));
-            return if self.console.is_dead() { Next::End(self.panic()) } else { Next::Enter };
+            return self.console.ended().map_or(Next::Enter, Next::End);
+        }
+        if let Some(fixed) = self.fixed_hardware(port) {
+            let off = data.iter().zip(port..).any(|(&byte, port)| fixed.write(port, byte));
+            return if off { Next::End(Outcome::PowerOff) } else { Next::Enter };
         }
         match (port, data) {
             (SLEEP_CONTROL, &[SLEEP_S5]) => Next::End(Outcome::PowerOff),
@@ -132,14 +142,14 @@ impl Platform {
         Some((&self.serial[k], (port - SERIAL_PORTS[k]) as u8))
     }
 
+    fn fixed_hardware(&self, port: u16) -> Option<&FixedHardware> {
+        self.fixed.as_ref().filter(|_| FixedHardware::PORTS.contains(&port))
+    }
+
     fn disk_register(&self, address: u64) -> Option<(&VirtioDisk, u64)> {
         let offset = address.checked_sub(DISKS.0)?;
         let disk = self.disks.get((offset / virtio::REGISTERS) as usize)?;
         Some((disk, offset % virtio::REGISTERS))
-    }
-
-    fn panic(&self) -> Outcome {
-        Outcome::Panic(self.console.panicked().map(|(line, _)| line).unwrap_or_default())
     }
 }
 

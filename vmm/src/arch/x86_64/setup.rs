@@ -1,8 +1,8 @@
 //! The vCPUs before their first instruction.
 
-use super::Platform;
 use super::cpuid::{self, Shape};
 use super::registers::MSR_KERNEL_GS_BASE;
+use super::{Hardware, Platform};
 use crate::boot::Loaded;
 use crate::machine::{Config, Devices, FiveLevels, HostError, kvm_error};
 use anyhow::{Context, ensure};
@@ -77,7 +77,7 @@ pub fn assemble(
     loaded: &Loaded,
     devices: Devices<'_>,
 ) -> anyhow::Result<(Platform, Vec<VcpuFd>)> {
-    let platform = Platform::new(vm, devices)?;
+    let platform = Platform::new(vm, Hardware::of(&config.cmdline), devices)?;
     Ok((platform, create_vcpus(kvm, vm, config, loaded)?))
 }
 

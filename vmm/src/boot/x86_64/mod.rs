@@ -6,8 +6,8 @@ mod boot_params;
 mod kernel;
 mod tables;
 
-use crate::arch::Platform;
 use crate::arch::layout::{ACPI, CMDLINE, CMDLINE_LEN, GDT, MMIO_HOLE, PAGE_TABLES, RESET_VECTOR, ZERO_PAGE};
+use crate::arch::{Hardware, Platform};
 use crate::machine::{Config, GuestRam};
 use anyhow::{Context, ensure};
 use boot_params::Header;
@@ -57,7 +57,7 @@ pub fn load(ram: &GuestRam, config: &Config<'_>, levels: u8) -> anyhow::Result<L
     let kernel = kernel::load(ram, config, &header)?;
     let initrd = load_initrd(ram, config, &header, kernel.end)?;
     load_cmdline(ram, &config.cmdline, &header)?;
-    let tables = acpi::tables(config.cpus as u8, config.disks.len());
+    let tables = acpi::tables(Hardware::of(&config.cmdline), config.cpus as u8, config.disks.len());
     ensure!(tables.len() as u64 <= RESET_VECTOR - ACPI, "The ACPI tables take {} bytes", tables.len());
     ram.write(ACPI, &tables)?;
     ram.write(RESET_VECTOR, &tables::reset_code())?;

@@ -56,10 +56,15 @@ fn row(page: &mut String, test: &TestResult) {
         Outcome::Passed | Outcome::Leaked | Outcome::Missing => test.outcome.name(),
         _ => "error",
     };
+    // A run's kernel has no other name.
+    let release = match test.release_text() {
+        same if same == test.kernel => String::new(),
+        other => format!("<br><small>{}</small>", escape(other)),
+    };
     let leaks = [State::New, State::Known, State::Expected].map(|state| test.leaks(state));
     let _ = write!(
         page,
-        "<tr><td>{}</td><td>{}</td><td>{}</td><td><span class=\"{class}\">{}</span> {}",
+        "<tr><td>{}{release}</td><td>{}</td><td>{}</td><td><span class=\"{class}\">{}</span> {}",
         escape(&test.kernel),
         escape(&test.guest),
         escape(&test.test),

@@ -1,5 +1,5 @@
 //! JUnit's XML, as the common schema (Jenkins' xunit plug-in, `junit-10.xsd`) has it: one test suite for each kernel and
-//! guest, a `failure` where the leaks are wrong, an `error` where the test could not be made.
+//! guest, whose properties say which kernel that is, a `failure` where the leaks are wrong, an `error` where the test could not be made.
 
 use super::super::result::{Results, State, TestResult};
 use super::text::describe;
@@ -25,10 +25,12 @@ fn document(xml: &mut Xml, results: &Results) -> std::io::Result<()> {
     xml.write_event(Event::Decl(BytesDecl::new("1.0", Some("UTF-8"), None)))?;
     let tests: Vec<&TestResult> = results.tests.iter().collect();
     open(xml, "testsuites", &[("name", &results.suite)], &tests, results.millis)?;
-    for suite in tests.chunk_by(|a, b| (&a.kernel, &a.guest) == (&b.kernel, &b.guest)) {
+    let key = |test: &TestResult| (test.kernel.clone(), test.release.clone(), test.guest.clone());
+    for suite in tests.chunk_by(|a, b| key(a) == key(b)) {
         let name = format!("{}.{}.{}", results.suite, suite[0].kernel, suite[0].guest);
         let millis = suite.iter().map(|test| test.millis).sum();
         open(xml, "testsuite", &[("name", &name)], suite, millis)?;
+        properties(xml, &[("kernel", &suite[0].kernel), ("release", suite[0].release_text())])?;
         suite.iter().try_for_each(|test| case(xml, &name, test))?;
         close(xml, "testsuite")?;
     }
@@ -51,6 +53,17 @@ fn open(
     element.push_attribute(("errors", count(|test| !test.outcome.is_verdict()).as_str()));
     element.push_attribute(("time", seconds(millis).as_str()));
     xml.write_event(Event::Start(element))
+}
+
+fn properties(xml: &mut Xml, properties: &[(&str, &str)]) -> std::io::Result<()> {
+    xml.write_event(Event::Start(BytesStart::new("properties")))?;
+    for (name, value) in properties {
+        let mut element = BytesStart::new("property");
+        element.push_attribute(("name", *name));
+        element.push_attribute(("value", clean(value).as_str()));
+        xml.write_event(Event::Empty(element))?;
+    }
+    close(xml, "properties")
 }
 
 fn close(xml: &mut Xml, name: &str) -> std::io::Result<()> {

@@ -80,10 +80,11 @@ fn leak(test: &TestResult, group: &Group) -> Value {
         State::Expected => ("note", "unchanged"),
     };
     let text = format!(
-        "{} leaks {} object{} of {} bytes together (retained: {} bytes), allocated by {}",
+        "{} leaks {} object{} ({} direct) of {} bytes together (retained: {} bytes), allocated by {}",
         test.id,
         group.count,
         plural(group.count),
+        group.direct,
         group.bytes,
         group.retained_bytes,
         group.site()
@@ -92,8 +93,15 @@ fn leak(test: &TestResult, group: &Group) -> Value {
     row["locations"] = json!([location(&group.site())]);
     let frames: Vec<Value> = group.backtrace.iter().map(frame).collect();
     row["stacks"] = json!([{ "message": { "text": "Where it was allocated" }, "frames": frames }]);
-    row["properties"] =
-        json!({ "test": test.id, "group": group.id, "count": group.count, "bytes": group.bytes });
+    row["properties"] = json!({
+        "test": test.id,
+        "release": test.release,
+        "group": group.id,
+        "count": group.count,
+        "direct": group.direct,
+        "bytes": group.bytes,
+        "retained_bytes": group.retained_bytes,
+    });
     row
 }
 
@@ -119,6 +127,7 @@ fn failed(test: &TestResult, rule: usize) -> Value {
     let text = format!("{}: {}: {}", test.id, test.outcome.name(), test.message);
     let mut row = row(rule, "error", &text, &test.id, "new");
     row["locations"] = json!([location(&test.id)]);
+    row["properties"] = json!({ "test": test.id, "release": test.release });
     row
 }
 

@@ -4,6 +4,7 @@ use super::super::fixture::{group, results, test};
 use super::super::result::{BootResult, Fixed, Group, Growth, Heap, Outcome, Results, State, TestResult};
 use super::*;
 use quick_xml::events::Event;
+use serde_json::json;
 use std::collections::BTreeMap;
 
 /// One test of each kind, with text that no form may take as it is.
@@ -11,8 +12,8 @@ fn sample() -> Results {
     let evil = "<script>&\"'\u{1b}]]>";
     let mut known = group("k", 2, "known_probe");
     known.state = State::Known;
-    let leaked =
-        TestResult { message: evil.into(), ..test("6.1/small/leaky", vec![group("n", 3, evil), known]) };
+    let new = Group { direct: 1, ..group("n", 3, evil) };
+    let leaked = TestResult { message: evil.into(), ..test("6.1/small/leaky", vec![new, known]) };
     let crashed = TestResult {
         outcome: Outcome::Crashed,
         message: "Kernel panic".into(),
@@ -25,6 +26,7 @@ fn sample() -> Results {
         crashed,
         test("6.12/small/fine", Vec::new()),
     ]);
+    all.tests[3].release = None;
     let tests = ["6.1/small/fine".to_owned(), "6.12/small/fine".to_owned()].into();
     all.fixed.push(Fixed { id: "f".into(), site: "fixed_probe".into(), tests });
     for (test, bytes) in all.tests.iter_mut().zip([3000, 1000, 2000]) {
@@ -52,8 +54,9 @@ fn parsed(xml: &str) -> (Vec<Element>, String) {
     let (mut elements, mut depth, mut text) = (Vec::new(), 0, String::new());
     loop {
         match reader.read_event().unwrap() {
-            Event::Start(element) => {
-                depth += 1;
+            event @ (Event::Start(_) | Event::Empty(_)) => {
+                depth += i32::from(matches!(event, Event::Start(_)));
+                let (Event::Start(element) | Event::Empty(element)) = event else { unreachable!() };
                 let attributes = element.attributes().map(|attribute| {
                     let attribute = attribute.unwrap();
                     let value = quick_xml::escape::unescape(&attribute.value).unwrap().into_owned();
@@ -85,6 +88,10 @@ fn junit_counts_failures_and_errors() {
     let suites = of("testsuite");
     assert_eq!(suites.iter().map(|s| s["tests"].as_str()).collect::<Vec<_>>(), ["3", "1"]);
     assert_eq!((suites[0]["name"].as_str(), suites[0]["time"].as_str()), ("suite.6.1.small", "4.500"));
+    let properties = of("property");
+    let says = |at: usize| (properties[at]["name"].as_str(), properties[at]["value"].as_str());
+    assert_eq!([says(0), says(1)], [("kernel", "6.1"), ("release", "6.1.0-test")]);
+    assert_eq!([says(2), says(3)], [("kernel", "6.12"), ("release", "release unknown")]);
     assert_eq!(
         of("testcase").iter().map(|c| c["name"].as_str()).collect::<Vec<_>>(),
         ["fine", "leaky", "crash", "fine"]
@@ -92,7 +99,7 @@ fn junit_counts_failures_and_errors() {
     assert_eq!((of("failure").len(), of("error").len()), (1, 1));
     assert_eq!(of("failure")[0]["message"], "<script>&\"'\u{fffd}]]>");
     assert_eq!(of("error")[0]["type"], "crashed");
-    assert!(text.contains("new leak n: 3 objects"), "{text}");
+    assert!(text.contains("new leak n: 3 objects, 1 direct, 192 bytes"), "{text}");
 }
 
 #[test]
@@ -132,6 +139,13 @@ fn sarif_has_a_result_for_each_leak() {
         ]
     );
     assert_eq!(prints("primaryLocationLineHash"), prints("kleakGroup/v1"));
+    assert_eq!(
+        (&results[0]["properties"]["direct"], &results[1]["properties"]["direct"]),
+        (&json!(1), &json!(2))
+    );
+    assert!(results[..3].iter().all(|result| result["properties"]["release"] == "6.1.0-test"), "{results:?}");
+    let says = results[0]["message"]["text"].as_str().unwrap();
+    assert!(says.contains(" leaks 3 objects (1 direct) of 192 bytes"), "{says}");
     assert_eq!(results[0]["stacks"][0]["frames"].as_array().map(Vec::len), Some(2));
 }
 
@@ -189,7 +203,9 @@ fn html_is_one_page_of_its_own() {
     let foreign = ["<script", "://", "src=", "href=", "url(", "onload"];
     assert!(!foreign.iter().any(|part| bare.contains(part)), "{bare}");
     assert!(page.starts_with("<!DOCTYPE html>") && page.trim_end().ends_with("</html>"));
-    assert!(page.contains("&lt;script&gt;"));
+    assert!(page.contains("&lt;script&gt;") && page.contains("new leak n: 3 objects, 1 direct, "));
+    assert_eq!(page.matches("<td>6.1<br><small>6.1.0-test</small></td>").count(), 3);
+    assert_eq!(page.matches("<td>6.12<br><small>release unknown</small></td>").count(), 1);
     // Every leak has its box: 3 * 64 and 2 * 64 bytes below "all" and "init".
     let boxes: Vec<&str> =
         page.split("<title>").skip(2).map(|rest| rest.split("</title>").next().unwrap()).collect();
@@ -236,9 +252,9 @@ fn text_says_all_that_is_wrong_and_counts() {
         "6.1/small/fine: passed (1.5 s)\n",
         "6.1/small/leaky: leaked: ",
         ", 2 known leaks (1.5 s)\n",
-        "  new leak n: 3 objects, 192 bytes, retains 192 bytes, slab kmalloc-64\n",
+        "  new leak n: 3 objects, 1 direct, 192 bytes, retains 192 bytes, slab kmalloc-64\n",
         "6.1/small/crash: crashed: Kernel panic (1.5 s)\n  | ",
-        "fixed: f fixed_probe\n",
+        "fixed: f fixed_probe\nkernel 6.1: 6.1.0-test\nkernel 6.12: release unknown\n",
         "suite: 4 tests: 2 passed, 1 leaked, 1 crashed; leaks: 3 new, 2 known, 0 expected, 1 fixed;",
     ] {
         assert!(text.contains(part), "no {part:?} in {text}");

@@ -41,6 +41,15 @@ pub fn text(results: &Results) -> String {
     for fixed in &results.fixed {
         let _ = writeln!(text, "fixed: {} {}", fixed.id, fixed.site);
     }
+    let mut kernels: Vec<(&str, &str)> = Vec::new();
+    for kernel in results.tests.iter().map(|test| (test.kernel.as_str(), test.release_text())) {
+        if !kernels.contains(&kernel) {
+            kernels.push(kernel);
+        }
+    }
+    for (name, release) in kernels {
+        let _ = writeln!(text, "kernel {name}: {release}");
+    }
     let unasked: u64 = results.boots.iter().map(|boot| boot.unasked_leaks).sum();
     if unasked > 0 {
         let _ = writeln!(
@@ -57,10 +66,11 @@ pub fn text(results: &Results) -> String {
         .count();
     let _ = writeln!(
         text,
-        "{}{}: {} tests: {}; leaks: {} new, {} known, {} expected, {} fixed; canary found in {found} of {} boots",
+        "{}{}: {} test{}: {}; leaks: {} new, {} known, {} expected, {} fixed; canary found in {found} of {} boots",
         results.suite,
         if results.complete { "" } else { " (incomplete)" },
         results.tests.len(),
+        plural(results.tests.len() as u64),
         if counts.is_empty() { "none".to_owned() } else { counts.join(", ") },
         results.leaks(State::New),
         results.leaks(State::Known),
@@ -80,10 +90,11 @@ fn leak(text: &mut String, group: &Group) {
     };
     let _ = writeln!(
         text,
-        "  {state} leak {}: {} object{}, {} bytes, retains {} bytes, {} {}",
+        "  {state} leak {}: {} object{}, {} direct, {} bytes, retains {} bytes, {} {}",
         group.id,
         group.count,
         plural(group.count),
+        group.direct,
         group.bytes,
         group.retained_bytes,
         group.kind,
