@@ -47,13 +47,14 @@ pub struct Session {
 }
 
 impl Session {
-    /// Starts the binary with these arguments.
+    /// Starts the binary with these arguments, and with no signal ignored: shells have SIGINT ignored by what they start in the
+    /// background, this test perhaps.
     ///
     /// # Errors
     /// It cannot be started.
     pub fn start<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Self> {
-        let mut command = Command::new(binary()?);
-        command.args(arguments);
+        let mut command = Command::new("env");
+        command.arg("--default-signal").arg(binary()?).args(arguments);
         Self::spawn(command)
     }
 
