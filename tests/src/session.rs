@@ -48,7 +48,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// Starts the binary with these arguments.
+    /// Starts the binary with these arguments, and with no signal ignored: shells have SIGINT ignored by what they start in the
+    /// background, this test perhaps.
     ///
     /// # Errors
     /// It cannot be started.
@@ -64,8 +65,8 @@ impl Session {
         arguments: impl IntoIterator<Item = A>,
         programs: Option<&Path>,
     ) -> Result<Self> {
-        let mut command = Command::new(binary()?);
-        command.args(arguments);
+        let mut command = Command::new("env");
+        command.arg("--default-signal").arg(binary()?).args(arguments);
         if let Some(programs) = programs {
             let path = std::env::var_os("PATH").unwrap_or_default();
             let folders = std::iter::once(programs.to_owned()).chain(std::env::split_paths(&path));
