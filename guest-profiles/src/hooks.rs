@@ -196,10 +196,12 @@ mod tests {
         let always = hooks.iter().filter(|h| h.is_for(&[]));
         let mut always: Vec<Role> = always.map(|h| h.role).collect();
         always.dedup();
+        let annotations = [Role::NotLeak, Role::Ignore, Role::NoScan, Role::ScanArea];
+        let others = [Role::Patched, Role::ModuleLoad, Role::ModuleUnload];
         assert_eq!(
             always,
-            [Role::Patched, Role::ModuleLoad, Role::ModuleUnload],
-            "patches and modules are followed whatever is tracked"
+            [&annotations[..], &others].concat(),
+            "annotations, patches and modules are followed whatever is tracked"
         );
     }
 
