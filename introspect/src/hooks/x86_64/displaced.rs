@@ -7,6 +7,7 @@ use crate::arch::Registers;
 use crate::hooks::Step;
 use crate::memory::Va;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use std::ops::Range;
 
 /// One instruction in the form the emulator carries out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,7 +42,23 @@ const SF: u64 = 1 << 7;
 const OF: u64 = 1 << 11;
 const STATUS: u64 = CF | PF | AF | ZF | SF | OF;
 
+/// Where kernels are linked to, and moved from (`__START_KERNEL_map` and `KERNEL_IMAGE_SIZE`, arch/x86/include/asm/page_64*.h).
+const IMAGE: Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
+
 impl Displaced {
+    /// Whether an operand is an address in the kernel image: where the kernel is moved, so is that, and the instruction in
+    /// memory is not the image's.
+    pub fn names_the_image(&self) -> bool {
+        match self {
+            Self::Load(_, value)
+            | Self::Fetch(_, _, value)
+            | Self::Address(_, _, value)
+            | Self::Add(_, value)
+            | Self::Sub(_, value) => IMAGE.contains(value),
+            _ => false,
+        }
+    }
+
     /// The emulator's form of an instruction; None when it has none.
     pub fn from_instruction(i: &Instruction) -> Option<Self> {
         let general = |r: Register| (r.is_gpr64() || r.is_gpr32()).then_some(r);

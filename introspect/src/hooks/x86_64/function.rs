@@ -186,7 +186,11 @@ impl Function {
             if k > 0 && self.targets.contains(&i.ip()) {
                 return Err(unsuitable(i, ", which is a branch target"));
             }
-            displaced.push(Displaced::from_instruction(i).ok_or_else(|| unsuitable(i, ""))?);
+            let step = Displaced::from_instruction(i).ok_or_else(|| unsuitable(i, ""))?;
+            if step.names_the_image() {
+                return Err(unsuitable(i, " of an address that moves with the kernel"));
+            }
+            displaced.push(step);
         }
         let va = Va(self.instructions[first].ip());
         let offset = (va - self.start) as usize;
@@ -234,6 +238,20 @@ mod tests {
         let two = f.entry(2).unwrap();
         assert_eq!((two.va, two.original.len(), two.resume()), (START + 5, 4, START + 9));
         assert_eq!(two.displaced[0], Displaced::Push(Register::RBX));
+    }
+
+    #[test]
+    fn an_address_that_moves_with_the_kernel_is_not_displaced() {
+        // push rbp; mov rdi,$address; ret
+        let entry = |address: u32| {
+            let mut b = vec![0x55, 0x48, 0xc7, 0xc7];
+            b.extend(address.to_le_bytes());
+            b.push(0xc3);
+            function(&b).entry(2)
+        };
+        assert!(matches!(entry(0x81b4_5f80), Err(SiteError::Unsuitable(at, _)) if at == START + 1));
+        assert_eq!(entry(0xffff_ff00).map(|site| site.original.len()), Ok(8), "a number");
+        assert_eq!(entry(0x1000).map(|site| site.original.len()), Ok(8));
     }
 
     #[test]
