@@ -19,9 +19,10 @@ fn main() -> ExitCode {
         long_test("from_outside_6.12_2cpu", || from_outside("6.12-cloud", 2)),
     ];
     for line in ARM64_LINES {
-        // From inside only: what is typed does not reach an arm64 guest's console in the lab.
-        let name = format!("from_inside_{}_1cpu", line.replace("-cloud", ""));
-        trials.push(with_packages(long_test(name, || from_inside(line, 1)), &ARM_PACKAGES));
+        let name = line.replace("-cloud", "");
+        let inside = long_test(format!("from_inside_{name}_1cpu"), || from_inside(line, 1));
+        let outside = long_test(format!("from_outside_{name}_2cpu"), || from_outside(line, 2));
+        trials.extend([inside, outside].map(|trial| with_packages(trial, &ARM_PACKAGES)));
     }
     tests::main(trials)
 }
