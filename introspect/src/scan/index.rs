@@ -437,3 +437,19 @@ impl Parts {
 fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_that_points_between_the_members_of_per_cpu_memory_is_no_cookie() {
+        let [block, other] = [1 << 20, 0xffff_8880_0000_0000].map(|start| Block { start, size: 24 });
+        let (index, _) = Index::new(&[block, other], &(other.start..other.start + PAGE_SIZE));
+        let found = |start: u64, offset: u64| index.find(start + offset).is_some();
+        // With percpu_ref's flags, and at members of 8 and 4 bytes.
+        assert!([0, 1, 3, 8, 12, 20].into_iter().all(|offset| found(block.start, offset)));
+        assert!(![9, 10, 15, 22, 24].into_iter().any(|offset| found(block.start, offset)));
+        assert!((0..24).all(|offset| found(other.start, offset)));
+    }
+}

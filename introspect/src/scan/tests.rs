@@ -150,17 +150,6 @@ fn index(blocks: &[Block]) -> (Index, Vec<u32>) {
 }
 
 #[test]
-fn a_number_that_points_between_the_members_of_per_cpu_memory_is_no_cookie() {
-    let [block, other] = [COOKIES[0] + 64, VMALLOC].map(|start| Block { start, size: 24 });
-    let (index, _) = index(&[block, other]);
-    let found = |start: u64, offset: u64| index.find(start + offset).is_some();
-    // With percpu_ref's flags, and at members of 8 and 4 bytes.
-    assert!([0, 1, 3, 8, 12, 20].into_iter().all(|offset| found(block.start, offset)));
-    assert!(![9, 10, 15, 22, 24].into_iter().any(|offset| found(block.start, offset)));
-    assert!((0..24).all(|offset| found(other.start, offset)));
-}
-
-#[test]
 fn areas_of_what_is_special_stay_as_they_are() {
     let [first, second, third] = [0, 64, 128].map(|at| Block { start: DIRECT + at, size: 64 });
     let blocks = [first, second, third];

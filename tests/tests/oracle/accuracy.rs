@@ -72,6 +72,13 @@ struct Row {
     uncovered: bool,
 }
 
+impl Row {
+    /// One without a reason to differ: what kmemleak reports and what we do.
+    fn plain(name: &str, planted: usize, [theirs, ours]: [usize; 2]) -> Self {
+        Self { name: name.to_owned(), planted, theirs, ours, why: String::new(), uncovered: false }
+    }
+}
+
 /// Runs both, prints the table, and writes it where `KLEAK_ACCURACY` says.
 pub fn compare() -> Result<()> {
     let Reports { mut theirs, ours, uncovered } = reports()?;
@@ -83,33 +90,17 @@ pub fn compare() -> Result<()> {
     }
     let mut rows: Vec<Row> = leaky::CASES.iter().map(|case| row(case, &theirs, &ours, &uncovered)).collect();
     let through = |found: &[Found], what: &str| found.iter().filter(|f| f.is_through(what)).count();
-    rows.push(Row {
-        name: "upstream's kmemleak-test".to_owned(),
-        planted: UPSTREAM,
-        theirs: through(&theirs, "[kmemleak_test]"),
-        ours: through(&ours, "[kmemleak_test]"),
-        why: String::new(),
-        uncovered: false,
-    });
-    rows.push(Row {
-        name: "annotations: not_leak, ignore, no_scan, scan_area".to_owned(),
-        planted: ANNOTATED,
-        theirs: through(&theirs, "[annotated]"),
-        ours: through(&ours, "[annotated]"),
-        why: String::new(),
-        uncovered: false,
-    });
+    let whole = [
+        ("upstream's kmemleak-test", UPSTREAM, "[kmemleak_test]"),
+        ("annotations: not_leak, ignore, no_scan, scan_area", ANNOTATED, "[annotated]"),
+    ];
+    for (name, planted, module) in whole {
+        rows.push(Row::plain(name, planted, [&theirs, &ours].map(|found| through(found, module))));
+    }
     let attributed = |count: fn(&Row) -> usize| rows.iter().map(count).sum::<usize>();
     let (kernel_theirs, kernel_ours) =
         (theirs.len() - attributed(|r| r.theirs), ours.len() - attributed(|r| r.ours));
-    rows.push(Row {
-        name: "the kernel itself".into(),
-        planted: 0,
-        theirs: kernel_theirs,
-        ours: kernel_ours,
-        why: String::new(),
-        uncovered: false,
-    });
+    rows.push(Row::plain("the kernel itself", 0, [kernel_theirs, kernel_ours]));
     let table = table(&rows);
     println!("{table}");
     if let Some(file) = env::var_os("KLEAK_ACCURACY") {
