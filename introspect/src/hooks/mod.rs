@@ -25,6 +25,7 @@ use crate::kernel::Kernel;
 use crate::memory::Va;
 use guest_profiles::hooks::{Hook, Point, Role, Tracked};
 use serde::Serialize;
+use std::ops::Range;
 
 /// One trap to plant.
 #[derive(Debug, Clone)]
@@ -91,6 +92,13 @@ pub fn plan(kernel: &Kernel, hooks: &[Hook], tracked: &[Tracked], trap_len: usiz
         }
     }
     plan
+}
+
+/// The code of the function of this name, what the compiler put elsewhere included; link addresses. Nothing where there is none.
+pub fn code_of(kernel: &Kernel, name: &str) -> Vec<Range<Va>> {
+    let main = kernel.symbols.lookup(name).and_then(|va| Some((va, site::main_part(kernel, name, va).ok()?)));
+    let parts = main.into_iter().chain(site::cold_parts(kernel, name));
+    parts.map(|(va, bytes)| va..va + bytes.len() as u64).collect()
 }
 
 fn sites_of(

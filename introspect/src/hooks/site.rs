@@ -1,11 +1,35 @@
 //! A place for a trap, and why there is none.
 
 use super::Displaced;
+use crate::kernel::Kernel;
 use crate::memory::Va;
 use std::fmt;
 
 /// Longest function decoded, bytes; the longest hooked one is under 8 KiB.
-pub(super) const MAX_FUNCTION: u64 = 64 * 1024;
+const MAX_FUNCTION: u64 = 64 * 1024;
+
+/// The bytes of a function, but for what the compiler put elsewhere.
+///
+/// # Errors
+/// The image has none there, or more than a function's.
+pub(super) fn main_part<'a>(kernel: &'a Kernel, name: &str, start: Va) -> Result<&'a [u8], SiteError> {
+    let size = kernel.symbols.size(name).unwrap_or(0);
+    if size > MAX_FUNCTION {
+        // A part of it would hide returns.
+        return Err(SiteError::Unsuitable(start, format!("{size:#x} bytes are no function")));
+    }
+    let bytes = kernel.image.bytes_at(start, size as usize).filter(|bytes| !bytes.is_empty());
+    bytes.ok_or(SiteError::NoCode)
+}
+
+/// What the compiler took out of functions of this name as unlikely (GCC's `.cold`), with its places. Functions that share a
+/// name are not told apart here.
+pub(super) fn cold_parts<'a>(kernel: &'a Kernel, name: &str) -> Vec<(Va, &'a [u8])> {
+    let symbols = kernel.symbols.lookup_all(&format!("{name}.cold")).collect::<Vec<_>>();
+    let sized = symbols.into_iter().map(|symbol| (symbol.va, kernel.symbols.size_of(symbol)));
+    let sized = sized.filter(|&(_, size)| size <= MAX_FUNCTION);
+    sized.filter_map(|(va, size)| Some((va, kernel.image.bytes_at(va, size as usize)?))).collect()
+}
 
 /// What a displaced instruction does beside changing registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,7 +16,7 @@
 
 use super::{Displaced, Jump};
 use crate::arch::instruction::{BYTES, Indirect, Instruction};
-use crate::hooks::site::{MAX_FUNCTION, Site, SiteError};
+use crate::hooks::site::{Site, SiteError, cold_parts, main_part};
 use crate::kernel::Kernel;
 use crate::memory::Va;
 use guest_profiles::hooks::Role;
@@ -24,84 +24,94 @@ use rustc_hash::FxHashSet;
 
 /// A decoded function.
 pub(in crate::hooks) struct Function {
-    start: Va,
-    words: Vec<u32>,
+    /// Its main part, then what the compiler put elsewhere because it is unlikely.
+    parts: Vec<Part>,
     /// Addresses some branch inside the function goes to.
     targets: FxHashSet<u64>,
-    /// Indexes of the instructions that return.
-    returns: Vec<usize>,
+    /// Where it returns.
+    returns: Vec<Va>,
     /// First jump that leaves for other code than a cold part.
     leaves: Option<Va>,
 }
 
+/// Code without a gap.
+struct Part {
+    start: Va,
+    words: Vec<u32>,
+}
+
 impl Function {
     pub(in crate::hooks) fn decode(kernel: &Kernel, name: &str, start: Va) -> Result<Self, SiteError> {
-        let size = kernel.symbols.size(name).unwrap_or(0);
-        if size > MAX_FUNCTION {
-            // A part of it would hide returns.
-            return Err(SiteError::Unsuitable(start, format!("{size:#x} bytes are no function")));
-        }
-        let bytes = kernel.image.bytes_at(start, size as usize).ok_or(SiteError::NoCode)?;
+        let main = main_part(kernel, name, start)?;
         let cold = |va: Va| {
             let target = kernel.symbols.resolve(va);
             target.is_none_or(|t| t.name.starts_with(name) || t.name.contains(".cold"))
         };
-        Self::build(start, bytes, cold)
+        Self::build(start, main, &cold_parts(kernel, name), cold)
     }
 
-    fn build(start: Va, bytes: &[u8], cold: impl Fn(Va) -> bool) -> Result<Self, SiteError> {
-        let words: Vec<u32> = bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)).collect();
-        if words.is_empty() {
+    /// `elsewhere` are parts that are the function's if it jumps there.
+    fn build(
+        start: Va,
+        main: &[u8],
+        elsewhere: &[(Va, &[u8])],
+        cold: impl Fn(Va) -> bool,
+    ) -> Result<Self, SiteError> {
+        let main = Part::new(start, main);
+        if main.words.is_empty() {
             return Err(SiteError::NoCode);
         }
-        let end = start + words.len() as u64 * BYTES;
-        let mut function =
-            Self { start, words, targets: FxHashSet::default(), returns: Vec::new(), leaves: None };
-        for index in 0..function.words.len() {
-            let (at, instruction) = (function.address(index), function.instruction(index));
-            match instruction {
-                Instruction::Register { kind: Indirect::Return, .. } => function.returns.push(index),
-                Instruction::Register { kind: Indirect::Jump, .. } => function.leave(at),
-                Instruction::Branch { call: true, .. } => {}
-                _ => match instruction.target(at) {
-                    Some(target) if (start..end).contains(&target) => {
-                        function.targets.insert(target.0);
-                    }
-                    Some(target) if !cold(target) => function.leave(at),
-                    _ => {}
-                },
-            }
-        }
+        let there = elsewhere.iter().map(|(start, bytes)| Part::new(*start, bytes));
+        let there: Vec<Part> =
+            there.filter(|part| main.branches().any(|(_, to)| part.contains(to))).collect();
+        let mut function = Self {
+            parts: std::iter::once(main).chain(there).collect(),
+            targets: FxHashSet::default(),
+            returns: Vec::new(),
+            leaves: None,
+        };
+        function.follow(cold);
         Ok(function)
     }
 
-    fn leave(&mut self, at: Va) {
-        self.leaves.get_or_insert(at);
-    }
-
-    fn address(&self, index: usize) -> Va {
-        self.start + index as u64 * BYTES
-    }
-
-    fn instruction(&self, index: usize) -> Instruction {
-        Instruction::decode(self.words[index])
+    /// Finds where it goes.
+    fn follow(&mut self, cold: impl Fn(Va) -> bool) {
+        let inside = |target: Va| self.parts.iter().any(|part| part.contains(target));
+        for part in &self.parts {
+            for (at, instruction) in part.instructions() {
+                match instruction {
+                    Instruction::Register { kind: Indirect::Return, .. } => self.returns.push(at),
+                    Instruction::Register { kind: Indirect::Jump, .. } => {
+                        self.leaves.get_or_insert(at);
+                    }
+                    _ => {}
+                }
+            }
+            for (at, target) in part.branches() {
+                if inside(target) {
+                    self.targets.insert(target.0);
+                } else if !cold(target) {
+                    self.leaves.get_or_insert(at);
+                }
+            }
+        }
     }
 
     /// The first place behind landing pad, ftrace's slots and signing that takes a trap; all arguments are still in their
     /// registers there, and x30 is the return address, perhaps signed.
     pub(in crate::hooks) fn entry(&self, trap_len: usize) -> Result<Site, SiteError> {
-        let prefix = |&index: &usize| {
-            matches!(self.instruction(index), Instruction::LandingPad | Instruction::Nop | Instruction::Sign)
+        let prefix = |(_, instruction): &(Va, Instruction)| {
+            matches!(instruction, Instruction::LandingPad | Instruction::Nop | Instruction::Sign)
         };
-        let first = (0..self.words.len()).take_while(prefix).count();
-        for index in 0..=first.min(self.words.len() - 1) {
-            let at = self.address(index);
+        let main = &self.parts[0];
+        let first = main.instructions().take_while(prefix).count();
+        for (at, _) in main.instructions().take(first + 1) {
             if self.targets.contains(&at.0) {
                 let why = "a branch goes back to the beginning".to_owned();
                 return Err(SiteError::Unsuitable(at, why));
             }
         }
-        self.site(first, trap_len)
+        self.site(main.start + first as u64 * BYTES, trap_len)
     }
 
     /// The returns: the result register is final there.
@@ -112,7 +122,7 @@ impl Function {
         if self.returns.is_empty() {
             return Err(SiteError::NoReturn);
         }
-        self.returns.iter().map(|&index| self.site(index, trap_len)).collect()
+        self.returns.iter().map(|&at| self.site(at, trap_len)).collect()
     }
 
     /// Where a jump can take over from the trap at `site`.
@@ -120,13 +130,41 @@ impl Function {
         Err(SiteError::NoJump(site.va, "arm64 has no stubs".to_owned()))
     }
 
-    fn site(&self, index: usize, trap_len: usize) -> Result<Site, SiteError> {
-        let word = self.words.get(index).ok_or(SiteError::NoCode)?;
-        let (va, instruction) = (self.address(index), self.instruction(index));
+    fn site(&self, va: Va, trap_len: usize) -> Result<Site, SiteError> {
+        let word = self.parts.iter().find_map(|part| part.word(va)).ok_or(SiteError::NoCode)?;
+        let instruction = Instruction::decode(word);
         let displaced = Displaced::from_instruction(instruction)
             .filter(|_| trap_len as u64 <= BYTES)
             .ok_or_else(|| SiteError::Unsuitable(va, format!("{instruction:?}, {word:#010x}")))?;
         Ok(Site { va, original: word.to_le_bytes().to_vec(), displaced: vec![displaced] })
+    }
+}
+
+impl Part {
+    fn new(start: Va, bytes: &[u8]) -> Self {
+        Self { start, words: bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)).collect() }
+    }
+
+    fn contains(&self, va: Va) -> bool {
+        self.word(va).is_some()
+    }
+
+    fn word(&self, va: Va) -> Option<u32> {
+        self.words.get(usize::try_from(va.0.checked_sub(self.start.0)? / BYTES).ok()?).copied()
+    }
+
+    fn instructions(&self) -> impl Iterator<Item = (Va, Instruction)> {
+        let address = |index: usize| self.start + index as u64 * BYTES;
+        self.words.iter().enumerate().map(move |(index, word)| (address(index), Instruction::decode(*word)))
+    }
+
+    /// Its jumps, and where they go.
+    fn branches(&self) -> impl Iterator<Item = (Va, Va)> {
+        let jump = |(at, instruction): (Va, Instruction)| match instruction {
+            Instruction::Branch { call: true, .. } => None,
+            _ => Some((at, instruction.target(at)?)),
+        };
+        self.instructions().filter_map(jump)
     }
 }
 
@@ -148,7 +186,7 @@ mod tests {
 
     fn function(words: &[u32]) -> Function {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        Function::build(START, &bytes, |_| false).unwrap()
+        Function::build(START, &bytes, &[], |_| false).unwrap()
     }
 
     #[test]
@@ -171,6 +209,19 @@ mod tests {
         let f = function(&[CBZ, PUSH, RET, POP, AUTIASP, RET]);
         let places: Vec<u64> = f.returns(4).unwrap().iter().map(|site| site.va - START).collect();
         assert_eq!(places, [8, 20]);
+    }
+
+    #[test]
+    fn what_a_function_has_elsewhere_is_its_own_if_it_jumps_there() {
+        let bytes = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+        let places = |at: Va| {
+            // CBZ goes to START + 12, behind the main part.
+            let (main, cold) = (bytes(&[CBZ, PUSH, RET]), bytes(&[POP, RET]));
+            let f = Function::build(START, &main, &[(at, &cold)], |_| true).unwrap();
+            f.returns(4).unwrap().iter().map(|site| site.va - START).collect::<Vec<_>>()
+        };
+        assert_eq!(places(START + 12), [8, 16]);
+        assert_eq!(places(START + 16), [8], "of another function of that name");
     }
 
     #[test]

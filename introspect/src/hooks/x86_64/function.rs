@@ -2,7 +2,7 @@
 
 use super::Displaced;
 use super::jump::{JUMP_LEN, Jump, is_movable, needs_memory};
-use crate::hooks::site::{MAX_FUNCTION, Site, SiteError};
+use crate::hooks::site::{Site, SiteError, cold_parts, main_part};
 use crate::kernel::Kernel;
 use crate::memory::Va;
 use guest_profiles::hooks::Role;
@@ -21,28 +21,26 @@ pub(super) const RETURN_THUNKS: [&str; 5] = [
 
 /// A decoded function.
 pub(in crate::hooks) struct Function {
-    start: Va,
-    bytes: Vec<u8>,
-    instructions: Vec<Instruction>,
+    /// Its main part, then what the compiler put elsewhere because it is unlikely.
+    parts: Vec<Part>,
     /// Addresses some branch inside the function goes to.
     targets: FxHashSet<u64>,
-    /// Indexes of the instructions that return.
-    returns: Vec<usize>,
+    /// The instructions that return: part, and index there.
+    returns: Vec<(usize, usize)>,
     /// First jump that leaves for other code than a cold part.
     leaves: Option<Va>,
 }
 
+/// Code without a gap.
+struct Part {
+    start: Va,
+    bytes: Vec<u8>,
+    instructions: Vec<Instruction>,
+}
+
 impl Function {
     pub(in crate::hooks) fn decode(kernel: &Kernel, name: &str, start: Va) -> Result<Self, SiteError> {
-        let size = kernel.symbols.size(name).unwrap_or(0);
-        if size > MAX_FUNCTION {
-            // A part of it would hide returns.
-            return Err(SiteError::Unsuitable(start, format!("{size:#x} bytes are no function")));
-        }
-        let bytes = kernel.image.bytes_at(start, size as usize).ok_or(SiteError::NoCode)?;
-        if bytes.is_empty() {
-            return Err(SiteError::NoCode);
-        }
+        let main = main_part(kernel, name, start)?;
         let thunks: Vec<Va> = RETURN_THUNKS.iter().filter_map(|n| kernel.symbols.lookup(n)).collect();
         let cold = |va: Va| {
             let target = kernel.symbols.resolve(va);
@@ -51,73 +49,82 @@ impl Function {
                 t.name.starts_with(name) || t.name.contains(".cold") || t.name == "_einittext"
             })
         };
-        Self::build(start, bytes, &thunks, cold)
+        Self::build(start, main, &cold_parts(kernel, name), &thunks, cold)
     }
 
-    fn build(start: Va, bytes: &[u8], thunks: &[Va], cold: impl Fn(Va) -> bool) -> Result<Self, SiteError> {
-        let end = start + bytes.len() as u64;
-        let mut decoder = Decoder::with_ip(64, bytes, start.0, DecoderOptions::NONE);
+    /// `elsewhere` are parts that are the function's if it jumps there.
+    fn build(
+        start: Va,
+        main: &[u8],
+        elsewhere: &[(Va, &[u8])],
+        thunks: &[Va],
+        cold: impl Fn(Va) -> bool,
+    ) -> Result<Self, SiteError> {
+        let main = Part::decode(start, main)?;
+        let reached =
+            |start: Va, len: usize| main.branches().any(|to| (start..start + len as u64).contains(&to));
+        let there = elsewhere.iter().filter(|(start, bytes)| reached(*start, bytes.len()));
+        let there = there.map(|(start, bytes)| Part::decode(*start, bytes)).collect::<Result<Vec<_>, _>>()?;
         let mut function = Self {
-            start,
-            bytes: bytes.to_vec(),
-            instructions: Vec::new(),
+            parts: std::iter::once(main).chain(there).collect(),
             targets: FxHashSet::default(),
             returns: Vec::new(),
             leaves: None,
         };
-        while decoder.can_decode() {
-            let i = decoder.decode();
-            if i.is_invalid() {
-                return Err(SiteError::Undecodable(Va(i.ip())));
-            }
-            function.note(&i, end, thunks, &cold);
-            function.instructions.push(i);
-        }
+        function.follow(thunks, cold);
         Ok(function)
     }
 
-    fn note(&mut self, i: &Instruction, end: Va, thunks: &[Va], cold: impl Fn(Va) -> bool) {
-        let index = self.instructions.len();
-        match i.flow_control() {
-            FlowControl::Return => self.returns.push(index),
-            FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
-                let target = Va(i.near_branch_target());
-                let always = i.flow_control() == FlowControl::UnconditionalBranch;
-                if always && thunks.contains(&target) {
-                    self.returns.push(index);
-                } else if (self.start..end).contains(&target) {
-                    self.targets.insert(target.0);
-                } else if self.leaves.is_none() && !cold(target) {
-                    self.leaves = Some(Va(i.ip()));
+    /// Finds where it goes.
+    fn follow(&mut self, thunks: &[Va], cold: impl Fn(Va) -> bool) {
+        let inside = |target: Va| self.parts.iter().any(|part| part.contains(target));
+        for (k, part) in self.parts.iter().enumerate() {
+            for (index, i) in part.instructions.iter().enumerate() {
+                match i.flow_control() {
+                    FlowControl::Return => self.returns.push((k, index)),
+                    FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
+                        let target = Va(i.near_branch_target());
+                        let always = i.flow_control() == FlowControl::UnconditionalBranch;
+                        if always && thunks.contains(&target) {
+                            self.returns.push((k, index));
+                        } else if inside(target) {
+                            self.targets.insert(target.0);
+                        } else if !cold(target) {
+                            self.leaves.get_or_insert(Va(i.ip()));
+                        }
+                    }
+                    // Through a register or a table: to nobody knows where.
+                    FlowControl::IndirectBranch => {
+                        self.leaves.get_or_insert(Va(i.ip()));
+                    }
+                    _ => {}
                 }
             }
-            // Through a register or a table: to nobody knows where.
-            FlowControl::IndirectBranch if self.leaves.is_none() => self.leaves = Some(Va(i.ip())),
-            _ => {}
         }
     }
 
     /// The first place behind the landing pad and the fentry slot that takes a trap; all arguments are still in their
     /// registers there, and the return address is on top of the stack.
     pub(in crate::hooks) fn entry(&self, trap_len: usize) -> Result<Site, SiteError> {
-        let is = |k: usize, what: fn(&Instruction) -> bool| self.instructions.get(k).is_some_and(what);
+        let part = &self.parts[0];
+        let is = |k: usize, what: fn(&Instruction) -> bool| part.instructions.get(k).is_some_and(what);
         let pad = usize::from(is(0, |i| i.mnemonic() == Mnemonic::Endbr64));
         let begin = pad + usize::from(is(pad, |i| i.flow_control() == FlowControl::Call));
         // Kernels without jump labels read a tracepoint's switch before anything else, and no trap can do that.
         let loads =
-            self.instructions.get(begin..).unwrap_or_default().iter().take_while(|i| is_spare_load(i));
+            part.instructions.get(begin..).unwrap_or_default().iter().take_while(|i| is_spare_load(i));
         let first = begin + loads.count();
-        for i in self.instructions.get(begin..=first).ok_or(SiteError::NoCode)? {
+        for i in part.instructions.get(begin..=first).ok_or(SiteError::NoCode)? {
             if self.targets.contains(&i.ip()) {
                 let why = "a branch goes back to the beginning".to_owned();
                 return Err(SiteError::Unsuitable(Va(i.ip()), why));
             }
         }
         let mut last = first;
-        while self.length(first, last)? < trap_len {
+        while part.length(first, last)? < trap_len {
             last += 1;
         }
-        self.site(first, last)
+        self.site(part, first, last)
     }
 
     /// The places just before each return: the result register is final there.
@@ -128,20 +135,21 @@ impl Function {
         if self.returns.is_empty() {
             return Err(SiteError::NoReturn);
         }
-        self.returns.iter().map(|&index| self.before_return(index, trap_len)).collect()
+        let before = |&(part, index): &(usize, usize)| self.before_return(&self.parts[part], index, trap_len);
+        self.returns.iter().map(before).collect()
     }
 
-    fn before_return(&self, index: usize, trap_len: usize) -> Result<Site, SiteError> {
-        let at = Va(self.instructions[index].ip());
+    fn before_return(&self, part: &Part, index: usize, trap_len: usize) -> Result<Site, SiteError> {
+        let at = Va(part.instructions[index].ip());
         if self.targets.contains(&at.0) {
             return Err(SiteError::Unsuitable(at, "a branch goes straight to the return".to_owned()));
         }
         let last = index.checked_sub(1).ok_or(SiteError::NoReturn)?;
         let mut first = last;
-        while self.length(first, last)? < trap_len {
+        while part.length(first, last)? < trap_len {
             first = first.checked_sub(1).ok_or(SiteError::NoReturn)?;
         }
-        self.site(first, last)
+        self.site(part, first, last)
     }
 
     /// Where a jump can take over from the trap at `site`.
@@ -151,16 +159,18 @@ impl Function {
         if needs_memory(role) {
             return Err(unsuitable("what it passes lies in memory"));
         }
-        let first = self.instructions.binary_search_by_key(&at.0, Instruction::ip);
+        let (k, part) =
+            self.parts.iter().enumerate().find(|(_, part)| part.contains(at)).ok_or(SiteError::NoCode)?;
+        let first = part.instructions.binary_search_by_key(&at.0, Instruction::ip);
         let first = first.map_err(|_| SiteError::NoCode)?;
         if !entry {
-            let is_whole = self.returns.contains(&first) && self.length(first, first)? == JUMP_LEN;
+            let is_whole = self.returns.contains(&(k, first)) && part.length(first, first)? == JUMP_LEN;
             return is_whole
                 .then_some(Jump::Return { va: at })
                 .ok_or_else(|| unsuitable("the return is too short"));
         }
         let mut len = 0;
-        for (k, i) in self.instructions[first..].iter().enumerate() {
+        for (k, i) in part.instructions[first..].iter().enumerate() {
             if len >= JUMP_LEN {
                 break;
             }
@@ -172,17 +182,12 @@ impl Function {
         if len < JUMP_LEN { Err(SiteError::NoCode) } else { Ok(Jump::Entry { va: at, len }) }
     }
 
-    fn length(&self, first: usize, last: usize) -> Result<usize, SiteError> {
-        let get = |k: usize| self.instructions.get(k).ok_or(SiteError::NoCode);
-        Ok((get(last)?.next_ip() - get(first)?.ip()) as usize)
-    }
-
-    fn site(&self, first: usize, last: usize) -> Result<Site, SiteError> {
+    fn site(&self, part: &Part, first: usize, last: usize) -> Result<Site, SiteError> {
         let unsuitable = |i: &Instruction, why: &str| {
             SiteError::Unsuitable(Va(i.ip()), format!("{:?}{why}", i.mnemonic()))
         };
         let mut displaced = Vec::new();
-        for (k, i) in self.instructions[first..=last].iter().enumerate() {
+        for (k, i) in part.instructions[first..=last].iter().enumerate() {
             if k > 0 && self.targets.contains(&i.ip()) {
                 return Err(unsuitable(i, ", which is a branch target"));
             }
@@ -192,10 +197,39 @@ impl Function {
             }
             displaced.push(step);
         }
-        let va = Va(self.instructions[first].ip());
-        let offset = (va - self.start) as usize;
-        let original = self.bytes[offset..offset + self.length(first, last)?].to_vec();
+        let va = Va(part.instructions[first].ip());
+        let offset = (va - part.start) as usize;
+        let original = part.bytes[offset..offset + part.length(first, last)?].to_vec();
         Ok(Site { va, original, displaced })
+    }
+}
+
+impl Part {
+    fn decode(start: Va, bytes: &[u8]) -> Result<Self, SiteError> {
+        let decoder = Decoder::with_ip(64, bytes, start.0, DecoderOptions::NONE);
+        let decoded = |i: Instruction| {
+            if i.is_invalid() { Err(SiteError::Undecodable(Va(i.ip()))) } else { Ok(i) }
+        };
+        let instructions = decoder.into_iter().map(decoded).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { start, bytes: bytes.to_vec(), instructions })
+    }
+
+    fn contains(&self, va: Va) -> bool {
+        (self.start..self.start + self.bytes.len() as u64).contains(&va)
+    }
+
+    /// Where its jumps go.
+    fn branches(&self) -> impl Iterator<Item = Va> {
+        let jumps = |i: &&Instruction| {
+            matches!(i.flow_control(), FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch)
+        };
+        self.instructions.iter().filter(jumps).map(|i| Va(i.near_branch_target()))
+    }
+
+    /// Bytes of the instructions from `first` to `last`.
+    fn length(&self, first: usize, last: usize) -> Result<usize, SiteError> {
+        let get = |k: usize| self.instructions.get(k).ok_or(SiteError::NoCode);
+        Ok((get(last)?.next_ip() - get(first)?.ip()) as usize)
     }
 }
 
@@ -213,7 +247,7 @@ mod tests {
     const THUNK: Va = Va(0xffff_ffff_8100_1000);
 
     fn function(bytes: &[u8]) -> Function {
-        Function::build(START, bytes, &[THUNK], |_| false).unwrap()
+        Function::build(START, bytes, &[], &[THUNK], |_| false).unwrap()
     }
 
     fn jump(from: usize, to: Va) -> [u8; 5] {
@@ -308,6 +342,27 @@ mod tests {
     }
 
     #[test]
+    fn what_a_function_has_elsewhere_is_its_own_if_it_jumps_there() {
+        let elsewhere = START + 0x5000;
+        // test rax,rax; je elsewhere; pop rbx; pop r15; ret
+        let mut main = vec![0x48, 0x85, 0xc0, 0x0f, 0x84];
+        main.extend(((elsewhere - (START + 9)) as u32).to_le_bytes());
+        main.extend([0x5b, 0x41, 0x5f, 0xc3]);
+        let places = |cold: &[u8], at: Va| {
+            let f = Function::build(START, &main, &[(at, cold)], &[], |_| true).unwrap();
+            f.returns(1).map(|sites| sites.iter().map(|site| site.va).collect::<Vec<_>>())
+        };
+        // pop r15; ret
+        let cold = [0x41, 0x5f, 0xc3];
+        assert_eq!(places(&cold, elsewhere), Ok(vec![START + 10, elsewhere]));
+        assert_eq!(places(&cold, elsewhere + 1), Ok(vec![START + 10]), "of another function of that name");
+        // A jump back to the return leaves no room before it.
+        let mut back = vec![0xe9];
+        back.extend((START.0 + 12).wrapping_sub(elsewhere.0 + 5).to_le_bytes()[..4].iter());
+        assert!(matches!(places(&back, elsewhere), Err(SiteError::Unsuitable(at, _)) if at == START + 12));
+    }
+
+    #[test]
     fn indirect_jumps_are_no_returns() {
         // jmp rax; pop r15; ret
         assert_eq!(function(&[0xff, 0xe0, 0x41, 0x5f, 0xc3]).returns(1), Err(SiteError::TailCall(START)));
@@ -338,7 +393,7 @@ mod tests {
 
     #[test]
     fn junk_is_an_error_with_its_address() {
-        let r = Function::build(START, &[0x90, 0x06], &[], |_| false);
+        let r = Function::build(START, &[0x90, 0x06], &[], &[], |_| false);
         assert!(matches!(r.err(), Some(SiteError::Undecodable(va)) if va == START + 1));
     }
 }
