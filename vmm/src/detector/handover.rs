@@ -58,10 +58,8 @@ impl Detector {
         let memory = &paused.memory();
         let busy = self.allocator.busy(&parts.linux, memory, &parts.recorder, paused.cpus())?;
         // Whoever was interrupted between the bytes of a jump to be has that address on a stack, however it is unwound.
-        let held = self.allocator.on_stacks(&parts.linux, memory, paused.cpus())?;
-        let free = |function: &str, bytes: Range<Va>| {
-            !busy.contains(function) && !held.iter().any(|va| bytes.contains(va) && *va != bytes.start)
-        };
+        let standing = self.allocator.standing(&parts.linux, memory, paused.cpus())?;
+        let free = |function: &str, bytes: Range<Va>| !busy.contains(function) && !standing.is_inside(&bytes);
         parts.traps.hand_over(&mut paused, free)?;
         Ok(true)
     }

@@ -290,10 +290,15 @@ impl Detector {
     /// Pauses the machine for a scan. Traps that were lost are planted again, and what was missed meanwhile is made good as
     /// far as the guest's metadata tell, which is said.
     fn pause_with_traps(&self) -> Result<Paused<'_>> {
-        let mut paused = self.parts.guest.pause()?;
-        let lost = self.parts.traps.verify(&mut paused)?;
+        let Parts { guest, traps, linux, recorder, .. } = &self.parts;
+        let mut paused = guest.pause()?;
+        let lost = traps.lost()?;
+        if !lost.is_empty() {
+            let standing = self.allocator.standing(linux, &paused.memory(), paused.cpus())?;
+            traps.plant_again(&mut paused, &lost, |bytes| standing.is_inside(bytes))?;
+        }
         // What happens while nothing is recorded is no gap.
-        if lost.is_empty() || !self.parts.recorder.enabled() {
+        if lost.is_empty() || !recorder.enabled() {
             return Ok(paused);
         }
         drop(paused);
@@ -309,7 +314,7 @@ impl Detector {
             }
             Err(error) => {
                 eprintln!("kleak-vmm: warning: {overwrote}; allocations may be missing: {error:#}");
-                self.parts.guest.pause()
+                guest.pause()
             }
         }
     }

@@ -6,7 +6,7 @@
 
 use crate::tracer::Recorder;
 use introspect::arch::CpuState;
-use introspect::hooks::Plan;
+use introspect::hooks::{Plan, code_of};
 use introspect::linux::Linux;
 use introspect::memory::{PhysicalMemory, Va};
 use introspect::unwind::{SleepingFrame, Start};
@@ -39,16 +39,25 @@ pub struct Allocator {
     sleeping: Option<SleepingFrame>,
 }
 
+/// Addresses at which somebody may go on.
+pub struct Standing(FxHashSet<Va>);
+
+impl Standing {
+    /// True when one of them is inside these bytes, not at their start: they cannot become something else.
+    pub fn is_inside(&self, bytes: &Range<Va>) -> bool {
+        self.0.iter().any(|va| bytes.contains(va) && *va != bytes.start)
+    }
+}
+
 impl Allocator {
     /// The functions of `plan` and those behind them, and the tracer's own code in the guest.
     pub fn new(linux: &Linux, plan: &Plan, stubs: Option<Range<Va>>) -> Self {
         let symbols = &linux.kernel.symbols;
         let names = plan.traps.iter().map(|t| t.function.as_str()).chain(BEHIND);
+        let slide = linux.placement.slide;
         let code = names
-            .filter_map(|name| {
-                let start = symbols.lookup(name)? + linux.placement.slide;
-                Some((name.to_owned(), start..start + symbols.size(name)?))
-            })
+            .flat_map(|name| code_of(&linux.kernel, name).into_iter().map(|code| (name.to_owned(), code)))
+            .map(|(name, code)| (name, code.start + slide..code.end + slide))
             .chain(stubs.map(|stubs| (STUBS.to_owned(), stubs)))
             .collect();
         let sleeping = linux.kernel.types.as_ref().and_then(|t| SleepingFrame::recover(t, symbols));
@@ -66,21 +75,20 @@ impl Allocator {
         Ok(self.busy(linux, memory, recorder, cpus)?.is_empty())
     }
 
-    /// Words on the stacks of the paused machine that are addresses of the allocator's code, stale ones among them.
-    pub fn on_stacks(
+    /// Where in the allocator's code anybody may go on: where the paused machine's vCPUs stand, and what words on stacks
+    /// are such addresses, however they are unwound, stale ones among them.
+    pub fn standing(
         &self,
         linux: &Linux,
         memory: &impl PhysicalMemory,
         cpus: &[CpuState],
-    ) -> anyhow::Result<FxHashSet<Va>> {
+    ) -> anyhow::Result<Standing> {
         let mut read = linux.word_reader(memory);
-        let mut found = FxHashSet::default();
+        let is_code = |at: &Va| self.code.iter().any(|(_, code)| code.contains(at));
+        let mut found: FxHashSet<Va> = cpus.iter().map(|cpu| cpu.registers.ip()).filter(is_code).collect();
         let mut look = |start: Va, end: Va| {
-            for at in (start.0..end.0).step_by(8).map_while(|at| read(Va(at))) {
-                if self.code.iter().any(|(_, code)| code.contains(&Va(at))) {
-                    found.insert(Va(at));
-                }
-            }
+            let words = (start.0..end.0).step_by(8).map_while(|at| read(Va(at)).map(Va));
+            found.extend(words.filter(is_code));
         };
         for cpu in cpus.iter().filter(|cpu| cpu.online && !cpu.user_mode) {
             let sp = cpu.registers.sp();
@@ -92,7 +100,7 @@ impl Allocator {
             let start = if task.on_cpu { task.stack } else { task.saved_sp.max(task.stack) };
             look(Va(start.0 & !7), end);
         }
-        Ok(found)
+        Ok(Standing(found))
     }
 
     /// The functions that are on some stack of the paused machine.

@@ -15,6 +15,7 @@ use introspect::hooks::{Displaced, JUMP_LEN, Jump, Plan, RETURN_IS_DISPLACED, Si
 use introspect::linux::Linux;
 use introspect::memory::{Pa, PhysicalMemory, Va};
 use rustc_hash::FxHashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -173,11 +174,7 @@ impl Breakpoints {
     /// again is for a pause.
     fn patched(&self) {
         self.patches.seen.fetch_add(1, Ordering::Relaxed);
-        let there = |trap: &Trap| {
-            let (at, planted, _) = self.planted(trap);
-            self.holds(at, planted).unwrap_or(false)
-        };
-        if !self.traps.values().all(there) {
+        if !self.lost().is_ok_and(|lost| lost.is_empty()) {
             *self.patches.lossy() = true;
             self.patches.changed.notify_all();
         }
@@ -217,22 +214,45 @@ impl Breakpoints {
         Ok(there == want)
     }
 
-    /// Checks every site and plants lost traps and jumps again. Returns the addresses that had lost theirs.
+    /// The sites where neither trap nor jump is any more.
     ///
     /// # Errors
     /// Guest memory cannot be read.
-    pub fn verify(&self, paused: &mut Paused<'_>) -> Result<Vec<Va>> {
+    pub fn lost(&self) -> Result<Vec<Va>> {
         let mut lost = Vec::new();
         for (&va, trap) in &self.traps {
             let (at, planted, _) = self.planted(trap);
             if !self.holds(at, planted)? {
                 lost.push(Va(va));
-                paused.write(at, planted)?;
-                synchronise_code(&self.ram, at, planted.len());
             }
         }
-        self.rearmed.fetch_add(lost.len() as u64, Ordering::Relaxed);
         Ok(lost)
+    }
+
+    /// Plants these sites again, but for those between whose bytes somebody stands: they stay lost until the next time.
+    ///
+    /// # Errors
+    /// Guest memory cannot be written.
+    pub fn plant_again(
+        &self,
+        paused: &mut Paused<'_>,
+        lost: &[Va],
+        is_inside: impl Fn(&Range<Va>) -> bool,
+    ) -> Result<()> {
+        for va in lost {
+            let Some(trap) = self.traps.get(&va.0) else { continue };
+            let (at, planted, _) = self.planted(trap);
+            let start = match (trap.moved.get(), &trap.jump) {
+                (Some(_), Ok(jump)) => jump.va() + self.linux.placement.slide,
+                _ => *va,
+            };
+            if !is_inside(&(start..start + planted.len() as u64)) {
+                paused.write(at, planted)?;
+                synchronise_code(&self.ram, at, planted.len());
+                self.rearmed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Ok(())
     }
 
     /// Carries out the displaced instructions. False when memory that they need, such as the guest's stack, is not there.
@@ -293,7 +313,7 @@ impl TrapHandler for Breakpoints {
         }
         if !self.step_over(trap, registers) {
             // The guest overflows its stack, or reads where nothing is: let it meet its own page fault. The site stays without a trap until
-            // `verify` finds and counts it.
+            // somebody looks for lost ones.
             let _ = self.ram.write(trap.at, &trap.original);
             synchronise_code(&self.ram, trap.at, trap.original.len());
             return TrapOutcome::Resume;
