@@ -27,12 +27,12 @@ const ARM64_PORT: &str = "/dev/ttyAMA1";
 /// Longest any one run may take; the lab is slow.
 pub const RUN_TIMEOUT: Duration = Duration::from_secs(400);
 /// The same in the lab `vmx`.
-pub const VMX_TIMEOUT: Duration = Duration::from_secs(1500);
+const VMX_TIMEOUT: Duration = Duration::from_secs(1500);
 /// Between the end of a run by its own time limit and the test's.
 const MARGIN_S: u64 = 60;
 
 /// What the lab `vmx` needs of Debian.
-pub const VMX_PACKAGES: [&str; 7] =
+const VMX_PACKAGES: [&str; 7] =
     ["bochs", "bochs-term", "bochsbios", "vgabios", "isolinux", "syslinux-common", "xorriso"];
 
 /// What the lab `arm`, and modules for its guests, need of Debian.
@@ -84,6 +84,20 @@ pub fn with_packages(trial: Trial, packages: &[&str]) -> Trial {
         }
         _ => trial,
     }
+}
+
+/// By what exits a test's guest is trapped, and so where it runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Exits {
+    /// Those that the host has: port writes in the lab `svm`.
+    Usual,
+    /// Breakpoints, in the lab `vmx`.
+    Breakpoint,
+}
+
+/// A test that has been named for its usual exits, by breakpoint exits: a long one, as a boot takes minutes there.
+pub fn in_vmx(name: &str, body: impl Fn(Exits) -> Result<()> + Send + 'static) -> Trial {
+    with_packages(long_test(format!("{name}_in_vmx"), move || body(Exits::Breakpoint)), &VMX_PACKAGES)
 }
 
 /// Runs tests, each with a machine of its own, in `cargo test`'s format.
@@ -309,6 +323,25 @@ impl Guest {
         Ok(guest)
     }
 
+    /// `kernel` with `cpus` vCPUs, or one where one is slow enough, trapped by these exits.
+    ///
+    /// # Errors
+    /// No scratch directory to be had.
+    pub fn trapped(kernel: &KernelPackage, cpus: u32, exits: Exits) -> Result<Self> {
+        if exits == Exits::Usual {
+            return Self::new(kernel, cpus);
+        }
+        let mut guest = Self::new(kernel, 1)?;
+        guest.timeout(VMX_TIMEOUT.as_secs() - MARGIN_S);
+        guest.option("--lab", "vmx").option("--trap", "int3");
+        Ok(guest)
+    }
+
+    /// How long it may take, whatever it does.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
     /// Adds an option and its value.
     pub fn option(&mut self, name: &str, value: impl Into<OsString>) -> &mut Self {
         self.arguments.extend([name.into(), value.into()]);
@@ -327,12 +360,6 @@ impl Guest {
         self.timeout_s = seconds;
         self.patience = RUN_TIMEOUT.max(Duration::from_secs(seconds + MARGIN_S));
         self
-    }
-
-    /// Runs it in the lab `vmx`, with breakpoint exits as traps. It takes a quarter of an hour at most.
-    pub fn in_vmx(&mut self) -> &mut Self {
-        self.patience = VMX_TIMEOUT;
-        self.option("--lab", "vmx").option("--trap", "int3")
     }
 
     /// Runs it in a lab `arm` whose machine has a GICv2 and no GICv3, so that KVM has only that for guests.

@@ -5,18 +5,14 @@ use serde_json::Value;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use tests::{
-    Guest, RUN_TIMEOUT, Session, VMX_PACKAGES, VMX_TIMEOUT, ctl, kernel, long_test, report, run, test,
-    with_packages,
-};
+use tests::{Guest, RUN_TIMEOUT, Session, ctl, in_vmx, kernel, report, run, test};
 
 fn main() -> ExitCode {
     tests::main(vec![
         test("streams_files_and_socket_are_carried", || everything_is_carried(&waiting_guest()?, "svm")),
-        with_packages(
-            long_test("streams_files_and_socket_are_carried_in_vmx", carried_in_vmx),
-            &VMX_PACKAGES,
-        ),
+        in_vmx("streams_files_and_socket_are_carried", |exits| {
+            everything_is_carried(&wait_in(Guest::trapped(&kernel("6.1-cloud")?, 1, exits)?)?, "vmx")
+        }),
         test("the_doctor_measures_it", doctor),
         test("a_signal_ends_the_guest_and_the_run", signal),
         test("a_lab_that_dies_is_an_error_of_the_host", dead_lab),
@@ -44,15 +40,9 @@ fn started(guest: &Guest) -> Result<Session> {
     Ok(session)
 }
 
-fn carried_in_vmx() -> Result<()> {
-    let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
-    guest.in_vmx();
-    everything_is_carried(&wait_in(guest)?, "vmx")
-}
-
 fn everything_is_carried(guest: &Guest, lab: &str) -> Result<()> {
     let mut session = guest.start()?;
-    session.wait_for("guest is up", VMX_TIMEOUT)?;
+    session.wait_for("guest is up", guest.patience())?;
     let status = ctl(&guest.socket(), "status")?;
     ensure!(status.contains("state: running"), "{status}");
     let status: Value = serde_json::from_str(&ctl(&guest.socket(), "json status")?)?;

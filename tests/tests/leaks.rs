@@ -7,16 +7,16 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tests::{
-    ARM_PACKAGES, Finished, Guest, RUN_TIMEOUT, VMX_PACKAGES, kernel, long_test, module, no_kernel_complaint,
-    sizes, test, with_packages,
+    ARM_PACKAGES, Exits, Finished, Guest, RUN_TIMEOUT, in_vmx, kernel, long_test, module,
+    no_kernel_complaint, sizes, test, with_packages,
 };
 
 fn main() -> ExitCode {
     let mut trials = vec![test("all_cases_and_pages_6.1-cloud", || all_cases_and_pages("6.1-cloud"))];
-    trials.push(test("all_cases_6.12-cloud", || all_cases("6.12-cloud")));
-    trials.push(long_test("all_cases_6.1-cloud", || all_cases("6.1-cloud")));
+    trials.push(test("all_cases_6.12-cloud", || all_cases("6.12-cloud", Exits::Usual)));
+    trials.push(long_test("all_cases_6.1-cloud", || all_cases("6.1-cloud", Exits::Usual)));
     for line in ARM64_LINES {
-        let trial = long_test(format!("all_cases_{line}"), || all_cases(line));
+        let trial = long_test(format!("all_cases_{line}"), || all_cases(line, Exits::Usual));
         trials.push(with_packages(trial, &ARM_PACKAGES));
     }
     for (line, words) in [
@@ -33,10 +33,9 @@ fn main() -> ExitCode {
         trials.push(long_test(name, move || all_cases_with_five_levels(line)));
     }
     trials.push(long_test("all_cases_without_orc_and_btf", all_cases_with_frame_pointers));
-    trials.push(with_packages(
-        long_test("all_cases_6.1-cloud_in_vmx", || all_cases_by_int3("6.1-cloud")),
-        &VMX_PACKAGES,
-    ));
+    for line in ["6.1-cloud", "6.12-cloud"] {
+        trials.push(in_vmx(&format!("all_cases_{line}"), move |exits| all_cases(line, exits)));
+    }
     for line in ["6.12-cloud", "6.1", "6.12", "6.1-rt", "6.12-rt"] {
         trials.push(long_test(format!("all_cases_and_pages_{line}"), move || all_cases_and_pages(line)));
     }
@@ -55,17 +54,10 @@ fn main() -> ExitCode {
 
 /// Every case of `leaky` at once, against its table, by function: each case's objects are allocated in a function
 /// named after it.
-fn all_cases(line: &str) -> Result<()> {
+fn all_cases(line: &str, exits: Exits) -> Result<()> {
     let kernel = kernel(line)?;
-    all_cases_in(&mut Guest::new(&kernel, 2)?, &leaky(&kernel)?, "", leaky::Case::reported_by_default)
-        .map(drop)
-}
-
-/// The same by breakpoint exits.
-fn all_cases_by_int3(line: &str) -> Result<()> {
-    let kernel = kernel(line)?;
-    let mut guest = Guest::new(&kernel, 1)?;
-    all_cases_in(guest.in_vmx(), &leaky(&kernel)?, "", leaky::Case::reported_by_default).map(drop)
+    let mut guest = Guest::trapped(&kernel, 2, exits)?;
+    all_cases_in(&mut guest, &leaky(&kernel)?, "", leaky::Case::reported_by_default).map(drop)
 }
 
 /// The same with other words on the kernel's command line.

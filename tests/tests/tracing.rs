@@ -11,27 +11,34 @@ use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 use tests::{
-    ARM_PACKAGES, Client, Guest, RUN_TIMEOUT, kernel, long_test, module, no_kernel_complaint, test,
+    ARM_PACKAGES, Client, Exits, Guest, in_vmx, kernel, long_test, module, no_kernel_complaint, test,
     with_packages,
 };
 
 fn main() -> ExitCode {
-    let mut trials = vec![test("a_lost_trap_is_made_good_6.1-cloud", lost_trap)];
+    let mut trials = vec![
+        test("a_lost_trap_is_made_good_6.1-cloud", || lost_trap(Exits::Usual)),
+        in_vmx("a_lost_trap_is_made_good_6.1-cloud", lost_trap),
+        in_vmx("ftrace_and_kprobes_6.1-cloud", |exits| traced("6.1-cloud", exits)),
+    ];
     for line in ["6.1-cloud", "6.12-cloud"] {
-        trials.push(long_test(format!("ftrace_and_kprobes_{line}"), move || traced(line)));
+        trials.push(long_test(format!("ftrace_and_kprobes_{line}"), move || traced(line, Exits::Usual)));
         trials.push(long_test(format!("a_hundred_modules_{line}"), move || modules(line)));
     }
     for line in ARM64_LINES {
-        let trial = long_test(format!("ftrace_and_kprobes_{line}"), || traced(line));
+        let trial = long_test(format!("ftrace_and_kprobes_{line}"), || traced(line, Exits::Usual));
         trials.push(with_packages(trial, &ARM_PACKAGES));
     }
     tests::main(trials)
 }
 
-/// In the guest: work for the allocator. In the lab `arm` there is less time for it.
-fn work(line: &str) -> String {
-    let (rounds, folder) =
-        if ARM64_LINES.contains(&line) { (2, "/proc/sys/net/core") } else { (20, "/proc/sys/net") };
+/// Rounds of work, and a folder to list.
+const USUAL: (u32, &str) = (20, "/proc/sys/net");
+/// The same in the labs `arm` and `vmx`.
+const SLOW: (u32, &str) = (2, "/proc/sys/net/core");
+
+/// In the guest: work for the allocator.
+fn work((rounds, folder): (u32, &str)) -> String {
     format!(
         "work() {{ i=0; while [ $i -lt {rounds} ]; do (:); mkdir -p /tmp/d/a; ls -lR {folder} > /dev/null; rm -r /tmp/d
                     i=$((i+1)); done; }}"
@@ -55,8 +62,9 @@ fn check(guest: &Guest, stdout: &str, names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn traced(line: &str) -> Result<()> {
-    let mut guest = Guest::new(&kernel(line)?, 2)?;
+fn traced(line: &str, exits: Exits) -> Result<()> {
+    let mut guest = Guest::trapped(&kernel(line)?, 2, exits)?;
+    let is_slow = exits == Exits::Breakpoint || ARM64_LINES.contains(&line);
     guest.script(&format!(
         "{}
          t=/sys/kernel/tracing; [ -e $t/trace ] || mount -t tracefs none $t; cd $t || exit 1
@@ -71,7 +79,7 @@ fn traced(line: &str) -> Result<()> {
          echo 1 > events/kprobes/enable; work; {}
          echo PROBED $(grep -c first: trace) $(grep -c back: trace)
          echo 0 > events/kprobes/enable; echo > kprobe_events; work; {}",
-        work(line),
+        work(if is_slow { SLOW } else { USUAL }),
         audit("before"),
         audit("ftrace"),
         audit("kprobes"),
@@ -104,31 +112,34 @@ fn modules(line: &str) -> Result<()> {
 
 /// The module `patch` overwrites the trap in `kfree`: nothing is seen to be freed any more, until a scan finds out, or the guest
 /// changes its text again.
-fn lost_trap() -> Result<()> {
-    // `out imm8, al`: the traps of port writes.
-    const LEN: usize = 2;
+fn lost_trap(exits: Exits) -> Result<()> {
+    // `out imm8, al`, or `int3`.
+    let (trap, length) = if exits == Exits::Usual { ("pio", 2) } else { ("int3", 1) };
     let package = kernel("6.1-cloud")?;
     let image = Kernel::open(&package.vmlinuz)?;
-    let plan = plan(&image, &builtin(), &[Tracked::Slab], LEN);
+    let plan = plan(&image, &builtin(), &[Tracked::Slab], length);
     let site = &plan.traps.iter().find(|trap| trap.function == "kfree").context("no trap in kfree")?.site;
-    let bytes = u16::from_le_bytes(*site.original.first_chunk().context("two bytes")?);
-    let mut guest = Guest::new(&package, 2)?;
+    let bytes = site.original[..length].iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte));
+    let mut guest = Guest::trapped(&package, 2, exits)?;
     guest.file(&module(&package, "patch")?, "/patch.ko").file(&module(&package, "clean")?, "/clean.ko");
-    guest.option("--trap", "pio").cmdline("nokaslr").script(&format!(
-        "overwrite() {{ insmod /patch.ko at={} bytes={bytes:#x} length={LEN}; }}
+    if exits == Exits::Usual {
+        guest.option("--trap", trap);
+    }
+    guest.cmdline("nokaslr").script(&format!(
+        "overwrite() {{ insmod /patch.ko at={} bytes={bytes:#x} length={length}; }}
          echo READY; read -r go; overwrite && echo PATCHED
          read -r go; rmmod patch; sleep 2; echo GONE
          read -r go; overwrite; insmod /clean.ko rounds=1 && echo LOADED; read -r go; rmmod clean patch",
         site.va
     ))?;
     let mut session = guest.start()?;
-    session.wait_for("\nREADY", RUN_TIMEOUT)?;
+    session.wait_for("\nREADY", guest.patience())?;
     let mut client = Client::of(&guest)?;
     let exact = |reply: &str| reply.contains("missing 0, stale 0");
     let before = client.ask("audit")?;
     ensure!(exact(&before), "{before}");
     session.type_line("go")?;
-    session.wait_for("\nPATCHED", RUN_TIMEOUT)?;
+    session.wait_for("\nPATCHED", guest.patience())?;
     let missed = client.ask("audit")?;
     ensure!(!exact(&missed), "nothing was missed: {missed}");
     let found = client.ask("scan")?;
@@ -136,7 +147,7 @@ fn lost_trap() -> Result<()> {
     let after = client.ask("audit")?;
     ensure!(exact(&after), "{after}");
     session.type_line("go")?;
-    session.wait_for("\nGONE", RUN_TIMEOUT)?;
+    session.wait_for("\nGONE", guest.patience())?;
     let found = client.ask("scan")?;
     ensure!(found.contains(" 0 new"), "{found}");
     let last = client.ask("audit")?;
@@ -144,7 +155,7 @@ fn lost_trap() -> Result<()> {
     let status: Value = serde_json::from_str(&client.ask("json status")?)?;
     ensure!(status["traps_rearmed"] == 1 && status["events_dropped"] == 0, "{status:#}");
     session.type_line("go")?;
-    session.wait_for("\nLOADED", RUN_TIMEOUT)?;
+    session.wait_for("\nLOADED", guest.patience())?;
     noticed_at_once(&mut client, &status)?;
     drop(client);
     session.type_line("go")?;

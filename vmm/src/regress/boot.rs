@@ -450,7 +450,11 @@ impl<'a> Session<'a> {
     fn fail_rest(&mut self, outcome: Outcome, message: &str) {
         let rest =
             if self.left.is_empty() { self.boot.tests.clone() } else { std::mem::take(&mut self.left) };
-        rest.into_iter().for_each(|test| self.fail(test, outcome, message));
+        for test in rest {
+            self.fail(test, outcome, message);
+            // What it took is the first one's: the others did not begin.
+            self.began = Instant::now();
+        }
     }
 
     fn fail(&mut self, test: usize, outcome: Outcome, message: &str) {
