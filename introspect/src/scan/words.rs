@@ -9,13 +9,21 @@ pub(super) const GROUP: usize = 8;
 /// See [`Windows`].
 const ADDRESSES: usize = 4;
 const COOKIES: usize = 2;
+/// [`Windows::wider`] goes on to multiples of this.
+const ROOM: u64 = 1 << 30;
+/// The same of cookies, below them and above.
+const COOKIE_ROOM: (u64, u64) = (1 << 12, 1 << 16);
 
 /// Where references can point.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Windows {
     /// Start and length of each range: four of addresses, and [`COOKIES`] of per-CPU cookies, of which the last is empty
     /// where one chunk is enough.
     ranges: [(u64, u64); ADDRESSES + COOKIES],
+    /// Those that are not empty, first.
+    used: [(u64, u64); ADDRESSES + COOKIES],
+    /// So many.
+    count: usize,
     /// Start and length of all addresses together. Text, counters and zeros are nowhere near: one comparison, and one for
     /// each range of cookies, rule most words out.
     hull: (u64, u64),
@@ -29,7 +37,33 @@ impl Windows {
         let end = used().map(|r| r.end).max().unwrap_or(0);
         let hull = window(start..end);
         let mut ranges = addresses.into_iter().chain(cookies).map(window);
-        Self { hull, ranges: std::array::from_fn(|_| ranges.next().unwrap_or_default()) }
+        let ranges = std::array::from_fn(|_| ranges.next().unwrap_or_default());
+        let mut used = ranges;
+        used.sort_by_key(|&(_, len)| len == 0);
+        Self { hull, ranges, used, count: used.iter().filter(|&&(_, len)| len != 0).count() }
+    }
+
+    /// Ranges that leave room around these.
+    pub(super) fn wider(&self) -> Self {
+        let round = |&(start, len): &(u64, u64), down: u64, up: u64| match len {
+            0 => 0..0,
+            _ => start / down * down..(start + len).checked_next_multiple_of(up).unwrap_or(u64::MAX),
+        };
+        let (addresses, cookies) = self.ranges.split_at(ADDRESSES);
+        let address = |number: usize| round(&addresses[number], ROOM, ROOM);
+        // Numbers just below the first cookie are frequent.
+        let cookie = |number: usize| round(&cookies[number], COOKIE_ROOM.0, COOKIE_ROOM.1);
+        Self::new(std::array::from_fn(address), std::array::from_fn(cookie))
+    }
+
+    /// True when all candidates of the `others` are candidates of these.
+    pub(super) fn cover(&self, others: &Self) -> bool {
+        let inside = |&(start, len): &(u64, u64)| {
+            self.ranges.iter().any(|&(from, all)| {
+                start.checked_sub(from).and_then(|at| at.checked_add(len)).is_some_and(|end| end <= all)
+            })
+        };
+        others.used[..others.count].iter().all(inside)
     }
 
     /// True for a candidate.
@@ -111,13 +145,28 @@ pub(super) fn groups(
             Some(group) => (load(group.as_chunks::<8>().0), u8::MAX),
             None => (load(rest), (1 << rest.len()) - 1),
         };
-        let bits = match lanes.inside(&words, &windows.ranges) {
+        let bits = match lanes.inside(&words, &windows.used[..windows.count]) {
             Some(bits) => bits & !lanes.inside(&words, &[own]).unwrap_or(0),
             None if one_chunk => one_by_one::<1>(&words, windows, own),
             None => one_by_one::<COOKIES>(&words, windows, own),
         };
         if bits & there != 0 {
             found(number, &words, bits & there);
+        }
+    }
+}
+
+/// Writes the words that have a bit to `place`, which has room for [`GROUP`] of them. All are written and those that count stay,
+/// because a processor guesses badly which these are.
+#[inline(always)]
+pub(super) fn keep(lanes: Lanes, words: &[u64; GROUP], bits: u8, place: &mut [u64]) {
+    if let Some(place) = place.first_chunk_mut::<GROUP>()
+        && lanes.compress(words, bits, place).is_none()
+    {
+        let mut count = 0;
+        for (i, word) in words.iter().enumerate() {
+            place[count % GROUP] = *word;
+            count += usize::from(bits >> i & 1);
         }
     }
 }
