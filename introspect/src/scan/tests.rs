@@ -24,7 +24,7 @@ pub(super) const SPACE: u64 = PAGES * 4096;
 #[derive(Default)]
 pub(super) struct Flat {
     pub(super) direct: Vec<u8>,
-    vmalloc: Vec<u8>,
+    pub(super) vmalloc: Vec<u8>,
     /// What is in the direct map is lent as a whole, too.
     pub(super) whole: bool,
 }
