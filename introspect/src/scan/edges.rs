@@ -22,7 +22,7 @@ const TOGETHER: usize = 512;
 /// Bytes of a page that are asked for while the one before is read.
 const ASKED: u64 = 1024;
 /// Pages that one of several threads takes at a time.
-const SHARE: usize = 256;
+const SHARE: usize = 1024;
 
 /// See the module.
 #[derive(Default)]
@@ -227,7 +227,7 @@ impl<'a> Sweep<'a> {
             let state = heap.state.get(slot as usize).map_or(0, |state| state.load(Relaxed));
             let mut counts = is_plain(state);
             if state & TYPED != 0 && counts {
-                counts = heap.shape(slot).is_none_or(|shape| shape.holds(inside));
+                counts = heap.holds(slot, inside);
                 self.dropped += if counts { 0 } else { heap.dropped(word, slot) };
             }
             self.words[self.len] = word;

@@ -154,10 +154,20 @@ impl<'a, C: Contents> Heap<'a, C> {
 
     /// Which words of the object in a slot count; None for all, or those of [`Special`].
     pub fn shape(&self, slot: u32) -> Option<&'a Shape> {
+        let is_typed = self.state(slot) & (SPECIAL | TYPED) == TYPED;
+        self.shape_of(slot).filter(|_| is_typed)
+    }
+
+    /// Whether the word at an offset in the object in a slot, which is [`TYPED`] and not special, can hold a pointer.
+    #[inline(always)]
+    pub fn holds(&self, slot: u32, offset: u64) -> bool {
+        self.shape_of(slot).is_none_or(|shape| shape.holds(offset))
+    }
+
+    #[inline(always)]
+    fn shape_of(&self, slot: u32) -> Option<&'a Shape> {
         let shapes = self.shapes;
-        let typed = self.state(slot) & (SPECIAL | TYPED) == TYPED;
-        let number = self.shape_of.get(slot as usize).filter(|_| typed)?;
-        shapes.get(usize::from(*number)).map(|shape| &**shape)
+        shapes.get(usize::from(*self.shape_of.get(slot as usize)?)).map(|shape| &**shape)
     }
 }
 

@@ -20,13 +20,9 @@ pub struct Windows {
     /// Start and length of each range: four of addresses, and [`COOKIES`] of per-CPU cookies, of which the last is empty
     /// where one chunk is enough.
     ranges: [(u64, u64); ADDRESSES + COOKIES],
-    /// Those that are not empty, first.
-    used: [(u64, u64); ADDRESSES + COOKIES],
-    /// So many.
-    count: usize,
-    /// Start and length of all addresses together. Text, counters and zeros are nowhere near: one comparison, and one for
-    /// each range of cookies, rule most words out.
-    hull: (u64, u64),
+    /// Start and length of all addresses together, and of the ranges of cookies. Text, counters and zeros are nowhere near:
+    /// these few comparisons rule most words out.
+    near: [(u64, u64); 1 + COOKIES],
 }
 
 impl Windows {
@@ -37,10 +33,11 @@ impl Windows {
         let end = used().map(|r| r.end).max().unwrap_or(0);
         let hull = window(start..end);
         let mut ranges = addresses.into_iter().chain(cookies).map(window);
-        let ranges = std::array::from_fn(|_| ranges.next().unwrap_or_default());
-        let mut used = ranges;
-        used.sort_by_key(|&(_, len)| len == 0);
-        Self { hull, ranges, used, count: used.iter().filter(|&&(_, len)| len != 0).count() }
+        let ranges: [(u64, u64); ADDRESSES + COOKIES] =
+            std::array::from_fn(|_| ranges.next().unwrap_or_default());
+        let near =
+            std::array::from_fn(|number| if number == 0 { hull } else { ranges[ADDRESSES + number - 1] });
+        Self { ranges, near }
     }
 
     /// Ranges that leave room around these.
@@ -63,7 +60,7 @@ impl Windows {
                 start.checked_sub(from).and_then(|at| at.checked_add(len)).is_some_and(|end| end <= all)
             })
         };
-        others.used[..others.count].iter().all(inside)
+        others.ranges.iter().filter(|(_, len)| *len != 0).all(inside)
     }
 
     /// True for a candidate.
@@ -75,7 +72,7 @@ impl Windows {
     /// False for most words that are no candidates. `USED` ranges of cookies are not empty.
     #[inline(always)]
     fn near<const USED: usize>(&self, word: u64) -> bool {
-        within(&[self.hull], word) | within(&self.ranges[ADDRESSES..ADDRESSES + USED], word)
+        within(&self.near[..1 + USED], word)
     }
 }
 
@@ -145,8 +142,12 @@ pub(super) fn groups(
             Some(group) => (load(group.as_chunks::<8>().0), u8::MAX),
             None => (load(rest), (1 << rest.len()) - 1),
         };
-        let bits = match lanes.inside(&words, &windows.used[..windows.count]) {
-            Some(bits) => bits & !lanes.inside(&words, &[own]).unwrap_or(0),
+        let bits = match lanes.inside(&words, &windows.near) {
+            Some(0) => 0,
+            Some(_) => {
+                let inside = |ranges: &[(u64, u64)]| lanes.inside(&words, ranges).unwrap_or(0);
+                inside(&windows.ranges) & !inside(&[own])
+            }
             None if one_chunk => one_by_one::<1>(&words, windows, own),
             None => one_by_one::<COOKIES>(&words, windows, own),
         };
