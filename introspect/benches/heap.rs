@@ -1,4 +1,4 @@
-//! Registry and scan on a synthetic heap of a million objects: one line of JSON for each figure.
+//! Registry and scan on synthetic heaps of a million objects, and of ten: one line of JSON for each figure.
 //!
 //! The heap is harder than a kernel's: its references know no locality, so that every object comes from memory, and one
 //! word of eight is one.
@@ -9,8 +9,12 @@ use introspect::scan::index::{Block, Index};
 use introspect::scan::mark::{Contents, Marker};
 use std::collections::VecDeque;
 use std::hint::black_box;
+use std::time::Instant;
 
 const OBJECTS: usize = 1_000_000;
+/// Of a large machine, spread over so much memory.
+const MANY: usize = 10_000_000;
+const SPARSE: u64 = 16 << 30;
 const DIRECT: u64 = 0xffff_8880_0000_0000;
 /// Memory that is read as roots; one word of 64 is a reference.
 const ROOTS: usize = 64 << 20;
@@ -26,12 +30,20 @@ const BURSTS: usize = 100;
 /// Best of so many.
 const ROUNDS: usize = 3;
 
-/// `heap` and `registry`, or those named on the command line.
+/// `heap`, `sparse` and `registry`, or those named on the command line.
 fn main() {
     let named: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     let wanted = |name: &str| named.is_empty() || named.iter().any(|one| one == name);
     if wanted("heap") {
-        read_bandwidth_and_scan(&Heap::new());
+        let mut numbers = Numbers(1);
+        read_bandwidth_and_scan("", &Heap::new(&mut numbers, OBJECTS, &SIZES, 1));
+    }
+    if wanted("sparse") {
+        let (mut numbers, sizes) = (Numbers(1), &SIZES[..8]);
+        let bytes: u64 =
+            Heap::new(&mut Numbers(1), OBJECTS, sizes, 1).blocks.iter().map(|block| block.size).sum();
+        let apart = SPARSE / (bytes * (MANY / OBJECTS) as u64);
+        read_bandwidth_and_scan("sparse, ", &Heap::new(&mut numbers, MANY, sizes, apart));
     }
     if wanted("registry") {
         registry();
@@ -42,12 +54,13 @@ fn say(name: &str, value: f64, unit: &str) {
     println!("{{\"name\":\"{name}\",\"value\":{value},\"unit\":\"{unit}\"}}");
 }
 
-/// Seconds of processor time that the fastest of [`ROUNDS`] takes: what else runs on the machine shall not count.
-fn fastest(mut work: impl FnMut()) -> f64 {
+/// Seconds that the fastest of [`ROUNDS`] takes, by a clock: by that of the processor's time, where one thread works, so that
+/// what else runs on the machine does not count.
+fn fastest(clock: impl Fn() -> f64, mut work: impl FnMut()) -> f64 {
     let seconds = (0..ROUNDS).map(|_| {
-        let start = processor_time();
+        let start = clock();
         work();
-        processor_time() - start
+        clock() - start
     });
     seconds.fold(f64::INFINITY, f64::min)
 }
@@ -79,31 +92,69 @@ impl Numbers {
 
 /// Memory of the direct map: roots, then slabs.
 struct Heap {
-    bytes: Vec<u8>,
+    memory: Memory,
     blocks: Vec<Block>,
 }
 
+/// Zeros of the host's that take no memory before they are written.
+struct Memory {
+    at: *mut u8,
+    len: usize,
+}
+
+// SAFETY: once it is filled it is only read.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn new(len: usize) -> Self {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping touches nothing that is there.
+        let at = unsafe {
+            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
+        assert!(at != libc::MAP_FAILED, "no {len} bytes of addresses");
+        Self { at: at.cast(), len }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: mapped, and written only through `words`.
+        unsafe { std::slice::from_raw_parts(self.at, self.len) }
+    }
+
+    fn words(&mut self) -> &mut [u64] {
+        // SAFETY: mapped, aligned to pages, and borrowed from the only owner.
+        unsafe { std::slice::from_raw_parts_mut(self.at.cast(), self.len / 8) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`, and nobody borrows it any more.
+        unsafe { libc::munmap(self.at.cast(), self.len) };
+    }
+}
+
 impl Heap {
-    /// Slabs of eight pages of one size each. In a random order every object refers to four later ones, and one word of
-    /// eight to any; of the others half are zero, and the rest counters and text.
-    fn new() -> Self {
-        let mut numbers = Numbers(1);
-        let mut blocks = Vec::with_capacity(OBJECTS);
+    /// Slabs of eight pages of one size each, of which one is where `apart` could be. In a random order every object refers
+    /// to four later ones, and one word of eight to any; of the others half are zero, and the rest counters and text.
+    fn new(numbers: &mut Numbers, objects: usize, sizes: &[u64], apart: u64) -> Self {
+        let mut blocks = Vec::with_capacity(objects);
         let mut at = DIRECT + ROOTS as u64;
-        while blocks.len() < OBJECTS {
-            let size = SIZES[numbers.below(SIZES.len())];
+        while blocks.len() < objects {
+            let size = sizes[numbers.below(sizes.len())];
             let slab = 8 * 4096_u64.max(size);
-            let objects = (0..slab / size).map(|n| Block { start: at + n * size, size });
-            blocks.extend(objects.take(OBJECTS - blocks.len()));
-            at += slab;
+            let some = (0..slab / size).map(|n| Block { start: at + n * size, size });
+            blocks.extend(some.take(objects - blocks.len()));
+            at += slab * apart;
         }
-        let mut order: Vec<usize> = (0..OBJECTS).collect();
-        for last in (1..OBJECTS).rev() {
+        let mut order: Vec<usize> = (0..objects).collect();
+        for last in (1..objects).rev() {
             order.swap(last, numbers.below(last + 1));
         }
-        let mut words = vec![0; (at - DIRECT) as usize / 8];
+        let mut memory = Memory::new((at - DIRECT) as usize);
+        let words = memory.words();
         words[..ROOTS / 8].fill_with(|| match numbers.next() % 64 {
-            0 => blocks[numbers.below(OBJECTS)].start,
+            0 => blocks[numbers.below(objects)].start,
             filler => filler,
         });
         words[0] = blocks[order[0]].start;
@@ -111,7 +162,7 @@ impl Heap {
             let first = (blocks[object].start - DIRECT) as usize / 8;
             for word in &mut words[first..first + blocks[object].size as usize / 8] {
                 *word = match numbers.next() % 16 {
-                    0 | 1 => blocks[numbers.below(OBJECTS)].start,
+                    0 | 1 => blocks[numbers.below(objects)].start,
                     2..=9 => 0,
                     10..=12 => numbers.next() % 100_000,
                     _ => numbers.next() | 0x2020_2020_2020_2020,
@@ -121,46 +172,56 @@ impl Heap {
                 words[first + child] = order.get(4 * place + child).map_or(0, |&next| blocks[next].start);
             }
         }
-        let bytes = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        Self { bytes, blocks }
+        Self { memory, blocks }
     }
 }
 
 impl Contents for Heap {
     fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8])) {
         let at = (va - DIRECT) as usize;
-        visit(va, &self.bytes[at..at + len as usize]);
+        visit(va, &self.memory.bytes()[at..at + len as usize]);
     }
 
     fn whole(&self) -> Vec<(u64, &[u8])> {
-        vec![(DIRECT, &self.bytes)]
+        vec![(DIRECT, self.memory.bytes())]
     }
 }
 
-fn read_bandwidth_and_scan(heap: &Heap) {
-    let bytes = heap.bytes.len() as f64;
-    let read = fastest(|| {
-        let words = heap.bytes.as_chunks::<8>().0;
-        black_box(words.iter().fold(0_u64, |sum, word| sum.wrapping_add(u64::from_le_bytes(*word))));
+/// All bytes of roots and objects, added up word by word in the order of addresses.
+fn sum(heap: &Heap) -> u64 {
+    let bytes = heap.memory.bytes();
+    let objects = heap.blocks.iter().map(|block| {
+        let first = (block.start - DIRECT) as usize;
+        &bytes[first..first + block.size as usize]
     });
-    say("read_bandwidth", bytes / read, "bytes/s");
-    let direct = DIRECT..DIRECT + bytes as u64;
-    let freeze = fastest(|| {
-        black_box(Index::new(&heap.blocks, &direct));
-    });
-    say("index_freeze", freeze * 1e3, "ms");
-    let (index, slots) = Index::new(&heap.blocks, &direct);
-    let mut marked = 0;
-    let mark = fastest(|| {
-        let mut marker = Marker::new(&index, heap, &slots, ());
-        marker.root(&heap.bytes[..ROOTS]);
-        marker.run();
-        marked = marker.bytes;
-    });
+    let words = std::iter::once(&bytes[..ROOTS]).chain(objects).flat_map(|part| part.as_chunks::<8>().0);
+    words.fold(0, |sum, word| sum.wrapping_add(u64::from_le_bytes(*word)))
+}
+
+fn read_bandwidth_and_scan(of: &str, heap: &Heap) {
     let all = heap.blocks.iter().map(|block| block.size).sum::<u64>() + ROOTS as u64;
-    assert_eq!(marked, all, "every object is reachable");
-    say("scan_bandwidth", marked as f64 / mark, "bytes/s");
-    say("scan_bandwidth_over_read", marked as f64 / mark / (bytes / read), "ratio");
+    let read = all as f64 / fastest(processor_time, || _ = black_box(sum(heap)));
+    say(&format!("{of}read_bandwidth"), read, "bytes/s");
+    let direct = DIRECT..DIRECT + heap.memory.len as u64;
+    let freeze = fastest(processor_time, || _ = black_box(Index::new(&heap.blocks, &direct)));
+    say(&format!("{of}index_freeze"), freeze * 1e3, "ms");
+    let (index, slots) = Index::new(&heap.blocks, &direct);
+    let mark = |threads| {
+        let mut marker = Marker::new(&index, heap, &slots, ());
+        marker.share(threads, 2048);
+        marker.roots(&[&heap.memory.bytes()[..ROOTS]]);
+        marker.run();
+        assert_eq!(marker.bytes, all, "every object is reachable");
+    };
+    let alone = fastest(processor_time, || mark(1));
+    say(&format!("{of}scan_bandwidth"), all as f64 / alone, "bytes/s");
+    say(&format!("{of}scan_bandwidth_over_read"), all as f64 / alone / read, "ratio");
+    say(&format!("{of}mark"), alone * 1e3, "ms");
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let begin = Instant::now();
+    let elapsed = || begin.elapsed().as_secs_f64();
+    let [one, many] = [1, threads].map(|threads| fastest(elapsed, || mark(threads)));
+    say(&format!("{of}scan_speedup"), one / many, "ratio");
 }
 
 fn registry() {

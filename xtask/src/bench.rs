@@ -15,11 +15,19 @@ const HEAD: &str = "# Performance\n\n\
     guests run in the lab, slow-downs are those of its emulation, in which an exit costs tens of microseconds.\n\n";
 
 /// What the figures are of, by the beginning of their names.
-const MEANINGS: [(&str, &str); 19] = [
+const MEANINGS: [(&str, &str); 30] = [
     ("read_bandwidth", "plain reading of the heap below, one thread"),
     ("index_freeze", "the index of a scan over a million objects"),
     ("scan_bandwidth_over_read", "`scan_bandwidth` over `read_bandwidth`"),
     ("scan_bandwidth", "marking a heap of a million objects without any locality, one thread"),
+    ("scan_speedup", "all threads over one"),
+    ("mark", "time of that, one thread"),
+    ("sparse, read_bandwidth", "the same of ten million objects that lie in 16 GiB"),
+    ("sparse, index_freeze", "the index of a scan over these"),
+    ("sparse, scan_bandwidth_over_read", "`sparse, scan_bandwidth` over `sparse, read_bandwidth`"),
+    ("sparse, scan_bandwidth", "marking them, one thread"),
+    ("sparse, mark", "time of that"),
+    ("sparse, scan_speedup", "all threads over one"),
     (
         "bytes_per_object",
         "host memory of a tracked object, a million live from 20,000 places with 16 frames each",
@@ -29,6 +37,11 @@ const MEANINGS: [(&str, &str); 19] = [
         "slowdown_breakpoint",
         "guest time with every allocation and free trapped over that without traps; one vCPU",
     ),
+    (
+        "slowdown_kmemleak",
+        "guest time with the in-kernel kmemleak on over off, on a kernel that has one, untraced; one vCPU",
+    ),
+    ("scan_vs_kmemleak", "the in-kernel kmemleak's scan over our scan's pause, same guest"),
     ("machine, memory", "of a saved guest that had work: files, processes"),
     ("machine, objects", "tracked in it"),
     ("machine, bytes_per_object", "host memory of a tracked object of its, backtraces included"),
@@ -71,6 +84,7 @@ pub fn run(options: &Options) -> Result<()> {
     let machine = measured("a_machine_of_2_gib_is_saved")?;
     lines += &printed(Command::new(build::example("saved")?).arg(machine.trim()))?;
     lines += &measured("slowdown_of_breakpoints")?;
+    lines += &measured_by("oracle", "what_kmemleak_costs", &[Purpose::Guests, Purpose::Oracle])?;
     let figures: Vec<Value> = lines
         .lines()
         .filter(|line| line.starts_with('{'))
@@ -99,9 +113,14 @@ fn printed(command: &mut Command) -> Result<String> {
 
 /// What a test of `tests/speed.rs` that boots guests leaves.
 fn measured(test: &str) -> Result<String> {
+    measured_by("speed", test, &[Purpose::Guests])
+}
+
+/// The same of any test program.
+fn measured_by(program: &str, test: &str, needs: &[Purpose]) -> Result<String> {
     let file = images::Cache::of_workspace().folder().join("bench.json");
     let _ = fs::remove_file(&file);
-    test::one("speed", test, &[Purpose::Guests], ("KLEAK_BENCH", &file))?;
+    test::one(program, test, needs, ("KLEAK_BENCH", &file))?;
     fs::read_to_string(&file).with_context(|| format!("No figures {}", file.display()))
 }
 

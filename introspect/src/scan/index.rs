@@ -13,8 +13,12 @@
 //! A word belongs to the object with the greatest start at or below it, when it lies inside. Objects never overlap
 //! unless a free was missed; then the later start wins.
 
+mod page;
+
 use super::words::Windows;
 use crate::memory::{PAGE_SHIFT, PAGE_SIZE};
+use page::Descriptor;
+pub(super) use page::Page;
 use std::ops::Range;
 
 /// A piece of tracked memory.
@@ -27,7 +31,7 @@ pub struct Block {
 }
 
 impl Block {
-    fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         self.start.saturating_add(self.size)
     }
 
@@ -55,9 +59,11 @@ pub struct Hit {
 pub struct Index {
     /// The direct map, and others; what is not needed is empty.
     areas: [Area; AREAS],
-    /// Descriptor number by page, area by area.
+    /// Descriptor number by page, area by area; the page's number here is its place.
     pages: Vec<u32>,
-    /// The first is [`Descriptor::NOTHING`].
+    /// Slot of the first object and place of each page in which one starts, ascending.
+    firsts: Vec<(u32, u32)>,
+    /// The first is [`Descriptor::NOTHING`], that with the number [`Descriptor::ELSEWHERE`] stands for all places outside.
     descriptors: Vec<Descriptor>,
     /// Objects that end in a later page than they start in, with their slots; numbered from 1 in [`Descriptor::spill`].
     spills: Vec<(u32, Block)>,
@@ -70,6 +76,11 @@ pub struct Index {
     windows: Windows,
     /// Some objects overlap.
     overlap: bool,
+}
+
+impl Descriptor {
+    /// Number of the one that knows nothing.
+    const ELSEWHERE: u32 = 1;
 }
 
 /// Neighbouring pages.
@@ -91,26 +102,6 @@ impl Area {
     }
 }
 
-/// One page that holds (a part of) an object: 24 bytes, so that the descriptors of a heap of
-/// gigabytes stay in the processor's caches.
-#[derive(Clone, Copy)]
-struct Descriptor {
-    /// Slot number of the first object that starts here.
-    base: u32,
-    /// Regular page: size of every object. Irregular page: index of its first object in [`Index::lists`].
-    size: u32,
-    /// ceil(2^32 / distance between starts); 0 for an irregular page.
-    reciprocal: u32,
-    /// Offset of the first start; [`PAGE_SIZE`] when none starts here.
-    first: u16,
-    /// Distance between starts, bytes.
-    stride: u16,
-    /// Number of slots.
-    count: u16,
-    /// Object that started in an earlier page and ends here or later; 0: none.
-    spill: u32,
-}
-
 /// [`Index::quick_slots`]: no object.
 pub const NO_SLOT: u32 = u32::MAX;
 /// [`Index::quick_slots`]: [`Index::find`] knows.
@@ -124,7 +115,6 @@ const WIDEST: u64 = 1 << 19;
 const SPLIT: u64 = 1 << 30;
 /// A page whose grid would have more slots than this per object is stored as a list: bounds the number of slots.
 const MAX_GAPS: u64 = 16;
-const NOTHING_STARTS: u16 = PAGE_SIZE as u16;
 /// What is below is no kernel address, but the cookie of a per-CPU allocation: where `__per_cpu_start` is 0, cookies
 /// are small numbers in the first chunk, and differences of two kernel addresses in the others.
 const KERNEL_HALF: u64 = 1 << 63;
@@ -140,7 +130,8 @@ impl Index {
         let mut index = Self {
             areas: [Area::default(); AREAS],
             pages: Vec::new(),
-            descriptors: vec![Descriptor::NOTHING],
+            firsts: Vec::new(),
+            descriptors: vec![Descriptor::NOTHING, Descriptor::EMPTY],
             spills: Vec::new(),
             lists: Vec::new(),
             sparse: Vec::new(),
@@ -227,16 +218,74 @@ impl Index {
     /// where it is not.
     #[inline(always)]
     pub fn quick_slots(&self, words: &[u64], slots: &mut [u32]) {
-        const OUTSIDE: u32 = u32::MAX;
-        // Two passes without a branch that depends on what was loaded: the misses of each overlap.
+        // Passes without a branch that depends on what was loaded: the misses of each overlap.
         for (slot, &word) in slots.iter_mut().zip(words) {
-            *slot = self.pages.get(self.place(word)).copied().unwrap_or(OUTSIDE);
+            *slot = self.place(word) as u32;
+        }
+        let elsewhere = Descriptor::ELSEWHERE;
+        for slot in slots.iter_mut() {
+            *slot = self.pages.get(*slot as usize).copied().unwrap_or(elsewhere);
         }
         for (slot, &word) in slots.iter_mut().zip(words) {
-            *slot = match self.descriptors.get(*slot as usize) {
-                Some(page) => page.quick_slot(word),
-                None => ASK,
-            };
+            *slot = self.descriptors[*slot as usize].quick_slot(word);
+        }
+    }
+
+    /// Places of pages, cut into parts of about `most` pages that no object reaches over the ends of.
+    pub(super) fn parts(&self, most: usize) -> Vec<Range<usize>> {
+        let (mut parts, mut start) = (Vec::new(), 0);
+        while start < self.pages.len() {
+            let spills = |place: &usize| self.descriptors[self.pages[*place] as usize].spill != 0;
+            let end = (start.saturating_add(most)..self.pages.len()).find(|place| !spills(place));
+            parts.push(start..end.unwrap_or(self.pages.len()));
+            start = parts[parts.len() - 1].end;
+        }
+        parts
+    }
+
+    /// The pages at some places in which objects are.
+    pub(super) fn pages(&self, places: Range<usize>) -> impl Iterator<Item = Page<'_>> {
+        let used = places.filter(|&place| self.pages[place] != 0);
+        used.map(|place| Page {
+            index: self,
+            address: self.address(place),
+            descriptor: self.descriptors[self.pages[place] as usize],
+        })
+    }
+
+    /// Some objects overlap, so that a page does not say all that a word of it is a part of.
+    pub(super) fn overlaps(&self) -> bool {
+        self.overlap
+    }
+
+    /// The object that a slot is for, if it is taken.
+    pub(super) fn block_of(&self, slot: u32) -> Option<Block> {
+        if let Some(number) = slot.checked_sub(self.sparse_slot) {
+            return self.sparse.get(number as usize).copied();
+        }
+        let (base, place) =
+            self.firsts[self.firsts.partition_point(|&(base, _)| base <= slot).checked_sub(1)?];
+        let page = self.descriptors[self.pages[place as usize] as usize];
+        let number = u64::from(slot - base);
+        if page.reciprocal == 0 {
+            return self.lists.get(page.size as usize + number as usize).copied();
+        }
+        let start = self.address(place as usize) + u64::from(page.first) + number * u64::from(page.stride);
+        Some(Block { start, size: u64::from(page.size) })
+    }
+
+    /// Address of the page at a place.
+    fn address(&self, place: usize) -> u64 {
+        let area = self.areas.iter().find(|area| place.wrapping_sub(area.base) < area.len as usize);
+        area.map_or(0, |area| area.first + (place - area.base) as u64) << PAGE_SHIFT
+    }
+
+    /// The slots that [`Index::find`] gives for words; [`NO_SLOT`] for no object.
+    #[inline(always)]
+    pub(super) fn slots_of(&self, words: &[u64], slots: &mut [u32]) {
+        self.quick_slots(words, slots);
+        for (slot, &word) in slots.iter_mut().zip(words).filter(|(slot, _)| **slot == ASK) {
+            *slot = self.find(word).map_or(NO_SLOT, |hit| hit.slot);
         }
     }
 
@@ -271,6 +320,7 @@ impl Index {
             let (here, later) = rest.split_at(count);
             let spill = self.take_spill(area, page);
             let descriptor = self.describe(here, spill);
+            self.firsts.push((descriptor.base, (area.base as u64 + page) as u32));
             let (own, others) = slots.split_at_mut(count);
             own.iter_mut().zip(here).for_each(|(slot, block)| *slot = descriptor.slot_of(block, here));
             self.set_page(area, page, descriptor);
@@ -321,6 +371,7 @@ impl Index {
         };
         let count = (here[here.len() - 1].start - here[0].start) / stride + 1;
         let grid = here.iter().all(|b| b.size == size)
+            && stride > 1
             && (size <= stride || here.len() == 1)
             && u32::try_from(size).is_ok()
             && count <= here.len() as u64 * MAX_GAPS;
@@ -340,39 +391,6 @@ impl Index {
         };
         self.slots += u32::from(descriptor.count);
         descriptor
-    }
-}
-
-impl Descriptor {
-    const EMPTY: Self =
-        Self { base: 0, size: 0, reciprocal: 0, first: NOTHING_STARTS, stride: 0, count: 0, spill: 0 };
-
-    /// A page with nothing in it.
-    const NOTHING: Self = Self { first: 0, reciprocal: 1, ..Self::EMPTY };
-
-    /// See [`Index::quick_slots`].
-    #[inline]
-    fn quick_slot(&self, word: u64) -> u32 {
-        let distance = (word & (PAGE_SIZE - 1)).wrapping_sub(u64::from(self.first));
-        let number = distance.wrapping_mul(u64::from(self.reciprocal)) >> 32;
-        let inside = distance.wrapping_sub(number * u64::from(self.stride));
-        let here = (inside < u64::from(self.size)) & (number < u64::from(self.count));
-        // Of what lies before the first start only the object that reaches over from an earlier page can have it.
-        let elsewhere = (self.reciprocal == 0) | ((distance >= PAGE_SIZE) & (self.spill != 0));
-        match (elsewhere, here & (distance < PAGE_SIZE)) {
-            (true, _) => ASK,
-            (false, true) => self.base + number as u32,
-            (false, false) => NO_SLOT,
-        }
-    }
-
-    /// Slot of `block`, one of the blocks `here` that start in this page.
-    fn slot_of(&self, block: &Block, here: &[Block]) -> u32 {
-        let number = match self.reciprocal {
-            0 => here.partition_point(|b| b.start < block.start),
-            _ => ((block.start - here[0].start) / u64::from(self.stride)) as usize,
-        };
-        self.base + number as u32
     }
 }
 

@@ -9,10 +9,13 @@
 //! each object. That an object is marked may be seen too late, which costs a second look; who marks it is decided by one
 //! atomic instruction, so that each is read once, and the same are reached as by one thread.
 
+use super::edges::Edges;
 use super::index::{Block, Hit, Index};
+use super::memo::{Fresh, Memo, Remembered};
 use super::reader::{Heap, MARKED, NO_SCAN, OBJECT, Reader, SPECIAL, TYPED, areas, visit};
 use super::typed::Shape;
 use super::words::candidates;
+use crate::memory::PAGE_SHIFT;
 use rustc_hash::FxHashMap;
 use std::ops::Range;
 use std::panic;
@@ -105,16 +108,16 @@ const SHARE: usize = 128;
 /// See [`SHARE`].
 const ROOT_SHARE: usize = 64 << 10;
 
-/// The same objects, those of each part of the heap together, which takes a third of the time that sorting does.
-fn in_parts(objects: &[Hit], slots: usize) -> Vec<Hit> {
+/// The same slots, those of each part of the heap together, which takes a third of the time that sorting does.
+fn in_parts(objects: &[u32], slots: usize) -> Vec<u32> {
     let shift = slots.div_ceil(PARTS).next_power_of_two().trailing_zeros();
     let mut places = [0; PARTS + 1];
-    objects.iter().for_each(|hit| places[(hit.slot >> shift) as usize + 1] += 1);
+    objects.iter().for_each(|slot| places[(slot >> shift) as usize + 1] += 1);
     (0..PARTS).for_each(|part| places[part + 1] += places[part]);
-    let mut ordered = vec![Hit { slot: 0, block: Block { start: 0, size: 0 } }; objects.len()];
-    for hit in objects {
-        let place = &mut places[(hit.slot >> shift) as usize];
-        ordered[*place] = *hit;
+    let mut ordered = vec![0; objects.len()];
+    for &slot in objects {
+        let place = &mut places[(slot >> shift) as usize];
+        ordered[*place] = slot;
         *place += 1;
     }
     ordered
@@ -123,6 +126,8 @@ fn in_parts(objects: &[Hit], slots: usize) -> Vec<Hit> {
 /// One marking run over one frozen heap.
 pub struct Marker<'a, C, W = ()> {
     heap: Heap<'a, C>,
+    /// Taken down when they are first followed.
+    edges: Option<Edges>,
     reader: Reader,
     threads: usize,
     /// Fewer objects, or KiB of roots, are read by one thread.
@@ -154,9 +159,12 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
             specials: FxHashMap::default(),
             shapes: &[],
             shape_of: Vec::new(),
+            alone: true,
+            remembered: None,
         };
         Self {
             heap,
+            edges: None,
             reader: Reader::default(),
             threads: 1,
             shared_from: 0,
@@ -172,6 +180,21 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
     /// for a witness that does not listen.
     pub fn share(&mut self, threads: usize, from: usize) {
         (self.threads, self.shared_from) = (if W::LISTENS { 1 } else { threads }, from);
+        self.heap.alone = self.threads == 1;
+    }
+
+    /// Takes what is known of pages from `memo`. The memory that is lent as a whole begins at `base` with frame 0.
+    pub(super) fn remember(&mut self, memo: &'a Memo, base: u64) {
+        let frame = |va: u64| ((va - base) >> PAGE_SHIFT) as usize;
+        let frames = self.heap.whole.iter().map(|&(va, bytes)| (frame(va), bytes)).collect();
+        self.heap.remembered = Some(Remembered { memo, frames });
+    }
+
+    /// What is to be kept for the next scan.
+    pub(super) fn fresh(&mut self) -> Fresh {
+        let mut fresh = std::mem::take(&mut self.reader.fresh);
+        fresh.join(self.edges.as_mut().map(|edges| std::mem::take(&mut edges.fresh)).unwrap_or_default());
+        fresh
     }
 
     /// Says what is special about the object that starts at `va`; ignored when none does.
@@ -215,7 +238,7 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
     /// Takes the object that starts at `va` as reached; [`Marker::run`] reads it.
     pub fn set_gray(&mut self, va: u64) {
         if let Some(hit) = self.heap.object_at(va) {
-            self.reader.reach(&self.heap, &mut self.witness, hit, None);
+            self.reader.reach(&self.heap, &mut self.witness, hit.slot, None);
         }
     }
 
@@ -242,26 +265,42 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
 
     /// One root word, as a register is; true when it is a reference.
     pub fn root_word(&mut self, word: u64) -> bool {
-        self.reader.resolve(&self.heap, &mut self.witness, word, None)
+        self.reader.resolve(&self.heap, &mut self.witness, word)
     }
 
     /// Reads everything reached but not yet read, nearest first: an object that fewer references separate from where the
     /// run began is read before all others, so that the witness sees shortest chains. Those at the same distance are
     /// read part of the heap by part, where that pays: memory is read much faster so.
     pub fn run(&mut self) {
+        let edges = match self.edges.take() {
+            None if self.reader.work.is_empty() => return,
+            None => self.take_down_edges(),
+            Some(edges) => edges,
+        };
         while !self.reader.work.is_empty() {
             let mut next = std::mem::take(&mut self.reader.work);
             if next.len() >= ORDERED_FROM {
                 next = in_parts(&next, self.heap.index.slots());
             }
             if self.threads > 1 && next.len() >= self.shared_from {
-                self.together(&next, SHARE, |reader, heap, part| reader.read_objects(heap, &mut (), part));
+                self.together(&next, SHARE, |reader, heap, part| {
+                    reader.read_objects(heap, &edges, &mut (), part);
+                });
             } else {
-                self.reader.read_objects(&self.heap, &mut self.witness, &next);
+                self.reader.read_objects(&self.heap, &edges, &mut self.witness, &next);
                 self.reader.resolve_all(&self.heap, &mut self.witness);
             }
         }
+        self.edges = Some(edges);
         self.count();
+    }
+
+    fn take_down_edges(&mut self) -> Edges {
+        let threads = if self.heap.index.slots() >= self.shared_from { self.threads } else { 1 };
+        let edges = Edges::of(&self.heap, threads);
+        self.bytes += edges.bytes;
+        self.dropped += edges.dropped;
+        edges
     }
 
     /// Has all threads take `share` items at a time and read them.

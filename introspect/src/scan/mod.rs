@@ -29,11 +29,13 @@
 
 mod coverage;
 pub mod dead_words;
+mod edges;
 mod exception_stacks;
 mod graph;
 pub mod guest;
 pub mod index;
 pub mod mark;
+mod memo;
 mod pages;
 mod path;
 mod path_text;
@@ -55,6 +57,7 @@ mod typed;
 pub mod words;
 
 pub use coverage::{Coverage, NotRead, RootShare, coverage};
+pub use memo::{Memo, Written};
 pub use path::{Hop, Path, Start, path};
 pub use places::{Owner, Place};
 pub use referrers::{Reference, Referrer, referrers};
@@ -163,6 +166,8 @@ pub struct ScanResult {
     pub young: u64,
     /// Bytes read, roots and objects.
     pub bytes_scanned: u64,
+    /// Only pages that were written since the scan before were read.
+    pub again: bool,
     /// Words that lie where objects are, and refer to none: to free slots, and to what is between objects.
     pub no_object: u64,
     /// What knowing types did.
@@ -205,6 +210,20 @@ pub fn object_at(
 }
 
 impl ScanResult {
+    /// Whether another scan of the same machine found the same, whatever it read and however long it took.
+    pub fn agrees(&self, other: &Self) -> bool {
+        let none = Duration::ZERO;
+        let found = |result: &Self| Self {
+            bytes_scanned: 0,
+            again: false,
+            prepare: none,
+            mark: none,
+            graph: none,
+            ..result.clone()
+        };
+        found(self) == found(other)
+    }
+
     /// Drops leaks that were freed, cleared or painted since the scan: what a later `report` shows.
     pub fn keep_reportable(&mut self, registry: &Registry) {
         let same =
@@ -218,15 +237,45 @@ impl ScanResult {
 /// # Errors
 /// A structure of the guest that is damaged, or a kernel without the types that scans need.
 pub fn scan<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<ScanResult> {
+    scan_with(input, None)
+}
+
+/// The same, of a machine in which no page was written since the scan that left `memo` but those of `written`; None: nobody
+/// knows, so that everything is read. Leaves `memo` for the next one.
+///
+/// # Errors
+/// As [`scan`]; `memo` knows nothing any more then.
+pub fn scan_again<M: FrozenMemory>(
+    input: &ScanInput<'_, M>,
+    memo: &mut Memo,
+    written: Option<&Written>,
+) -> anyhow::Result<ScanResult> {
+    let result = scan_with(input, Some((&mut *memo, written)));
+    if result.is_err() {
+        *memo = Memo::default();
+    }
+    result
+}
+
+fn scan_with<M: FrozenMemory>(
+    input: &ScanInput<'_, M>,
+    mut kept: Option<(&mut Memo, Option<&Written>)>,
+) -> anyhow::Result<ScanResult> {
     let start = Instant::now();
     let (frozen, slots) = Frozen::collect(input)?;
+    let windows = frozen.index.windows();
+    let again = kept.as_mut().is_some_and(|(memo, written)| memo.prepare(windows, *written));
     let (mut marker, treated) = frozen.marker(input, &slots, ())?;
+    if let Some((memo, _)) = &kept {
+        marker.remember(memo, frozen.guest.direct().start);
+    }
     marker.share(input.threads, SHARED_FROM);
     drop(slots);
     let mut result = ScanResult {
         jiffies: input.now_jiffies,
         objects: frozen.objects,
         object_bytes: frozen.object_bytes,
+        again,
         prepare: start.elapsed(),
         ..ScanResult::default()
     };
@@ -250,6 +299,10 @@ pub fn scan<M: FrozenMemory>(input: &ScanInput<'_, M>) -> anyhow::Result<ScanRes
     let leak = |(object, standing)| leak(&frozen, object, standing);
     result.leaks = unreached(input.registry, &frozen, &marker).into_iter().map(leak).collect();
     result.graph = start.elapsed();
+    let fresh = marker.fresh();
+    if let Some((memo, _)) = kept {
+        memo.keep(fresh);
+    }
     Ok(result)
 }
 

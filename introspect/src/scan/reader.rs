@@ -1,11 +1,14 @@
-//! The inner loops of the marker: reading objects, looking words up, marking what they reach. Each thread has a [`Reader`];
-//! all share a [`Heap`].
+//! The inner loops of the marker: following [`Edges`], reading what has none, marking what is reached. Each thread has a
+//! [`Reader`]; all share a [`Heap`].
 
-use super::index::{ASK, Block, Hit, Index};
+use super::edges::Edges;
+use super::index::{Block, Hit, Index, NO_SLOT};
 use super::mark::{Contents, Special, Witness};
+use super::memo::{Found, Fresh, Remembered};
 use super::typed::Shape;
-use super::words::{GROUP, candidates, groups};
-use crate::arch::{Lanes, prefetch, widest};
+use super::words::{GROUP, candidates, groups, keep};
+use crate::arch::{Lanes, widest};
+use crate::memory::PAGE_SIZE;
 use rustc_hash::FxHashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -24,10 +27,10 @@ pub(super) const TYPED: u8 = 16;
 
 /// Candidate words collected, from one object or several, before they are looked up together.
 const STAGE: usize = 64;
-/// So many objects ahead of the one that is read memory is asked for.
-const AHEAD: usize = 8;
-/// Bytes of each that are: behind them the processor has noticed by itself.
-const ASKED: usize = 1024;
+/// So many objects ahead of the one that is followed the place of its edges is asked for, and its edges.
+const FAR: usize = 16;
+/// See [`FAR`].
+const NEAR: usize = 8;
 /// What stands for an object's slot where a word was read outside of objects.
 const OUTSIDE: u32 = u32::MAX;
 
@@ -43,21 +46,29 @@ pub(super) struct Heap<'a, C> {
     pub shapes: &'a [Arc<Shape>],
     /// Numbers in `shapes` by slot; empty when there are none.
     pub shape_of: Vec<u8>,
+    /// One thread marks.
+    pub alone: bool,
+    /// What is known of pages.
+    pub remembered: Option<Remembered<'a>>,
 }
 
 /// What one thread collects.
 #[derive(Default)]
 pub(super) struct Reader {
-    /// Reached and not yet read.
-    pub work: Vec<Hit>,
+    /// Slots of what was reached and not yet read.
+    pub work: Vec<u32>,
     /// Words to be looked up.
     stage: Stage,
+    /// Slots that words point to, and those of the objects they were read from, to be looked at.
+    arrivals: Arrivals,
     /// Words looked up.
     pub candidates: u64,
     /// Those that are references.
     pub references: u64,
     pub bytes: u64,
     pub dropped: u64,
+    /// For the next scan.
+    pub fresh: Fresh,
 }
 
 /// Words, and the slots of the objects they were read from.
@@ -75,29 +86,34 @@ impl Default for Stage {
 }
 
 impl Stage {
-    /// Takes the words that have a bit; true when what it has must be looked up now. All are written and those that count
-    /// stay, because a processor guesses badly which these are.
+    /// Takes the words that have a bit; true when what it has must be looked up now.
     #[inline(always)]
     fn take(&mut self, lanes: Lanes, words: &[u64; GROUP], bits: u8, source: u32) -> bool {
-        if let Some(place) = self.words[self.len..].first_chunk_mut::<GROUP>()
-            && lanes.compress(words, bits, place).is_none()
-        {
-            let mut count = 0;
-            for (i, word) in words.iter().enumerate() {
-                place[count % GROUP] = *word;
-                count += usize::from(bits >> i & 1);
-            }
-        }
+        keep(lanes, words, bits, &mut self.words[self.len..]);
         self.sources[self.len..][..GROUP].fill(source);
         self.len += bits.count_ones() as usize;
         self.len >= STAGE
     }
 }
 
+/// See [`Reader::arrivals`].
+struct Arrivals {
+    targets: [u32; STAGE + GROUP],
+    sources: [u32; STAGE + GROUP],
+    /// Below [`STAGE`].
+    len: usize,
+}
+
+impl Default for Arrivals {
+    fn default() -> Self {
+        Self { targets: [NO_SLOT; STAGE + GROUP], sources: [0; STAGE + GROUP], len: 0 }
+    }
+}
+
 impl<'a, C: Contents> Heap<'a, C> {
-    /// The memory of an object, if it is aligned and lent as a whole.
+    /// The memory of an object, or a part of a page, if it is aligned and lent as a whole.
     #[inline(always)]
-    fn whole(&self, block: Block) -> Option<&'a [u8]> {
+    pub fn whole(&self, block: Block) -> Option<&'a [u8]> {
         let (at, bytes) = self.whole.iter().find_map(|&(start, bytes)| {
             let at = block.start.wrapping_sub(start);
             (at < bytes.len() as u64).then_some((at as usize, bytes))
@@ -129,107 +145,85 @@ impl<'a, C: Contents> Heap<'a, C> {
         }
     }
 
+    /// References that a word of the object in slot `source` would be if it could hold a pointer.
+    pub fn dropped(&self, word: u64, source: u32) -> u64 {
+        let mut others = 0;
+        self.targets(word, Some(source), false, |target| others += u64::from(target.slot != source));
+        others
+    }
+
     /// Which words of the object in a slot count; None for all, or those of [`Special`].
     pub fn shape(&self, slot: u32) -> Option<&'a Shape> {
+        let is_typed = self.state(slot) & (SPECIAL | TYPED) == TYPED;
+        self.shape_of(slot).filter(|_| is_typed)
+    }
+
+    /// Whether the word at an offset in the object in a slot, which is [`TYPED`] and not special, can hold a pointer.
+    #[inline(always)]
+    pub fn holds(&self, slot: u32, offset: u64) -> bool {
+        self.shape_of(slot).is_none_or(|shape| shape.holds(offset))
+    }
+
+    #[inline(always)]
+    fn shape_of(&self, slot: u32) -> Option<&'a Shape> {
         let shapes = self.shapes;
-        let typed = self.state(slot) & (SPECIAL | TYPED) == TYPED;
-        let number = self.shape_of.get(slot as usize).filter(|_| typed)?;
-        shapes.get(usize::from(*number)).map(|shape| &**shape)
+        shapes.get(usize::from(*self.shape_of.get(slot as usize)?)).map(|shape| &**shape)
     }
 }
 
 impl Reader {
-    /// Reads objects that were reached; of what they refer to some may still have to be looked up.
+    /// Follows what objects that were reached refer to; of that some may still have to be looked at.
     pub fn read_objects<C: Contents, W: Witness>(
         &mut self,
         heap: &Heap<'_, C>,
+        edges: &Edges,
         witness: &mut W,
-        objects: &[Hit],
+        objects: &[u32],
     ) {
-        widest(
-            #[inline(always)]
-            |lanes| self.read_all(lanes, heap, witness, objects),
-        );
-    }
-
-    #[inline(always)]
-    fn read_all<C: Contents, W: Witness>(
-        &mut self,
-        lanes: Lanes,
-        heap: &Heap<'_, C>,
-        witness: &mut W,
-        objects: &[Hit],
-    ) {
-        let ask = |hit: &Hit| {
-            if let Some(bytes) = heap.whole(hit.block) {
-                prefetch(&bytes[..bytes.len().min(ASKED)]);
-            }
-        };
-        objects.iter().take(AHEAD).for_each(ask);
-        for (number, &hit) in objects.iter().enumerate() {
-            objects.get(number + AHEAD).into_iter().for_each(ask);
-            let shape = heap.shape(hit.slot);
-            match heap.whole(hit.block).filter(|_| heap.state(hit.slot) & SPECIAL == 0) {
-                Some(bytes) => self.read_whole(lanes, heap, witness, bytes, hit, shape),
-                None => self.read_pieces(heap, witness, hit, shape),
+        for (number, &slot) in objects.iter().enumerate() {
+            objects.get(number + FAR).into_iter().for_each(|&later| edges.ask_where(later));
+            objects.get(number + NEAR).into_iter().for_each(|&next| edges.ask_what(next));
+            match edges.from(slot).filter(|_| heap.state(slot) & SPECIAL == 0) {
+                Some(targets) => self.follow(heap, witness, targets, slot),
+                None => {
+                    let block = heap.index.block_of(slot);
+                    block.into_iter().for_each(|block| self.read_pieces(heap, witness, Hit { slot, block }));
+                }
             }
         }
     }
 
-    /// Reads an object without special rules, whose memory is `bytes`.
     #[inline(always)]
-    fn read_whole<C: Contents, W: Witness>(
+    fn follow<C: Contents, W: Witness>(
         &mut self,
-        lanes: Lanes,
         heap: &Heap<'_, C>,
         witness: &mut W,
-        bytes: &[u8],
-        hit: Hit,
-        shape: Option<&Shape>,
+        targets: &[u32],
+        source: u32,
     ) {
-        self.bytes += bytes.len() as u64;
-        let own = heap.index.own(hit.block);
-        groups(
-            lanes,
-            bytes,
-            heap.index.windows(),
-            own,
-            #[inline(always)]
-            |number, words, bits| {
-                let held = shape.map_or(u8::MAX, |shape| shape.group(number));
-                if bits & !held != 0 {
-                    let others = words.iter().enumerate().filter(|&(i, _)| (bits & !held) >> i & 1 != 0);
-                    others.for_each(|(_, &word)| self.drop_word(heap, word, hit));
-                }
-                if self.stage.take(lanes, words, bits & held, hit.slot) {
-                    self.resolve_all(heap, witness);
-                }
-            },
-        );
+        for some in targets.chunks(GROUP) {
+            let place = &mut self.arrivals.targets[self.arrivals.len..][..GROUP];
+            match some.first_chunk::<GROUP>() {
+                Some(all) => place.copy_from_slice(all),
+                None => place.iter_mut().zip(some).for_each(|(place, target)| *place = *target),
+            }
+            self.arrivals.sources[self.arrivals.len..][..GROUP].fill(source);
+            self.arrivals.len += some.len();
+            if self.arrivals.len >= STAGE {
+                self.arrive(heap, witness);
+            }
+        }
     }
 
-    /// Reads an object that is special or lies in pieces.
-    fn read_pieces<C: Contents, W: Witness>(
-        &mut self,
-        heap: &Heap<'_, C>,
-        witness: &mut W,
-        hit: Hit,
-        shape: Option<&Shape>,
-    ) {
+    /// Reads an object of which no edges were taken down.
+    fn read_pieces<C: Contents, W: Witness>(&mut self, heap: &Heap<'_, C>, witness: &mut W, hit: Hit) {
         if heap.state(hit.slot) & SPECIAL != 0 {
             self.read_special(heap, witness, hit);
-        } else if let Some(shape) = shape {
+        } else if let Some(shape) = heap.shape(hit.slot) {
             self.read_typed(heap, witness, hit, shape);
         } else {
             self.read_block(heap, witness, hit, 0..hit.block.size);
         }
-    }
-
-    /// Counts a word of an object that would be a reference if it were a pointer.
-    fn drop_word<C: Contents>(&mut self, heap: &Heap<'_, C>, word: u64, hit: Hit) {
-        let mut others = 0;
-        heap.targets(word, Some(hit.slot), false, |t| others += u64::from(t.slot != hit.slot));
-        self.dropped += others;
     }
 
     fn read_typed<C: Contents, W: Witness>(
@@ -250,7 +244,7 @@ impl Reader {
                 if shape.holds(at + offset as u64) {
                     self.put(heap, witness, word, hit.slot);
                 } else {
-                    self.drop_word(heap, word, hit);
+                    self.dropped += heap.dropped(word, hit.slot);
                 }
             });
         });
@@ -267,7 +261,7 @@ impl Reader {
             let area = offset..offset.saturating_add(8);
             visit(heap.contents, hit.block, area, |_, bytes| word = bytes.first_chunk().copied());
             if let Some(target) = word.and_then(|w| heap.index.find(u64::from_le_bytes(w))) {
-                self.reach(heap, witness, target, Some(hit.slot));
+                self.reach(heap, witness, target.slot, Some(hit.slot));
             }
         }
     }
@@ -290,8 +284,11 @@ impl Reader {
         bytes: &[u8],
         object: Option<Hit>,
     ) {
-        self.bytes += bytes.len() as u64;
         let (source, own) = object.map_or((OUTSIDE, (0, 0)), |hit| (hit.slot, heap.index.own(hit.block)));
+        if let Some(remembered) = &heap.remembered {
+            return self.recall(heap, witness, remembered, bytes, (source, own));
+        }
+        self.bytes += bytes.len() as u64;
         widest(
             #[inline(always)]
             |lanes| {
@@ -311,6 +308,33 @@ impl Reader {
         );
     }
 
+    /// The same with what is known of pages. What lies in `own`, which is a start and a length, is no candidate.
+    fn recall<C: Contents, W: Witness>(
+        &mut self,
+        heap: &Heap<'_, C>,
+        witness: &mut W,
+        remembered: &Remembered<'_>,
+        bytes: &[u8],
+        (source, own): (u32, (u64, u64)),
+    ) {
+        let (mut found, windows) = (Found::default(), heap.index.windows());
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let at = remembered.offset(rest);
+            let (piece, others) = rest.split_at(rest.len().min(PAGE_SIZE as usize - at));
+            let (fresh, part) = (&mut self.fresh, (at as u64, piece));
+            let read = widest(
+                #[inline(always)]
+                |lanes| found.look(lanes, windows, Some(remembered), fresh, part),
+            );
+            self.bytes += read;
+            let others_own =
+                found.words[..found.count].iter().filter(|word| word.wrapping_sub(own.0) >= own.1);
+            others_own.for_each(|&word| self.put(heap, witness, word, source));
+            rest = others;
+        }
+    }
+
     fn put<C: Contents, W: Witness>(&mut self, heap: &Heap<'_, C>, witness: &mut W, word: u64, source: u32) {
         (self.stage.words[self.stage.len], self.stage.sources[self.stage.len]) = (word, source);
         self.stage.len += 1;
@@ -319,57 +343,66 @@ impl Reader {
         }
     }
 
-    /// Looks all collected words up.
-    #[inline(never)]
+    /// Looks all collected words up, and at what they point to.
     pub fn resolve_all<C: Contents, W: Witness>(&mut self, heap: &Heap<'_, C>, witness: &mut W) {
+        self.arrive(heap, witness);
         let len = std::mem::take(&mut self.stage.len);
-        let mut slots = [0; STAGE + GROUP];
-        heap.index.quick_slots(&self.stage.words[..len], &mut slots[..len]);
-        // A pass of its own: its misses overlap, too. Which words are to be looked at more closely is written without a
-        // branch, as in `Stage::take`.
-        let (mut closer, mut count, mut done) = ([0; STAGE + GROUP], 0, 0);
-        for (number, &slot) in slots[..len].iter().enumerate() {
-            let state = heap.state.get(slot as usize).map_or(0, |state| state.load(Relaxed));
-            let is_done = state & (OBJECT | MARKED | SPECIAL) == OBJECT | MARKED;
-            let is_nothing = (slot != ASK) & (state & OBJECT == 0);
-            done += u64::from(is_done);
+        heap.index.slots_of(&self.stage.words[..len], &mut self.arrivals.targets[..len]);
+        self.arrivals.sources[..len].copy_from_slice(&self.stage.sources[..len]);
+        self.arrivals.len = len;
+        self.arrive(heap, witness);
+    }
+
+    /// Looks at all that words point to.
+    #[inline(never)]
+    fn arrive<C: Contents, W: Witness>(&mut self, heap: &Heap<'_, C>, witness: &mut W) {
+        let len = std::mem::take(&mut self.arrivals.len);
+        // What is new, or special, is written without a branch, as in `keep`, and the misses overlap.
+        let (mut closer, mut count, mut references) = ([0; STAGE + GROUP], 0, 0);
+        for (number, &target) in self.arrivals.targets[..len].iter().enumerate() {
+            let state = heap.state.get(target as usize).map_or(0, |state| state.load(Relaxed));
             closer[count] = number as u8;
-            count += usize::from(!is_done & !is_nothing);
+            references += u64::from(state & OBJECT != 0);
+            let is_done = state & (MARKED | SPECIAL) == MARKED;
+            count += usize::from((state & OBJECT != 0) & !is_done);
         }
-        self.references += done;
+        self.references += references;
         self.candidates += len as u64;
         for &number in &closer[..count] {
             let number = usize::from(number);
-            let (word, source) = (self.stage.words[number], self.stage.sources[number]);
-            let source = (source != OUTSIDE).then_some(source);
-            self.references += u64::from(self.resolve(heap, witness, word, source));
+            let (target, source) = (self.arrivals.targets[number], self.arrivals.sources[number]);
+            self.arrive_at(heap, witness, target, (source != OUTSIDE).then_some(source));
         }
     }
 
-    /// Reaches what `word` points into; `source` is the object it was read from.
-    #[inline]
+    /// One root word; true when it is a reference.
     pub fn resolve<C: Contents, W: Witness>(
         &mut self,
         heap: &Heap<'_, C>,
         witness: &mut W,
         word: u64,
-        source: Option<u32>,
     ) -> bool {
-        let Some(hit) = heap.index.find(word) else { return false };
-        let state = heap.state(hit.slot);
-        if state & OBJECT == 0 {
-            return false;
-        }
-        if state & SPECIAL != 0 && source != Some(hit.slot) {
-            let stands_for = heap.specials.get(&hit.slot).and_then(|s| s.stands_for);
+        let hit = heap.index.find(word).filter(|hit| heap.state(hit.slot) & OBJECT != 0);
+        hit.into_iter().for_each(|hit| self.arrive_at(heap, witness, hit.slot, None));
+        hit.is_some()
+    }
+
+    /// Reaches the object in a slot, by a word of the object in slot `source`.
+    #[inline]
+    fn arrive_at<C: Contents, W: Witness>(
+        &mut self,
+        heap: &Heap<'_, C>,
+        witness: &mut W,
+        target: u32,
+        source: Option<u32>,
+    ) {
+        if heap.state(target) & SPECIAL != 0 && source != Some(target) {
+            let stands_for = heap.specials.get(&target).and_then(|s| s.stands_for);
             if let Some(other) = stands_for.and_then(|va| heap.index.find(va)) {
-                self.reach(heap, witness, other, source);
+                self.reach(heap, witness, other.slot, source);
             }
         }
-        if state & MARKED == 0 {
-            self.reach(heap, witness, hit, source);
-        }
-        true
+        self.reach(heap, witness, target, source);
     }
 
     #[inline]
@@ -377,23 +410,32 @@ impl Reader {
         &mut self,
         heap: &Heap<'_, C>,
         witness: &mut W,
-        hit: Hit,
+        slot: u32,
         source: Option<u32>,
     ) {
-        let state = &heap.state[hit.slot as usize];
+        let state = &heap.state[slot as usize];
         let is_new = |state: u8| state & (OBJECT | MARKED) == OBJECT;
-        if !is_new(state.load(Relaxed)) {
-            return;
-        }
-        // Of several threads one finds it unmarked.
-        let before = state.fetch_or(MARKED, Relaxed);
+        let mut before = state.load(Relaxed);
         if !is_new(before) {
             return;
         }
-        if before & NO_SCAN == 0 {
-            self.work.push(hit);
+        if heap.alone {
+            state.store(before | MARKED, Relaxed);
+        } else {
+            // Of several threads one finds it unmarked.
+            before = state.fetch_or(MARKED, Relaxed);
+            if !is_new(before) {
+                return;
+            }
         }
-        witness.reached(hit, source);
+        if before & NO_SCAN == 0 {
+            self.work.push(slot);
+        }
+        if W::LISTENS
+            && let Some(block) = heap.index.block_of(slot)
+        {
+            witness.reached(Hit { slot, block }, source);
+        }
     }
 
     /// Takes over what another thread has collected.
@@ -403,6 +445,7 @@ impl Reader {
         self.references += other.references;
         self.bytes += other.bytes;
         self.dropped += other.dropped;
+        self.fresh.join(other.fresh);
     }
 }
 

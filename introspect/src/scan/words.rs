@@ -9,16 +9,20 @@ pub(super) const GROUP: usize = 8;
 /// See [`Windows`].
 const ADDRESSES: usize = 4;
 const COOKIES: usize = 2;
+/// [`Windows::wider`] goes on to multiples of this.
+const ROOM: u64 = 1 << 30;
+/// The same of cookies, below them and above.
+const COOKIE_ROOM: (u64, u64) = (1 << 12, 1 << 16);
 
 /// Where references can point.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Windows {
     /// Start and length of each range: four of addresses, and [`COOKIES`] of per-CPU cookies, of which the last is empty
     /// where one chunk is enough.
     ranges: [(u64, u64); ADDRESSES + COOKIES],
-    /// Start and length of all addresses together. Text, counters and zeros are nowhere near: one comparison, and one for
-    /// each range of cookies, rule most words out.
-    hull: (u64, u64),
+    /// Start and length of all addresses together, and of the ranges of cookies. Text, counters and zeros are nowhere near:
+    /// these few comparisons rule most words out.
+    near: [(u64, u64); 1 + COOKIES],
 }
 
 impl Windows {
@@ -29,7 +33,34 @@ impl Windows {
         let end = used().map(|r| r.end).max().unwrap_or(0);
         let hull = window(start..end);
         let mut ranges = addresses.into_iter().chain(cookies).map(window);
-        Self { hull, ranges: std::array::from_fn(|_| ranges.next().unwrap_or_default()) }
+        let ranges: [(u64, u64); ADDRESSES + COOKIES] =
+            std::array::from_fn(|_| ranges.next().unwrap_or_default());
+        let near =
+            std::array::from_fn(|number| if number == 0 { hull } else { ranges[ADDRESSES + number - 1] });
+        Self { ranges, near }
+    }
+
+    /// Ranges that leave room around these.
+    pub(super) fn wider(&self) -> Self {
+        let round = |&(start, len): &(u64, u64), down: u64, up: u64| match len {
+            0 => 0..0,
+            _ => start / down * down..(start + len).checked_next_multiple_of(up).unwrap_or(u64::MAX),
+        };
+        let (addresses, cookies) = self.ranges.split_at(ADDRESSES);
+        let address = |number: usize| round(&addresses[number], ROOM, ROOM);
+        // Numbers just below the first cookie are frequent.
+        let cookie = |number: usize| round(&cookies[number], COOKIE_ROOM.0, COOKIE_ROOM.1);
+        Self::new(std::array::from_fn(address), std::array::from_fn(cookie))
+    }
+
+    /// True when all candidates of the `others` are candidates of these.
+    pub(super) fn cover(&self, others: &Self) -> bool {
+        let inside = |&(start, len): &(u64, u64)| {
+            self.ranges.iter().any(|&(from, all)| {
+                start.checked_sub(from).and_then(|at| at.checked_add(len)).is_some_and(|end| end <= all)
+            })
+        };
+        others.ranges.iter().filter(|(_, len)| *len != 0).all(inside)
     }
 
     /// True for a candidate.
@@ -41,7 +72,7 @@ impl Windows {
     /// False for most words that are no candidates. `USED` ranges of cookies are not empty.
     #[inline(always)]
     fn near<const USED: usize>(&self, word: u64) -> bool {
-        within(&[self.hull], word) | within(&self.ranges[ADDRESSES..ADDRESSES + USED], word)
+        within(&self.near[..1 + USED], word)
     }
 }
 
@@ -111,13 +142,32 @@ pub(super) fn groups(
             Some(group) => (load(group.as_chunks::<8>().0), u8::MAX),
             None => (load(rest), (1 << rest.len()) - 1),
         };
-        let bits = match lanes.inside(&words, &windows.ranges) {
-            Some(bits) => bits & !lanes.inside(&words, &[own]).unwrap_or(0),
+        let bits = match lanes.inside(&words, &windows.near) {
+            Some(0) => 0,
+            Some(_) => {
+                let inside = |ranges: &[(u64, u64)]| lanes.inside(&words, ranges).unwrap_or(0);
+                inside(&windows.ranges) & !inside(&[own])
+            }
             None if one_chunk => one_by_one::<1>(&words, windows, own),
             None => one_by_one::<COOKIES>(&words, windows, own),
         };
         if bits & there != 0 {
             found(number, &words, bits & there);
+        }
+    }
+}
+
+/// Writes the words that have a bit to `place`, which has room for [`GROUP`] of them. All are written and those that count stay,
+/// because a processor guesses badly which these are.
+#[inline(always)]
+pub(super) fn keep(lanes: Lanes, words: &[u64; GROUP], bits: u8, place: &mut [u64]) {
+    if let Some(place) = place.first_chunk_mut::<GROUP>()
+        && lanes.compress(words, bits, place).is_none()
+    {
+        let mut count = 0;
+        for (i, word) in words.iter().enumerate() {
+            place[count % GROUP] = *word;
+            count += usize::from(bits >> i & 1);
         }
     }
 }

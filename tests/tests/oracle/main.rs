@@ -2,6 +2,7 @@
 //! kernel, built from source with CONFIG_DEBUG_KMEMLEAK.
 
 mod accuracy;
+mod speed;
 
 use anyhow::{Context, Result, ensure};
 use images::{Built, Cache};
@@ -15,6 +16,7 @@ fn main() -> ExitCode {
     tests::main(vec![
         long_test("symbols_are_those_of_nm", symbols),
         long_test("leaks_are_those_of_kmemleak", accuracy::compare),
+        long_test("what_kmemleak_costs", speed::kmemleak),
     ])
 }
 

@@ -149,9 +149,16 @@ impl Target for Detector {
         say("scan_period_s", json!(self.period()));
         say("min_age_ms", json!(work.options.min_age_ms));
         say("scans", json!(work.scans));
+        if let Some(again) = &work.again {
+            say("scans_incremental", json!(again.scans));
+            say("scans_checked", json!(again.checked));
+            say("scans_differed", json!(again.differed));
+        }
         if let Some(scanned) = &work.scanned {
             say("last_scan_pause_ms", json!(scanned.pause.as_millis() as u64));
             say("last_scan_bytes", json!(scanned.result.bytes_scanned));
+            let kind = if scanned.result.again { "incremental" } else { "full" };
+            say("last_scan_kind", json!(kind));
             let typed = scanned.result.typed;
             say("last_scan_typed", json!({ "caches": typed.caches, "objects": typed.objects }));
             say("dropped no object", json!({ "words": scanned.result.no_object }));

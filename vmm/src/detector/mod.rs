@@ -1,6 +1,7 @@
 //! The detector: tracer -> registry -> scan -> report, behind the console's commands.
 
 mod accounting;
+mod again;
 mod canary;
 mod commands;
 mod doing;
@@ -17,6 +18,7 @@ pub use canary::CANARY;
 use crate::machine::{FrozenRam, Guest, Outcome, Paused};
 use crate::run::RuleFiles;
 use crate::tracer::{Recorder, breakpoint::Breakpoints};
+use again::{Again, written};
 use anyhow::{Context, Result, bail, ensure};
 use guest_profiles::annotations::Rules;
 use guest_profiles::hooks::Tracked;
@@ -120,6 +122,8 @@ struct Work {
     treatments_modules: usize,
     scans: u64,
     scanned: Option<Scanned>,
+    /// None before the first periodic scan.
+    again: Option<Again>,
     audit: Option<Audit>,
     /// Words of what is not read that point into objects, as `roots` last counted them.
     dropped: Option<Vec<(&'static str, u64)>>,
@@ -154,6 +158,7 @@ impl Detector {
             treatments_modules: usize::MAX,
             scans: 0,
             scanned: None,
+            again: None,
             audit: None,
             dropped: None,
             mark: None,
@@ -204,14 +209,24 @@ impl Detector {
     /// Pauses the machine (or takes it as it stands when it has ended) and scans.
     /// Returns the number of objects that are reported for the first time.
     fn scan_now(&self) -> Result<usize> {
+        self.scan_as(&mut self.work())
+    }
+
+    /// The same, and scans from then on read only what was written since the one before.
+    pub fn scan_periodically(&self) -> Result<usize> {
         let mut work = self.work();
+        work.again.get_or_insert_default();
+        self.scan_as(&mut work)
+    }
+
+    fn scan_as(&self, work: &mut Work) -> Result<usize> {
         ensure!(!work.off, "Tracking is off, so a scan would find nothing: on starts it again");
         let begin = Instant::now();
-        let paused = self.pause_with_traps()?;
-        let new = self.scan_paused(&mut work, &paused, begin);
+        let mut paused = self.pause_with_traps()?;
+        let new = self.scan_paused(work, &mut paused, begin);
         let pause = begin.elapsed();
         if matches!(new, Ok(1..)) {
-            self.save_leak(&mut work, &paused);
+            self.save_leak(work, &paused);
         }
         drop(paused);
         if let (Ok(_), Some(scanned)) = (&new, &mut work.scanned) {
@@ -220,14 +235,21 @@ impl Detector {
         new
     }
 
-    fn scan_paused(&self, work: &mut Work, paused: &Paused<'_>, begin: Instant) -> Result<usize> {
+    fn scan_paused(&self, work: &mut Work, paused: &mut Paused<'_>, begin: Instant) -> Result<usize> {
         self.refresh_treatments(work);
-        let (scanned, new) = self.frozen(work, paused, |input| {
-            let result = scan(input).context("The scan failed")?;
+        let mut again = work.again.take();
+        let written = again.as_ref().and_then(|_| written(paused));
+        let found = self.frozen(work, paused, |input| {
+            let result = match &mut again {
+                Some(again) => again.scan(input, written.as_ref())?,
+                None => scan(input).context("The scan failed")?,
+            };
             let scanned = Scanned { result, pause: Duration::ZERO, took: begin.elapsed() };
             let new = self.report_of(work, &scanned, input.registry, input.modules).new_leaks();
             Ok((scanned, new))
-        })?;
+        });
+        work.again = again;
+        let (scanned, new) = found?;
         let unused = self.parts.linux.idle_vmap_areas(&paused.memory());
         let unused = unused.context("Cannot read the guest's free vmalloc areas")?.into_iter().collect();
         let mut state = self.parts.recorder.state();

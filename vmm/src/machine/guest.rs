@@ -3,11 +3,13 @@
 
 use super::console_log::ConsoleLog;
 use super::control::{Control, Outcome};
+use super::dirty::DirtyLog;
 use super::lock;
 use super::memory::{FrozenRam, GuestRam};
 use introspect::arch::CpuState;
 use introspect::linux::Placement;
 use introspect::memory::{MemoryError, Pa};
+use introspect::scan::Written;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLockWriteGuard};
 use std::time::Duration;
@@ -24,6 +26,8 @@ pub struct Guest {
     pub(super) pausing: Mutex<()>,
     pauses: AtomicU64,
     settle: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    /// None when nobody runs it.
+    dirty: Option<DirtyLog>,
 }
 
 impl Guest {
@@ -32,6 +36,7 @@ impl Guest {
         control: Arc<Control>,
         console: Arc<ConsoleLog>,
         placement: OnceLock<Placement>,
+        dirty: Option<DirtyLog>,
     ) -> Self {
         Self {
             ram,
@@ -41,12 +46,13 @@ impl Guest {
             pausing: Mutex::new(()),
             pauses: AtomicU64::new(0),
             settle: OnceLock::new(),
+            dirty,
         }
     }
 
     /// One that was saved: it has ended, and stands as it stood.
     pub fn saved(ram: GuestRam, cpus: Vec<CpuState>, placement: Placement) -> Self {
-        Self::new(ram, Arc::new(Control::saved(cpus)), Arc::default(), placement.into())
+        Self::new(ram, Arc::new(Control::saved(cpus)), Arc::default(), placement.into(), None)
     }
 
     /// Guest RAM.
@@ -96,7 +102,8 @@ impl Guest {
         if let Some(settle) = self.settle.get() {
             settle();
         }
-        Ok(Paused { ram: &self.ram, cpus, frozen: self.ram.freeze(), _resume: resume, _turn: turn })
+        let (ram, dirty, frozen) = (&self.ram, self.dirty.as_ref(), self.ram.freeze());
+        Ok(Paused { ram, dirty, cpus, frozen, _resume: resume, _turn: turn })
     }
 
     /// How often it has been paused so far.
@@ -151,6 +158,7 @@ impl Guest {
 /// A guest that stands still: the proof that its memory and registers may be looked at together.
 pub struct Paused<'a> {
     ram: &'a GuestRam,
+    dirty: Option<&'a DirtyLog>,
     cpus: Vec<CpuState>,
     // Dropped in this order: writers may go on, then the vCPUs, then the next pause.
     frozen: RwLockWriteGuard<'a, ()>,
@@ -167,6 +175,15 @@ impl Paused<'_> {
     /// Guest memory, at rest.
     pub fn memory(&self) -> FrozenRam<'_> {
         FrozenRam::new(self.ram, &self.frozen)
+    }
+
+    /// The pages that were written since this was last asked, by whomever. None when that is not known: it is asked for
+    /// the first time, which has the host note them from now on; or nobody runs the machine.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn take_written(&mut self) -> anyhow::Result<Option<Written>> {
+        self.dirty.map_or(Ok(None), |dirty| dirty.take(self.ram))
     }
 
     /// Changes guest memory while it is at rest.

@@ -9,11 +9,15 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard, TryLockError};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
+    MemoryRegionAddress, MmapRegion,
 };
+
+/// What devices transfer to and from; it notes the pages that are written.
+pub type Mappings = GuestMemoryMmap<AtomicBitmap>;
 
 /// Guest RAM; clones share it. Reading never blocks and never tears an aligned 8-byte word.
 #[derive(Clone)]
@@ -25,7 +29,7 @@ struct Inner {
     /// Write-locked while a paused machine lends slices.
     frozen: RwLock<()>,
     /// Owns the mappings that `regions` points into.
-    mappings: GuestMemoryMmap<()>,
+    mappings: Mappings,
 }
 
 /// A range of RAM and where it is mapped.
@@ -113,7 +117,7 @@ impl GuestRam {
                 GuestRegionMmap::new(region.build()?, start).context("RAM at impossible addresses")?;
             mapped.push(region);
         }
-        let mappings = GuestMemoryMmap::from_regions(mapped)?;
+        let mappings = Mappings::from_regions(mapped)?;
         let mut regions = Vec::with_capacity(ranges.len());
         for region in mappings.iter() {
             let host =
@@ -138,7 +142,7 @@ impl GuestRam {
     }
 
     /// Lends the mappings to a device that reads and writes for the guest: on the thread of a vCPU, which runs.
-    pub fn with_mappings<T>(&self, work: impl FnOnce(&GuestMemoryMmap<()>) -> T) -> T {
+    pub fn with_mappings<T>(&self, work: impl FnOnce(&Mappings) -> T) -> T {
         let _writing = self.0.frozen.read().unwrap_or_else(PoisonError::into_inner);
         work(&self.0.mappings)
     }
@@ -153,7 +157,19 @@ impl GuestRam {
         let host = self.host(pa, bytes.len())?;
         // SAFETY: `host` is mapped for `bytes.len()` bytes.
         unsafe { copy_to_guest(host, bytes) };
+        for region in self.0.mappings.iter() {
+            let at = pa.0.wrapping_sub(region.start_addr().0);
+            if at < region.len() {
+                region.bitmap().mark_dirty(at as usize, bytes.len());
+            }
+        }
         Ok(())
+    }
+
+    /// Pages of each range that were written from here, by traps and by devices, since this was last asked: a bit for each
+    /// page of the host's.
+    pub(super) fn take_written(&self) -> Vec<Vec<u64>> {
+        self.0.mappings.iter().map(|region| MmapRegion::bitmap(region).get_and_reset()).collect()
     }
 
     /// Each range of RAM with the host address it is mapped at, for the hypervisor's memory slots.

@@ -10,6 +10,7 @@
 mod console_log;
 mod control;
 mod debugger;
+mod dirty;
 mod error;
 mod guest;
 mod memory;
@@ -26,7 +27,7 @@ pub use debugger::{Order, Stop, Why};
 pub use error::HostError;
 pub(crate) use error::kvm_error;
 pub use guest::{Guest, Paused};
-pub use memory::{FrozenRam, GuestRam, WriteError};
+pub use memory::{FrozenRam, GuestRam, Mappings, WriteError};
 pub use private::PrivatePages;
 
 pub use crate::arch::TrapInstruction;
@@ -36,6 +37,7 @@ use crate::devices::{Disk, SerialPort, SerialSink};
 use anyhow::{Context, bail, ensure};
 use console_log::Watched;
 use control::{Control, Snapshot, kick_signal};
+use dirty::DirtyLog;
 use introspect::arch::Registers;
 use introspect::image::KernelImage;
 use introspect::kernel::Kernel;
@@ -210,7 +212,7 @@ impl Machine {
         let vm = create_vm(&kvm)?;
         for (slot, (range, host)) in ram.mappings().enumerate() {
             // SAFETY: the mapping outlives the machine, which keeps `ram`.
-            unsafe { map(&vm, slot, range, host)? };
+            unsafe { map(&vm, slot, range, host, 0)? };
         }
         let console = Arc::new(ConsoleLog::default());
         let vm = Arc::new(vm);
@@ -236,7 +238,13 @@ impl Machine {
             ram_slots: ram.mappings().count(),
             private: Mutex::default(),
             gigabyte_pages: arch::has_gigabyte_pages(&kvm),
-            guest: Arc::new(Guest::new(ram, control, console, OnceLock::new())),
+            guest: Arc::new(Guest::new(
+                ram,
+                control,
+                console,
+                OnceLock::new(),
+                Some(DirtyLog::new(vm.clone())),
+            )),
             platform,
             loaded,
             cmdline: config.cmdline,
@@ -260,7 +268,7 @@ impl Machine {
         let mut private = lock(&self.private);
         let range = RamRange { start: pa, len: pages.len() as u64 };
         // SAFETY: the mapping outlives the machine, which keeps it.
-        unsafe { map(&self.vm, self.ram_slots + private.len(), range, pages.host())? };
+        unsafe { map(&self.vm, self.ram_slots + private.len(), range, pages.host(), 0)? };
         private.push(Arc::clone(pages));
         Ok(())
     }
@@ -431,17 +439,17 @@ fn open_kvm() -> Result<Kvm, HostError> {
     })
 }
 
-/// Gives the guest `range`, which is mapped at `host` here.
+/// Gives the guest `range`, which is mapped at `host` here; or what it has with other flags.
 ///
 /// # Safety
 /// That mapping must live as long as the machine.
-unsafe fn map(vm: &VmFd, slot: usize, range: RamRange, host: u64) -> Result<(), HostError> {
+unsafe fn map(vm: &VmFd, slot: usize, range: RamRange, host: u64, flags: u32) -> Result<(), HostError> {
     let region = kvm_bindings::kvm_userspace_memory_region {
         slot: slot as u32,
         guest_phys_addr: range.start.0,
         memory_size: range.len,
         userspace_addr: host,
-        flags: 0,
+        flags,
     };
     // SAFETY: by the contract of this function.
     unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("Cannot give the guest its memory"))

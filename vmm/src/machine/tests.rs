@@ -151,7 +151,7 @@ fn a_held_pause_outlasts_others_until_it_is_released() {
 fn a_debugger_stops_all_and_lets_those_go_on_that_it_wants() {
     let (control, workers) = setup(3);
     let ram = super::GuestRam::new(vec![RamRange { start: Pa(0), len: PAGE_SIZE }]).unwrap();
-    let guest = super::Guest::new(ram, control.clone(), Arc::default(), OnceLock::new());
+    let guest = super::Guest::new(ram, control.clone(), Arc::default(), OnceLock::new(), None);
     let counts = || workers.iter().map(|w| w.count.load(SeqCst)).collect::<Vec<_>>();
     let moved = |wanted: [bool; 3]| {
         let before = counts();

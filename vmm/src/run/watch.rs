@@ -44,7 +44,8 @@ pub fn until_end(
         ooms = killed;
         if due || oom {
             last_scan = Instant::now();
-            if let Err(error) = scan_and_keep(machine, detector, options, number, oom) {
+            let new = if due { detector.scan_periodically() } else { detector.scan() };
+            if let Err(error) = keep_scan(machine, detector, options, number, (new, oom)) {
                 eprintln!("kleak-vmm: warning: {error:#}");
             }
             number = number.saturating_add(1);
@@ -52,17 +53,16 @@ pub fn until_end(
     }
 }
 
-/// One automatic scan: says what is new, keeps its report, clears when asked. When the guest has run out of memory it also
+/// After an automatic scan: says what is new, keeps its report, clears when asked. When the guest has run out of memory it also
 /// says who holds it: most of that is referenced. What one part cannot do keeps nothing from the others; the first error is
 /// returned.
-fn scan_and_keep(
+fn keep_scan(
     machine: &Machine,
     detector: &Detector,
     options: &RunOptions,
     number: u32,
-    oom: bool,
+    (new, oom): (Result<usize>, bool),
 ) -> Result<()> {
-    let new = detector.scan();
     let holders = oom.then(|| detector.holders()).transpose();
     if let (Ok(Some(holders)), false) = (&holders, options.quiet) {
         eprint!("kleak-vmm: the guest has run out of memory\n{}", holders.text);

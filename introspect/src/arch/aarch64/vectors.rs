@@ -36,8 +36,8 @@ pub fn widest<R>(work: impl FnOnce(Lanes) -> R) -> R {
 
 /// Asks for memory that is read soon.
 #[inline(always)]
-pub fn prefetch(bytes: &[u8]) {
-    for line in bytes.chunks(LINE) {
+pub fn prefetch<T>(items: &[T]) {
+    for line in items.chunks(LINE / size_of::<T>()) {
         // SAFETY: the instruction has no effect that a program sees.
         unsafe {
             asm!("prfm pldl1keep, [{}]", in(reg) line.as_ptr(), options(nostack, readonly, preserves_flags))

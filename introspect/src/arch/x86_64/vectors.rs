@@ -84,8 +84,8 @@ fn avx2<R>(work: impl FnOnce(Lanes) -> R) -> R {
 
 /// Asks for memory that is read soon.
 #[inline(always)]
-pub fn prefetch(bytes: &[u8]) {
-    for line in bytes.chunks(LINE) {
+pub fn prefetch<T>(items: &[T]) {
+    for line in items.chunks(LINE / size_of::<T>()) {
         // SAFETY: every x86-64 processor has the instruction, and it has no effect that a program sees.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
     }

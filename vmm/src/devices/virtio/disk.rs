@@ -1,6 +1,7 @@
 //! A file as a block device (Virtual I/O Device 1.2, 5.2).
 
 use super::QUEUE_SIZE;
+use crate::machine::Mappings;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
@@ -10,7 +11,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
 use virtio_queue::{DescriptorChain, Reader, Writer};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::bitmap::BitmapSlice;
 
 /// Bytes of a sector, whatever the device's own blocks are.
 const SECTOR: u64 = 512;
@@ -56,11 +57,7 @@ impl Disk {
     }
 
     /// Carries out one request; how many bytes were written to the guest, the status among them.
-    pub(super) fn serve(
-        &self,
-        memory: &GuestMemoryMmap<()>,
-        chain: DescriptorChain<&GuestMemoryMmap<()>>,
-    ) -> u32 {
+    pub(super) fn serve(&self, memory: &Mappings, chain: DescriptorChain<&Mappings>) -> u32 {
         let (Ok(mut reader), Ok(mut writer)) = (chain.clone().reader(memory), chain.writer(memory)) else {
             return 0;
         };
@@ -82,7 +79,11 @@ impl Disk {
     }
 
     /// The status of a request.
-    fn request(&self, reader: &mut Reader<'_, ()>, writer: &mut Writer<'_, ()>) -> io::Result<u32> {
+    fn request<B: BitmapSlice>(
+        &self,
+        reader: &mut Reader<'_, B>,
+        writer: &mut Writer<'_, B>,
+    ) -> io::Result<u32> {
         let mut header = [0; 16];
         reader.read_exact(&mut header)?;
         let kind = u32::from_le_bytes(header[..4].try_into().expect("4 bytes"));
