@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use guest_profiles::hooks::{Tracked, builtin};
 use images::kernel::ARM64_LINES;
-use introspect::hooks::plan;
+use introspect::hooks::{JUMP_LEN, plan};
 use introspect::kernel::Kernel;
 use serde_json::Value;
 use std::process::ExitCode;
@@ -16,13 +16,19 @@ use tests::{
 };
 
 fn main() -> ExitCode {
-    let mut trials = vec![test("a_lost_trap_is_made_good_6.1-cloud", lost_trap)];
+    let mut trials = vec![
+        test("a_lost_trap_is_made_good_6.1-cloud", || lost_trap("breakpoint")),
+        test("a_lost_jump_is_made_good_6.1-cloud", || lost_trap("ring")),
+    ];
     for line in ["6.1-cloud", "6.12-cloud"] {
-        trials.push(long_test(format!("ftrace_and_kprobes_{line}"), move || traced(line)));
+        for tracer in ["breakpoint", "ring"] {
+            let name = format!("ftrace_and_kprobes_by_{tracer}_{line}");
+            trials.push(long_test(name, move || traced(line, tracer)));
+        }
         trials.push(long_test(format!("a_hundred_modules_{line}"), move || modules(line)));
     }
     for line in ARM64_LINES {
-        let trial = long_test(format!("ftrace_and_kprobes_{line}"), || traced(line));
+        let trial = long_test(format!("ftrace_and_kprobes_{line}"), || traced(line, "breakpoint"));
         trials.push(with_packages(trial, &ARM_PACKAGES));
     }
     tests::main(trials)
@@ -55,9 +61,9 @@ fn check(guest: &Guest, stdout: &str, names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn traced(line: &str) -> Result<()> {
+fn traced(line: &str, tracer: &str) -> Result<()> {
     let mut guest = Guest::new(&kernel(line)?, 2)?;
-    guest.script(&format!(
+    guest.tracer(tracer).script(&format!(
         "{}
          t=/sys/kernel/tracing; [ -e $t/trace ] || mount -t tracefs none $t; cd $t || exit 1
          echo 64 > buffer_size_kb
@@ -102,20 +108,20 @@ fn modules(line: &str) -> Result<()> {
     check(&guest, &finished.stdout, &["modules"])
 }
 
-/// The module `patch` overwrites the trap in `kfree`: nothing is seen to be freed any more, until a scan finds out, or the guest
+/// The module `patch` overwrites the trap in `kfree`, or the jump in its place: nothing is seen to be freed any more, until a scan finds out, or the guest
 /// changes its text again.
-fn lost_trap() -> Result<()> {
-    // `out imm8, al`: the traps of port writes.
-    const LEN: usize = 2;
+fn lost_trap(tracer: &str) -> Result<()> {
     let package = kernel("6.1-cloud")?;
     let image = Kernel::open(&package.vmlinuz)?;
-    let plan = plan(&image, &builtin(), &[Tracked::Slab], LEN);
+    // `out imm8, al`: the traps of port writes are two bytes.
+    let plan = plan(&image, &builtin(), &[Tracked::Slab], 2);
     let site = &plan.traps.iter().find(|trap| trap.function == "kfree").context("no trap in kfree")?.site;
-    let bytes = u16::from_le_bytes(*site.original.first_chunk().context("two bytes")?);
+    let code = image.image.bytes_at(site.va, JUMP_LEN).context("no code in kfree")?;
+    let bytes = code.iter().rev().fold(0_u64, |bytes, byte| bytes << 8 | u64::from(*byte));
     let mut guest = Guest::new(&package, 2)?;
     guest.file(&module(&package, "patch")?, "/patch.ko").file(&module(&package, "clean")?, "/clean.ko");
-    guest.option("--trap", "pio").cmdline("nokaslr").script(&format!(
-        "overwrite() {{ insmod /patch.ko at={} bytes={bytes:#x} length={LEN}; }}
+    guest.tracer(tracer).option("--trap", "pio").cmdline("nokaslr").script(&format!(
+        "overwrite() {{ insmod /patch.ko at={} bytes={bytes:#x} length={JUMP_LEN}; }}
          echo READY; read -r go; overwrite && echo PATCHED
          read -r go; rmmod patch; sleep 2; echo GONE
          read -r go; overwrite; insmod /clean.ko rounds=1 && echo LOADED; read -r go; rmmod clean patch",
@@ -143,6 +149,7 @@ fn lost_trap() -> Result<()> {
     ensure!(exact(&last), "what the trap planted again should have seen: {last}");
     let status: Value = serde_json::from_str(&client.ask("json status")?)?;
     ensure!(status["traps_rearmed"] == 1 && status["events_dropped"] == 0, "{status:#}");
+    ensure!(status["tracer"] == tracer && (tracer != "ring" || status["hooks_by_ring"] != 0), "{status:#}");
     session.type_line("go")?;
     session.wait_for("\nLOADED", RUN_TIMEOUT)?;
     noticed_at_once(&mut client, &status)?;
