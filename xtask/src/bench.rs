@@ -15,7 +15,7 @@ const HEAD: &str = "# Performance\n\n\
     guests run in the lab, slow-downs are those of its emulation, in which an exit costs tens of microseconds.\n\n";
 
 /// What the figures are of, by the beginning of their names.
-const MEANINGS: [(&str, &str); 19] = [
+const MEANINGS: [(&str, &str); 20] = [
     ("read_bandwidth", "plain reading of the heap below, one thread"),
     ("index_freeze", "the index of a scan over a million objects"),
     ("scan_bandwidth_over_read", "`scan_bandwidth` over `read_bandwidth`"),
@@ -25,10 +25,8 @@ const MEANINGS: [(&str, &str); 19] = [
         "host memory of a tracked object, a million live from 20,000 places with 16 frames each",
     ),
     ("registry_ops", "a free of any object and an allocation where another was freed lately, a million live"),
-    (
-        "slowdown_breakpoint",
-        "guest time with every allocation and free trapped over that without traps; one vCPU",
-    ),
+    ("slowdown_breakpoint", "guest time with every allocation and free trapped over that without traps"),
+    ("slowdown_ring", "the same with the ring, traps until it takes over included"),
     ("machine, memory", "of a saved guest that had work: files, processes"),
     ("machine, objects", "tracked in it"),
     ("machine, bytes_per_object", "host memory of a tracked object of its, backtraces included"),
@@ -70,7 +68,7 @@ pub fn run(options: &Options) -> Result<()> {
     let mut lines = printed(heap.current_dir(images::cache::workspace()))?;
     let machine = measured("a_machine_of_2_gib_is_saved")?;
     lines += &printed(Command::new(build::example("saved")?).arg(machine.trim()))?;
-    lines += &measured("slowdown_of_breakpoints")?;
+    lines += &measured("slowdown_of_tracers")?;
     let figures: Vec<Value> = lines
         .lines()
         .filter(|line| line.starts_with('{'))
