@@ -269,6 +269,8 @@ pub fn program(name: &str) -> Result<PathBuf> {
 pub struct Guest {
     arguments: Vec<OsString>,
     port: &'static str,
+    /// None: the default.
+    tracer: Option<OsString>,
     cmdline: String,
     timeout_s: u64,
     patience: Duration,
@@ -306,6 +308,8 @@ impl Guest {
         let mut guest = Self {
             arguments: vec!["run".into()],
             port: PORT,
+            // To try everything by a tracer that is not the default.
+            tracer: std::env::var_os("KLEAK_TRACER"),
             cmdline,
             timeout_s: 0,
             patience: RUN_TIMEOUT,
@@ -314,10 +318,6 @@ impl Guest {
         };
         guest.timeout(RUN_TIMEOUT.as_secs() - MARGIN_S);
         guest.option("--kernel", kernel).option("--cpus", cpus.to_string());
-        // To try everything by a tracer that is not the default.
-        if let Some(tracer) = std::env::var_os("KLEAK_TRACER") {
-            guest.option("--tracer", tracer);
-        }
         let (socket, report) = (guest.socket(), guest.report_path());
         guest.option("--control", socket).option("--report", report);
         Ok(guest)
@@ -345,6 +345,12 @@ impl Guest {
     /// Adds an option and its value.
     pub fn option(&mut self, name: &str, value: impl Into<OsString>) -> &mut Self {
         self.arguments.extend([name.into(), value.into()]);
+        self
+    }
+
+    /// Has it traced by this tracer.
+    pub fn tracer(&mut self, name: &str) -> &mut Self {
+        self.tracer = Some(name.into());
         self
     }
 
@@ -439,7 +445,8 @@ impl Guest {
 
     fn all_arguments(&self) -> impl Iterator<Item = OsString> {
         let rest = ["--timeout", &self.timeout_s.to_string(), "--cmdline", &self.cmdline].map(OsString::from);
-        self.arguments.iter().cloned().chain(rest)
+        let tracer = self.tracer.iter().flat_map(|tracer| ["--tracer".into(), tracer.clone()]);
+        self.arguments.iter().cloned().chain(rest).chain(tracer)
     }
 
     /// Boots it, waits for its end and checks the exit code.

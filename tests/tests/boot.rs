@@ -196,7 +196,7 @@ fn symbols(line: &str) -> Result<()> {
     let scratch = tests::Scratch::new()?;
     let ours = scratch.file("kallsyms", &text)?;
     let mut guest = Guest::new(&kernel, 1)?;
-    guest.option("--tracer", "off").file(&ours, "/ours").cmdline("nokaslr").script(
+    guest.tracer("off").file(&ours, "/ours").cmdline("nokaslr").script(
         "echo 0 > /proc/sys/kernel/kptr_restrict
          grep -v '\\[' /proc/kallsyms > /theirs
          wc -l < /theirs

@@ -29,7 +29,7 @@ fn waiting_guest() -> Result<Guest> {
 }
 
 fn wait_in(mut guest: Guest) -> Result<Guest> {
-    guest.option("--tracer", "off").cmdline("quiet");
+    guest.tracer("off").cmdline("quiet");
     guest.script("echo guest is up; read word; echo guest read $word\n")?;
     Ok(guest)
 }

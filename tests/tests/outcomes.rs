@@ -47,7 +47,7 @@ fn failed(script: &str, words: &[&str]) -> Result<()> {
 
 fn triple_fault() -> Result<()> {
     let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
-    guest.option("--tracer", "off").cmdline("reboot=triple").script("reboot -f")?;
+    guest.tracer("off").cmdline("reboot=triple").script("reboot -f")?;
     // KVM resets the vCPU before it says so on AMD, so where it was is lost there.
     diagnosed(&guest.start()?.finish()?, &["triple fault"])
 }
@@ -90,7 +90,7 @@ fn timeout() -> Result<()> {
 
 fn reboot() -> Result<()> {
     let mut guest = Guest::new(&kernel("6.12-cloud")?, 1)?;
-    guest.option("--tracer", "off").script("reboot -f")?.boot(0)?;
+    guest.tracer("off").script("reboot -f")?.boot(0)?;
     Ok(())
 }
 
@@ -129,7 +129,7 @@ fn unattended(line: &str) -> Result<()> {
 
 fn failing_command() -> Result<()> {
     let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
-    guest.option("--tracer", "off").option("--exec", "exit 7");
+    guest.tracer("off").option("--exec", "exit 7");
     let finished = guest.start()?.finish()?;
     finished.expect_code(3)?;
     ensure!(finished.stderr.contains('7'), "{}", finished.stderr);

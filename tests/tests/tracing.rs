@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use guest_profiles::hooks::{Tracked, builtin};
 use images::kernel::ARM64_LINES;
-use introspect::hooks::plan;
+use introspect::hooks::{JUMP_LEN, plan};
 use introspect::kernel::Kernel;
 use serde_json::Value;
 use std::process::ExitCode;
@@ -17,16 +17,21 @@ use tests::{
 
 fn main() -> ExitCode {
     let mut trials = vec![
-        test("a_lost_trap_is_made_good_6.1-cloud", || lost_trap(Exits::Usual)),
-        in_vmx("a_lost_trap_is_made_good_6.1-cloud", lost_trap),
-        in_vmx("ftrace_and_kprobes_6.1-cloud", |exits| traced("6.1-cloud", exits)),
+        test("a_lost_trap_is_made_good_6.1-cloud", || lost_trap("breakpoint", Exits::Usual)),
+        test("a_lost_jump_is_made_good_6.1-cloud", || lost_trap("ring", Exits::Usual)),
+        in_vmx("a_lost_trap_is_made_good_6.1-cloud", |exits| lost_trap("breakpoint", exits)),
+        in_vmx("ftrace_and_kprobes_6.1-cloud", |exits| traced("6.1-cloud", "breakpoint", exits)),
     ];
     for line in ["6.1-cloud", "6.12-cloud"] {
-        trials.push(long_test(format!("ftrace_and_kprobes_{line}"), move || traced(line, Exits::Usual)));
+        for tracer in ["breakpoint", "ring"] {
+            let name = format!("ftrace_and_kprobes_by_{tracer}_{line}");
+            trials.push(long_test(name, move || traced(line, tracer, Exits::Usual)));
+        }
         trials.push(long_test(format!("a_hundred_modules_{line}"), move || modules(line)));
     }
     for line in ARM64_LINES {
-        let trial = long_test(format!("ftrace_and_kprobes_{line}"), || traced(line, Exits::Usual));
+        let trial =
+            long_test(format!("ftrace_and_kprobes_{line}"), || traced(line, "breakpoint", Exits::Usual));
         trials.push(with_packages(trial, &ARM_PACKAGES));
     }
     tests::main(trials)
@@ -62,10 +67,10 @@ fn check(guest: &Guest, stdout: &str, names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn traced(line: &str, exits: Exits) -> Result<()> {
+fn traced(line: &str, tracer: &str, exits: Exits) -> Result<()> {
     let mut guest = Guest::trapped(&kernel(line)?, 2, exits)?;
     let is_slow = exits == Exits::Breakpoint || ARM64_LINES.contains(&line);
-    guest.script(&format!(
+    guest.tracer(tracer).script(&format!(
         "{}
          t=/sys/kernel/tracing; [ -e $t/trace ] || mount -t tracefs none $t; cd $t || exit 1
          echo 64 > buffer_size_kb
@@ -110,23 +115,24 @@ fn modules(line: &str) -> Result<()> {
     check(&guest, &finished.stdout, &["modules"])
 }
 
-/// The module `patch` overwrites the trap in `kfree`: nothing is seen to be freed any more, until a scan finds out, or the guest
+/// The module `patch` overwrites the trap in `kfree`, or the jump in its place: nothing is seen to be freed any more, until a scan finds out, or the guest
 /// changes its text again.
-fn lost_trap(exits: Exits) -> Result<()> {
+fn lost_trap(tracer: &str, exits: Exits) -> Result<()> {
     // `out imm8, al`, or `int3`.
-    let (trap, length) = if exits == Exits::Usual { ("pio", 2) } else { ("int3", 1) };
+    let (trap, trap_len) = if exits == Exits::Usual { ("pio", 2) } else { ("int3", 1) };
     let package = kernel("6.1-cloud")?;
     let image = Kernel::open(&package.vmlinuz)?;
-    let plan = plan(&image, &builtin(), &[Tracked::Slab], length);
+    let plan = plan(&image, &builtin(), &[Tracked::Slab], trap_len);
     let site = &plan.traps.iter().find(|trap| trap.function == "kfree").context("no trap in kfree")?.site;
-    let bytes = site.original[..length].iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte));
+    let code = image.image.bytes_at(site.va, JUMP_LEN).context("no code in kfree")?;
+    let bytes = code.iter().rev().fold(0_u64, |bytes, byte| bytes << 8 | u64::from(*byte));
     let mut guest = Guest::trapped(&package, 2, exits)?;
     guest.file(&module(&package, "patch")?, "/patch.ko").file(&module(&package, "clean")?, "/clean.ko");
     if exits == Exits::Usual {
         guest.option("--trap", trap);
     }
-    guest.cmdline("nokaslr").script(&format!(
-        "overwrite() {{ insmod /patch.ko at={} bytes={bytes:#x} length={length}; }}
+    guest.tracer(tracer).cmdline("nokaslr").script(&format!(
+        "overwrite() {{ insmod /patch.ko at={} bytes={bytes:#x} length={JUMP_LEN}; }}
          echo READY; read -r go; overwrite && echo PATCHED
          read -r go; rmmod patch; sleep 2; echo GONE
          read -r go; overwrite; insmod /clean.ko rounds=1 && echo LOADED; read -r go; rmmod clean patch",
@@ -154,6 +160,7 @@ fn lost_trap(exits: Exits) -> Result<()> {
     ensure!(exact(&last), "what the trap planted again should have seen: {last}");
     let status: Value = serde_json::from_str(&client.ask("json status")?)?;
     ensure!(status["traps_rearmed"] == 1 && status["events_dropped"] == 0, "{status:#}");
+    ensure!(status["tracer"] == tracer && (tracer != "ring" || status["hooks_by_ring"] != 0), "{status:#}");
     session.type_line("go")?;
     session.wait_for("\nLOADED", guest.patience())?;
     noticed_at_once(&mut client, &status)?;

@@ -33,10 +33,8 @@ const MEANINGS: [(&str, &str); 30] = [
         "host memory of a tracked object, a million live from 20,000 places with 16 frames each",
     ),
     ("registry_ops", "a free of any object and an allocation where another was freed lately, a million live"),
-    (
-        "slowdown_breakpoint",
-        "guest time with every allocation and free trapped over that without traps; one vCPU",
-    ),
+    ("slowdown_breakpoint", "guest time with every allocation and free trapped over that without traps"),
+    ("slowdown_ring", "the same with the ring, traps until it takes over included"),
     (
         "slowdown_kmemleak",
         "guest time with the in-kernel kmemleak on over off, on a kernel that has one, untraced; one vCPU",
@@ -83,7 +81,7 @@ pub fn run(options: &Options) -> Result<()> {
     let mut lines = printed(heap.current_dir(images::cache::workspace()))?;
     let machine = measured("a_machine_of_2_gib_is_saved")?;
     lines += &printed(Command::new(build::example("saved")?).arg(machine.trim()))?;
-    lines += &measured("slowdown_of_breakpoints")?;
+    lines += &measured("slowdown_of_tracers")?;
     lines += &measured_by("oracle", "what_kmemleak_costs", &[Purpose::Guests, Purpose::Oracle])?;
     let figures: Vec<Value> = lines
         .lines()

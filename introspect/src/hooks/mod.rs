@@ -114,7 +114,7 @@ fn sites_of(
         function: name.to_owned(),
         entry,
         argument: hook.argument,
-        jump: function.jump(hook.role, entry, &site),
+        jump: function.jump(hook.role, hook.argument, entry, &site),
         site,
     };
     let mut traps = Vec::new();

@@ -157,6 +157,11 @@ impl Bases {
 /// Member of `struct task_struct` that has the stack pointer of a task that does not run.
 pub(super) const SAVED_SP: &str = "thread.cpu_context.sp";
 
+/// A variable of the kernel's, and from what value of it on the text is final: nobody asks yet.
+pub(super) fn final_text(_lookup: &Lookup<'_>) -> Option<(Va, u64)> {
+    None
+}
+
 /// Size of a kernel stack, bytes; 0 when it is not known.
 pub(super) fn stack_size(lookup: &Lookup<'_>) -> u64 {
     symbols::stack_size(lookup.symbols, lookup.image).unwrap_or(0)

@@ -2,7 +2,7 @@
 
 use super::Linux;
 use super::lookup::Lookup;
-use super::platform::{Running, SAVED_SP, stack_size};
+use super::platform::{Running, SAVED_SP, final_text, stack_size};
 use super::read::{Walk, le32, le64};
 use crate::arch::layout::STACK_SIZES;
 use crate::memory::{MemoryError, PhysicalMemory, Va};
@@ -110,8 +110,7 @@ pub(super) struct Layout {
     signal: u64,
     thread_node: u64,
     thread_head: u64,
-    /// `system_state`, and its value from the first program on (enum system_states).
-    up: Option<(Va, u64)>,
+    final_text: Option<(Va, u64)>,
 }
 
 impl Layout {
@@ -136,7 +135,7 @@ impl Layout {
             signal: task("signal")?,
             thread_node: task("thread_node")?,
             thread_head: lookup.offset("signal_struct", "thread_head")?,
-            up: lookup.symbol_if_any("system_state").zip(lookup.enumerator("SYSTEM_RUNNING").ok()),
+            final_text: final_text(lookup),
         })
     }
 }
@@ -182,13 +181,19 @@ impl Linux {
         }
     }
 
-    /// True once the kernel has patched its text, sealed it, and is about to run its first program or has done so.
+    /// True once the kernel's text is final but for what it patches on the run: fentry slots, jump labels, static calls.
     ///
     /// # Errors
-    /// The kernel does not say: no `system_state`.
-    pub fn is_up(&self, memory: &impl PhysicalMemory) -> anyhow::Result<bool> {
-        let (state, up) = self.tasks.up.context("The kernel image has no system_state")?;
-        Ok(u64::from(self.read_u32(memory, state)?) >= up)
+    /// See [`Linux::says_when_final`].
+    pub fn is_final(&self, memory: &impl PhysicalMemory) -> anyhow::Result<bool> {
+        let (variable, least) =
+            self.tasks.final_text.context("The kernel does not say when its text is final")?;
+        Ok(u64::from(self.read_u32(memory, variable)?) >= least)
+    }
+
+    /// Whether the kernel says when its text is final.
+    pub fn says_when_final(&self) -> bool {
+        self.tasks.final_text.is_some()
     }
 
     /// `comm` and `pid` of a task: the two things a traced event wants. Two reads, no allocation.

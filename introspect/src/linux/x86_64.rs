@@ -107,6 +107,13 @@ impl Bases {
 /// Member of `struct task_struct` that has the stack pointer of a task that does not run.
 pub(super) const SAVED_SP: &str = "thread.sp";
 
+/// A variable of the kernel's, and from what value of it on the text is final but for what is patched on the run.
+pub(super) fn final_text(lookup: &Lookup<'_>) -> Option<(Va, u64)> {
+    // Set behind all other patching of the image, before there are tasks (arch/x86/kernel/alternative.c).
+    let patched = lookup.symbol_if_any("alternatives_patched").map(|va| (va, 1));
+    patched.or_else(|| lookup.symbol_if_any("system_state").zip(lookup.enumerator("SYSTEM_RUNNING").ok()))
+}
+
 /// Size of a kernel stack, bytes; 0 when it is not known.
 pub(super) fn stack_size(lookup: &Lookup<'_>) -> u64 {
     // A label near the top of the initial stack (6.10) may split the symbol's range.

@@ -30,7 +30,7 @@ pub fn found() -> Result<()> {
 
 pub fn untraced() -> Result<()> {
     let mut guest = Guest::new(&kernel("6.1-cloud")?, 1)?;
-    guest.option("--tracer", "off").script(PLANT)?;
+    guest.tracer("off").script(PLANT)?;
     let mut session = guest.start()?;
     session.wait_for("\nREADY", RUN_TIMEOUT)?;
     let socket = guest.socket();

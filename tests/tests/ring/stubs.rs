@@ -215,8 +215,9 @@ fn check_record(record: &Record, point: StubPoint, before: &Processor, case: Cas
     ensure!(record.word(record::SEQUENCE) == 4 && record.hook() == HOOK, "head of the record");
     ensure!(record.word(record::RSP) == rsp && record.caller().0 == CALLER, "stack pointer and caller");
     if point != StubPoint::Return {
-        let arguments = (record.word(record::RDI), record.word(record::RSI));
-        ensure!(arguments == (before.get(Register::RDI)?, before.get(Register::RSI)?), "arguments");
+        let arguments = [record::RDI, record::RSI, record::RDX].map(|at| record.word(at));
+        let passed = [before.get(Register::RDI)?, before.get(Register::RSI)?, before.get(Register::RDX)?];
+        ensure!(arguments == passed, "arguments");
         return Ok(());
     }
     let (rax, rbp) = (record.word(record::RAX), record.word(record::RBP));

@@ -7,25 +7,26 @@ use tests::{kernel, long_test, test};
 /// All.
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
+    let clean = |line: &'static str, cpus, words: &'static str| {
+        let name = format!("clean_{line}_{cpus}cpu{}", words.replace([' ', '='], "_"));
+        (name, move || guests::clean(line, cpus, words))
+    };
+    let long = |(name, body)| long_test(name, body);
     for line in ["6.1-cloud", "6.12-cloud"] {
         trials.push(test(format!("stubs_{line}"), move || stubs::of_kernel(&kernel(line)?.vmlinuz)));
-        trials.push(test(format!("clean_{line}_2cpu"), move || guests::clean(line, 2)));
+        let (name, body) = clean(line, 2, "");
+        trials.push(test(name, body));
         trials.push(test(format!("as_by_traps_{line}"), move || guests::as_by_traps(line)));
-        trials.push(long_test(format!("clean_{line}_1cpu"), move || guests::clean(line, 1)));
-        trials.push(long_test(format!("clean_{line}_4cpu"), move || guests::clean(line, 4)));
+        for (cpus, words) in [(1, ""), (4, ""), (8, ""), (2, " pti=on"), (2, " nopti mitigations=off")] {
+            trials.push(long(clean(line, cpus, words)));
+        }
         trials.push(long_test(format!("floods_{line}"), move || guests::floods(line, 1)));
         trials.push(long_test(format!("audits_{line}"), move || guests::audits(line, 2)));
         trials.push(long_test(format!("upstream_{line}"), move || guests::upstream(line)));
     }
     for line in ["6.1", "6.1-rt", "6.12", "6.12-rt"] {
         trials.push(long_test(format!("stubs_{line}"), move || stubs::of_kernel(&kernel(line)?.vmlinuz)));
-        trials.push(long_test(format!("clean_{line}_2cpu"), move || guests::clean(line, 2)));
+        trials.push(long(clean(line, 2, "")));
     }
-    // `run` does not offer the ring yet.
-    let offered = |trial: &Trial| trial.name().starts_with("stubs_");
-    let trials = trials.into_iter().map(|trial| match offered(&trial) {
-        true => trial,
-        false => trial.with_kind("needs --tracer ring").with_ignored_flag(true),
-    });
-    trials.collect()
+    trials
 }

@@ -2,7 +2,7 @@
 //! memory.
 
 use super::failure::Failure;
-use super::options::{Reports, RunOptions};
+use super::options::{Reports, RunOptions, TracerChoice};
 use super::values::format_size;
 use crate::lab;
 use crate::machine::{MAX_DISKS, MEMORY_LIMITS};
@@ -32,6 +32,11 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
         input_file(&file.host, "file", "check the HOST part of --file HOST:GUEST")?;
     }
     check_disks(options)?;
+    if options.gdb.is_some() && options.tracer == TracerChoice::Ring {
+        return Err(Failure::usage("gdb's breakpoints and the ring's jumps cannot be in one place")
+            .hint("leave --tracer out, or --gdb")
+            .into());
+    }
     check_command(options)?;
     if let Some(types) = &options.types {
         input_file(types, "types", "check --types")?;

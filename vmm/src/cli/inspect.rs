@@ -6,7 +6,7 @@ use crate::run;
 use anyhow::Context;
 use guest_profiles::annotations::{Action, Annotation};
 use guest_profiles::hooks::Tracked;
-use introspect::hooks::{self, Gap};
+use introspect::hooks::{self, Gap, Plan, Planned};
 use introspect::image::KernelImage;
 use introspect::inspect::Inspection;
 use introspect::kernel::Kernel;
@@ -22,6 +22,8 @@ struct Output {
     image: Inspection,
     /// Which of the built-in hooks apply, by trap instruction: sizes of these differ, so places may too.
     hooks: BTreeMap<TrapInstruction, Traps>,
+    /// None where no trap can be replaced, as on arm64.
+    ring: Option<Jumps>,
     annotations: Vec<AnnotationPart>,
 }
 
@@ -44,6 +46,15 @@ struct Traps {
     not_tracked: Vec<Gap>,
 }
 
+/// What the ring makes of the traps.
+#[derive(Serialize)]
+struct Jumps {
+    /// Traps that jumps take the place of.
+    jumps: usize,
+    /// Functions in which traps stay, and why.
+    stay_traps: BTreeSet<String>,
+}
+
 /// Prints what can be recovered from a kernel image.
 ///
 /// # Errors
@@ -57,7 +68,12 @@ pub fn inspect(options: &InspectOptions) -> anyhow::Result<ExitCode> {
     let image = KernelImage::open(path).with_context(unusable)?;
     let kernel = run::recover(image, types).with_context(unusable)?;
     let hooks = TrapInstruction::ALL.iter().map(|trap| (*trap, traps(&kernel, trap.len()))).collect();
-    let output = Output { image: Inspection::of(&kernel), hooks, annotations: annotations(&kernel) };
+    let output = Output {
+        image: Inspection::of(&kernel),
+        hooks,
+        ring: jumps(&kernel),
+        annotations: annotations(&kernel),
+    };
     print(&if options.json { serde_json::to_string(&output)? + "\n" } else { text(&output) })?;
     Ok(ExitCode::Success)
 }
@@ -71,12 +87,24 @@ fn live(options: &InspectOptions) -> anyhow::Result<ExitCode> {
 
 /// Traps of an instruction of `len` bytes.
 fn traps(kernel: &Kernel, len: usize) -> Traps {
-    let plan = hooks::plan(kernel, &guest_profiles::hooks::builtin(), &Tracked::ALL, len);
+    let plan = plan(kernel, len);
     Traps {
         traps: plan.traps.len(),
         functions: plan.traps.into_iter().map(|trap| trap.function).collect(),
         not_tracked: plan.gaps,
     }
+}
+
+fn plan(kernel: &Kernel, len: usize) -> Plan {
+    hooks::plan(kernel, &guest_profiles::hooks::builtin(), &Tracked::ALL, len)
+}
+
+/// Where jumps can be, whatever the trap before.
+fn jumps(kernel: &Kernel) -> Option<Jumps> {
+    let plan = plan(kernel, TrapInstruction::ALL[0].len());
+    let stays = |planned: &Planned| Some(format!("{}: {}", planned.function, planned.jump.as_ref().err()?));
+    let jumps = plan.traps.iter().filter(|planned| planned.jump.is_ok()).count();
+    (jumps > 0).then(|| Jumps { jumps, stay_traps: plan.traps.iter().filter_map(stays).collect() })
 }
 
 /// Every built-in annotation.
@@ -107,6 +135,12 @@ fn text(output: &Output) -> String {
         );
         for gap in &traps.not_tracked {
             let _ = writeln!(text, "not tracked   {name}: {}: {}", gap.cover, gap.why);
+        }
+    }
+    if let Some(Jumps { jumps, stay_traps }) = &output.ring {
+        let _ = writeln!(text, "hooks         ring: jumps in the place of {jumps} traps");
+        for why in stay_traps {
+            let _ = writeln!(text, "stays a trap  {why}");
         }
     }
     for rule in output.annotations.iter().filter(|rule| rule.applies) {

@@ -21,9 +21,9 @@ impl Detector {
     pub fn serve_ring(&self, verbose: bool) {
         let Some(ring) = self.parts.traps.ring() else { return };
         let (mut wait, mut retry) = (Duration::ZERO, FIRST_RETRY);
-        let mut events = 0;
+        let (mut events, mut given_up) = (0, false);
         while self.parts.guest.outcome().is_none() {
-            if wait.is_zero() && self.parts.traps.to_move() > 0 {
+            if wait.is_zero() && !given_up && self.parts.traps.to_move() > 0 {
                 match self.hand_over() {
                     Ok(true) => {
                         if verbose {
@@ -32,10 +32,10 @@ impl Detector {
                         wait = retry;
                         retry = (retry * 2).min(LAST_RETRY);
                     }
-                    Ok(false) => wait = FIRST_RETRY,
+                    Ok(false) => {}
                     Err(error) => {
-                        eprintln!("kleak-vmm: warning: The ring is not used: {error:#}");
-                        return;
+                        eprintln!("kleak-vmm: warning: Hooks that are traps stay traps: {error:#}");
+                        given_up = true;
                     }
                 }
             }
@@ -51,7 +51,7 @@ impl Detector {
     /// One attempt; false while it is too early.
     fn hand_over(&self) -> Result<bool> {
         let parts = &self.parts;
-        if !parts.linux.is_up(parts.guest.ram())? {
+        if !parts.linux.is_final(parts.guest.ram())? {
             return Ok(false);
         }
         let mut paused = parts.guest.pause()?;

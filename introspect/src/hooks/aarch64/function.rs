@@ -126,7 +126,13 @@ impl Function {
     }
 
     /// Where a jump can take over from the trap at `site`.
-    pub(in crate::hooks) fn jump(&self, _role: Role, _entry: bool, site: &Site) -> Result<Jump, SiteError> {
+    pub(in crate::hooks) fn jump(
+        &self,
+        _role: Role,
+        _argument: u8,
+        _entry: bool,
+        site: &Site,
+    ) -> Result<Jump, SiteError> {
         Err(SiteError::NoJump(site.va, "arm64 has no stubs".to_owned()))
     }
 

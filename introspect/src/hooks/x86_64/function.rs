@@ -1,7 +1,8 @@
 //! Finding the instructions of a function that a trap may replace.
 
 use super::Displaced;
-use super::jump::{JUMP_LEN, Jump, is_movable, needs_memory};
+use super::jump::{JUMP_LEN, Jump, is_movable, last_argument, needs_memory};
+use super::record::ARGUMENTS;
 use crate::hooks::site::{Site, SiteError, cold_parts, main_part};
 use crate::kernel::Kernel;
 use crate::memory::Va;
@@ -153,11 +154,20 @@ impl Function {
     }
 
     /// Where a jump can take over from the trap at `site`.
-    pub(in crate::hooks) fn jump(&self, role: Role, entry: bool, site: &Site) -> Result<Jump, SiteError> {
+    pub(in crate::hooks) fn jump(
+        &self,
+        role: Role,
+        argument: u8,
+        entry: bool,
+        site: &Site,
+    ) -> Result<Jump, SiteError> {
         let at = if entry { site.va } else { site.resume() };
         let unsuitable = |why: &str| SiteError::NoJump(at, why.to_owned());
         if needs_memory(role) {
             return Err(unsuitable("what it passes lies in memory"));
+        }
+        if last_argument(role, argument) >= ARGUMENTS {
+            return Err(unsuitable("a record has not so many arguments"));
         }
         let (k, part) =
             self.parts.iter().enumerate().find(|(_, part)| part.contains(at)).ok_or(SiteError::NoCode)?;

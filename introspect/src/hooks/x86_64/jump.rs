@@ -130,6 +130,11 @@ pub(super) fn needs_memory(role: Role) -> bool {
     }
 }
 
+/// The last argument that matters of those from `argument` on.
+pub(super) fn last_argument(role: Role, argument: u8) -> u8 {
+    argument.saturating_add(u8::from(role == Role::PageFree))
+}
+
 /// True for an instruction that does the same elsewhere, that the kernel never patches, and that cannot fault by design.
 pub(super) fn is_movable(i: &Instruction) -> bool {
     let plain = i.flow_control() == FlowControl::Next && !i.has_lock_prefix() && !i.has_rep_prefix();

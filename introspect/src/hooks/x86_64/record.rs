@@ -26,8 +26,12 @@ pub const RSP: usize = 16;
 pub const RDI: usize = 24;
 /// u64: second argument; entries only.
 pub const RSI: usize = 32;
-/// u64: the result; returns only, as all that follows but the stack's first word.
-pub const RAX: usize = 40;
+/// u64: third argument; entries only.
+pub const RDX: usize = 40;
+/// Arguments that are written down.
+pub const ARGUMENTS: u8 = 3;
+/// u64: the result, where an entry has its third argument; returns only, as all that follows but the stack's first word.
+pub const RAX: usize = RDX;
 /// u64.
 pub const RBP: usize = 48;
 /// u64: `jiffies_64`.

@@ -89,7 +89,7 @@ pub struct Writer {
 /// Where a stub belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Point {
-    /// At a function's entry: two arguments and the caller; the function goes on at this address.
+    /// At a function's entry: three arguments and the caller; the function goes on at this address.
     Entry(Va),
     /// At its return: the result, the context and the stack.
     Return,
@@ -174,6 +174,8 @@ impl Writer {
             a.mov(at(rdx, slot::RSI), rsi)?;
             a.mov(rcx, qword_ptr(rcx))?;
             a.mov(at(rdx, slot::STACK), rcx)?;
+            a.mov(rcx, qword_ptr(rsp))?;
+            a.mov(at(rdx, slot::RDX), rcx)?;
             a.mov(at(rdx, slot::SEQUENCE), rax)?;
         }
         for &register in saved.iter().rev() {

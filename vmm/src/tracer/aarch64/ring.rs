@@ -10,6 +10,9 @@ use introspect::memory::Va;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// False: there is none.
+pub const HAS_RING: bool = false;
+
 /// There is none.
 pub enum Ring {}
 

@@ -17,6 +17,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+/// This architecture has one.
+pub const HAS_RING: bool = true;
+
 /// Slots: what may happen until the host looks.
 const COUNT: u64 = 8192;
 /// Bytes for stubs.
@@ -65,6 +68,7 @@ impl Ring {
         instruction: TrapInstruction,
     ) -> Result<Self> {
         ensure!(machine.has_gigabyte_pages(), "The processor has no pages of one GiB");
+        ensure!(linux.says_when_final(), "The kernel does not say when its text is final");
         let slots = Slots::new(COUNT)?;
         let code = Arc::new(PrivatePages::new(CODE_LEN)?);
         machine.add_private(layout::TRACER_RING, slots.pages())?;
@@ -191,19 +195,15 @@ impl Ring {
             self.recorder.state().registry.counters.dropped += 1;
             return;
         };
-        let registers = Registers {
-            rip: hook.ip,
-            rsp: record.word(record::RSP),
-            rdi: record.word(record::RDI),
-            rsi: record.word(record::RSI),
-            rax: record.word(record::RAX),
-            rbp: record.word(record::RBP),
-            ..Registers::default()
-        };
+        let at = Registers { rip: hook.ip, rsp: record.word(record::RSP), ..Registers::default() };
         let moment = Moment::Past(record);
-        match hook.entry {
-            true => self.recorder.entered(hook.role, hook.argument, &registers, moment),
-            false => self.recorder.returned(hook.role, &registers, moment),
+        if hook.entry {
+            let (rdi, rsi) = (record.word(record::RDI), record.word(record::RSI));
+            let registers = Registers { rdi, rsi, rdx: record.word(record::RDX), ..at };
+            self.recorder.entered(hook.role, hook.argument, &registers, moment);
+        } else {
+            let (rax, rbp) = (record.word(record::RAX), record.word(record::RBP));
+            self.recorder.returned(hook.role, &Registers { rax, rbp, ..at }, moment);
         }
     }
 }
