@@ -17,7 +17,9 @@ fn main() -> ExitCode {
 /// Time between the first scans, while the guest sleeps.
 const IDLE_S: u64 = 5;
 /// Scans of all memory beside those of what was written, which must find the same.
-const CHECKED: u64 = 3;
+const CHECKED: u64 = 2;
+/// Many scans, each of which stands the guest still.
+const TIMEOUT_S: u64 = 1200;
 /// Of the bytes of a scan of all memory one so many may be read when the guest has slept meanwhile.
 const LESS: u64 = 8;
 
@@ -31,7 +33,7 @@ const SCRIPT: &str = "echo READY; read -r go
 fn periodic(line: &str) -> Result<()> {
     let kernel = kernel(line)?;
     let mut guest = Guest::new(&kernel, 2)?;
-    guest.option("--scan-period", IDLE_S.to_string());
+    guest.option("--scan-period", IDLE_S.to_string()).timeout(TIMEOUT_S);
     guest.file(&module(&kernel, "leaky")?, "/leaky.ko").script(SCRIPT)?;
     let mut session = guest.start()?;
     session.wait_for("\nREADY", RUN_TIMEOUT)?;

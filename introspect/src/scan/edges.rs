@@ -5,7 +5,7 @@
 //! Plain objects are those of the index's areas whose words all count, or those that a [`Shape`](super::typed::Shape)
 //! holds. What is special, or lies outside of all areas, is some thousand objects, and read when it is reached.
 
-use super::index::{Block, NO_SLOT, Page};
+use super::index::{Block, Holder, NO_SLOT, Page};
 use super::mark::Contents;
 use super::memo::{Found, Fresh};
 use super::reader::{Heap, NO_SCAN, OBJECT, SPECIAL, TYPED};
@@ -200,30 +200,34 @@ impl<'a> Sweep<'a> {
         let (windows, remembered) = (heap.index.windows(), heap.remembered.as_ref());
         self.bytes += found.look(lanes, windows, remembered, &mut self.fresh, (at, bytes));
         let first = found.offsets[..found.count].partition_point(|&offset| offset < page.first());
-        let spill = page.spill();
-        self.hold(heap, found, 0..first, |offset| spilled(page.address + offset, spill));
+        let (spill, start) = (page.spill(), page.address);
+        self.hold(heap, found, start, 0..first, |offset| spilled(start + offset, spill));
         match page.grid() {
-            Some(grid) => self.hold(heap, found, first..found.count, |offset| grid.holder(offset)),
-            None => self.hold(heap, found, first..found.count, |offset| page.listed(offset)),
+            Some(grid) => self.hold(heap, found, start, first..found.count, |offset| grid.holder(offset)),
+            None => self.hold(heap, found, start, first..found.count, |offset| page.listed(offset)),
         }
         if self.len >= TOGETHER {
             self.resolve(heap);
         }
     }
 
-    /// Takes those of some candidates that are in plain objects and can hold a pointer. `holder` says of an offset which slot
-    /// it belongs to, and where in the object it is.
+    /// Takes those of some candidates of the page at an address that are in plain objects, do not point into the very same, as
+    /// those of empty lists do, and can hold a pointer. `holder` says of an offset where it belongs.
     #[inline(always)]
     fn hold<C: Contents>(
         &mut self,
         heap: &Heap<'_, C>,
         found: &Found,
+        page: u64,
         some: Range<usize>,
-        holder: impl Fn(u64) -> (u32, u64),
+        holder: impl Fn(u64) -> Holder,
     ) {
         let none = self.ends.len() - 1;
         for (&word, &offset) in found.words[some.clone()].iter().zip(&found.offsets[some]) {
-            let (slot, inside) = holder(offset);
+            let Holder { slot, inside, size } = holder(offset);
+            if word.wrapping_sub(page + offset - inside) < size {
+                continue;
+            }
             let state = heap.state.get(slot as usize).map_or(0, |state| state.load(Relaxed));
             let mut counts = is_plain(state);
             if state & TYPED != 0 && counts {
@@ -260,10 +264,10 @@ fn is_plain(state: u8) -> bool {
     state & (OBJECT | NO_SCAN | SPECIAL) == OBJECT
 }
 
-/// Slot and offset of a word in the object that reaches into its page from an earlier one; [`NO_SLOT`] where it ends before.
-fn spilled(word: u64, spill: Option<(u32, Block)>) -> (u32, u64) {
+/// Where a word of the object belongs that reaches into its page from an earlier one.
+fn spilled(word: u64, spill: Option<(u32, Block)>) -> Holder {
     match spill.filter(|(_, block)| word + 8 <= block.end()) {
-        Some((slot, block)) => (slot, word - block.start),
-        None => (NO_SLOT, 0),
+        Some((slot, block)) => Holder { slot, inside: word - block.start, size: block.size },
+        None => Holder::NONE,
     }
 }

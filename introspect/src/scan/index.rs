@@ -18,7 +18,7 @@ mod page;
 use super::words::Windows;
 use crate::memory::{PAGE_SHIFT, PAGE_SIZE};
 use page::Descriptor;
-pub(super) use page::Page;
+pub(super) use page::{Holder, Page};
 use std::ops::Range;
 
 /// A piece of tracked memory.

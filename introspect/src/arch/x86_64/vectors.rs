@@ -25,36 +25,25 @@ impl Lanes {
     /// this processor is made for that.
     #[inline(always)]
     pub fn inside(self, words: &[u64; 8], ranges: &[(u64, u64)]) -> Option<u8> {
-        // SAFETY: the processor has AVX-512.
-        self.eight.then(|| unsafe { inside(words, ranges) })
+        // No function of its own: that would be called for each group of words.
+        // SAFETY: the processor has AVX-512, and eight words are read.
+        self.eight.then(|| unsafe {
+            let words = _mm512_loadu_epi64(words.as_ptr().cast());
+            ranges.iter().fold(0, |bits, &(start, len)| {
+                let distance = _mm512_sub_epi64(words, _mm512_set1_epi64(start as i64));
+                bits | _mm512_cmplt_epu64_mask(distance, _mm512_set1_epi64(len as i64))
+            })
+        })
     }
 
     /// Writes those of the words that have a bit, in order, and whatever behind them; None as above.
     #[inline(always)]
     pub fn compress(self, words: &[u64; 8], bits: u8, to: &mut [u64; 8]) -> Option<()> {
-        // SAFETY: the processor has AVX-512.
-        self.eight.then(|| unsafe { compress(words, bits, to) })
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn inside(words: &[u64; 8], ranges: &[(u64, u64)]) -> u8 {
-    // SAFETY: it reads eight words.
-    let words = unsafe { _mm512_loadu_epi64(words.as_ptr().cast()) };
-    ranges.iter().fold(0, |bits, &(start, len)| {
-        let distance = _mm512_sub_epi64(words, _mm512_set1_epi64(start as i64));
-        bits | _mm512_cmplt_epu64_mask(distance, _mm512_set1_epi64(len as i64))
-    })
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn compress(words: &[u64; 8], bits: u8, to: &mut [u64; 8]) {
-    // SAFETY: these read and write eight words.
-    unsafe {
-        let words = _mm512_loadu_epi64(words.as_ptr().cast());
-        _mm512_storeu_epi64(to.as_mut_ptr().cast(), _mm512_maskz_compress_epi64(bits, words));
+        // SAFETY: the processor has AVX-512; eight words are read and written.
+        self.eight.then(|| unsafe {
+            let words = _mm512_loadu_epi64(words.as_ptr().cast());
+            _mm512_storeu_epi64(to.as_mut_ptr().cast(), _mm512_maskz_compress_epi64(bits, words));
+        })
     }
 }
 

@@ -1,6 +1,6 @@
 //! What the index knows of one page.
 
-use super::{ASK, Block, Index, NO_SLOT, find_in_list};
+use super::{ASK, Block, Hit, Index, NO_SLOT, find_in_list};
 use crate::memory::PAGE_SIZE;
 use std::ops::Range;
 
@@ -57,13 +57,13 @@ impl Descriptor {
         }
     }
 
-    /// Slot of the object of a regular page that all of the word at an offset lies in, and where in that; [`NO_SLOT`] for none.
-    /// The offset is not below [`Descriptor::first`].
+    /// The object of a regular page that all of the word at an offset lies in. The offset is not below [`Descriptor::first`].
     #[inline(always)]
-    pub fn holder(&self, offset: u64) -> (u32, u64) {
+    pub fn holder(&self, offset: u64) -> Holder {
         let (number, inside) = self.place(offset);
-        let here = (inside + 8 <= u64::from(self.size)) & (number < u64::from(self.count));
-        (if here { self.base + number as u32 } else { NO_SLOT }, inside)
+        let size = u64::from(self.size);
+        let here = (inside + 8 <= size) & (number < u64::from(self.count));
+        Holder { slot: if here { self.base + number as u32 } else { NO_SLOT }, inside, size }
     }
 
     /// Slot of `block`, one of the blocks `here` that start in this page.
@@ -74,6 +74,22 @@ impl Descriptor {
         };
         self.base + number as u32
     }
+}
+
+/// The object that a word lies in.
+#[derive(Clone, Copy)]
+pub(in crate::scan) struct Holder {
+    /// [`NO_SLOT`] where there is none.
+    pub slot: u32,
+    /// Where in the object the word is.
+    pub inside: u64,
+    /// Of the object.
+    pub size: u64,
+}
+
+impl Holder {
+    /// No object.
+    pub const NONE: Self = Self { slot: NO_SLOT, inside: 0, size: 0 };
 }
 
 /// A page in which objects are, for who reads it from its start to its end.
@@ -120,13 +136,13 @@ impl Page<'_> {
     }
 
     /// [`Descriptor::holder`] where there is no grid.
-    pub fn listed(&self, offset: u64) -> (u32, u64) {
+    pub fn listed(&self, offset: u64) -> Holder {
         let Descriptor { base, size, count, .. } = self.descriptor;
         let list = &self.index.lists[size as usize..size as usize + usize::from(count)];
         let word = self.address + offset;
         match find_in_list(list, base, word).filter(|hit| word + 8 <= hit.block.end()) {
-            Some(hit) => (hit.slot, word - hit.block.start),
-            None => (NO_SLOT, 0),
+            Some(Hit { slot, block }) => Holder { slot, inside: word - block.start, size: block.size },
+            None => Holder::NONE,
         }
     }
 }
