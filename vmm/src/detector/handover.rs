@@ -14,41 +14,71 @@ const MUCH: u64 = 1000;
 /// Between two attempts to hand hooks over, for as long as the guest stands in some of them: each pauses it.
 const FIRST_RETRY: Duration = Duration::from_millis(50);
 const LAST_RETRY: Duration = Duration::from_secs(10);
+/// So many attempts may fail: the guest's lists may be half changed when it is paused.
+const MAX_FAILURES: u32 = 5;
+
+/// When to attempt to hand hooks over.
+struct Attempts {
+    wait: Duration,
+    retry: Duration,
+    failures: u32,
+}
+
+impl Attempts {
+    fn are_due(&self) -> bool {
+        self.wait.is_zero() && self.are_possible()
+    }
+
+    fn are_possible(&self) -> bool {
+        self.failures < MAX_FAILURES
+    }
+
+    fn later(&mut self) {
+        self.wait = self.retry;
+        self.retry = (self.retry * 2).min(LAST_RETRY);
+    }
+}
 
 impl Detector {
-    /// Hands hooks over to the ring when the guest is up, and reads the ring, until the machine has ended. For a thread of
-    /// its own. `verbose`: says how far it got.
+    /// Hands hooks over to the ring when the guest's text is final, and reads the ring, until the machine has ended. For a
+    /// thread of its own. `verbose`: says how far it got.
     pub fn serve_ring(&self, verbose: bool) {
         let Some(ring) = self.parts.traps.ring() else { return };
-        let (mut wait, mut retry) = (Duration::ZERO, FIRST_RETRY);
-        let (mut events, mut given_up) = (0, false);
+        let mut attempts = Attempts { wait: Duration::ZERO, retry: FIRST_RETRY, failures: 0 };
+        let mut events = 0;
         while self.parts.guest.outcome().is_none() {
-            if wait.is_zero() && !given_up && self.parts.traps.to_move() > 0 {
-                match self.hand_over() {
-                    Ok(true) => {
-                        if verbose {
-                            self.say_handed_over();
-                        }
-                        wait = retry;
-                        retry = (retry * 2).min(LAST_RETRY);
-                    }
-                    Ok(false) => {}
-                    Err(error) => {
-                        eprintln!("kleak-vmm: warning: Hooks that are traps stay traps: {error:#}");
-                        given_up = true;
-                    }
-                }
+            if attempts.are_due() && self.parts.traps.to_move() > 0 {
+                self.attempt(&mut attempts, verbose);
             }
             ring.drain();
             let before = std::mem::replace(&mut events, ring.status().events);
             let step = if events - before > MUCH { BUSY } else { IDLE };
             std::thread::sleep(step);
-            wait = wait.saturating_sub(step);
+            attempts.wait = attempts.wait.saturating_sub(step);
         }
         ring.drain();
     }
 
-    /// One attempt; false while it is too early.
+    fn attempt(&self, attempts: &mut Attempts, verbose: bool) {
+        match self.hand_over() {
+            Ok(false) => {}
+            Ok(true) => {
+                if verbose {
+                    self.say_handed_over();
+                }
+                attempts.later();
+            }
+            Err(error) => {
+                attempts.failures += 1;
+                attempts.later();
+                if !attempts.are_possible() {
+                    eprintln!("kleak-vmm: warning: Hooks that are traps stay traps: {error:#}");
+                }
+            }
+        }
+    }
+
+    /// Hands over what can be; false while it is too early.
     fn hand_over(&self) -> Result<bool> {
         let parts = &self.parts;
         if !parts.linux.is_final(parts.guest.ram())? {

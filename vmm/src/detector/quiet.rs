@@ -9,7 +9,7 @@ use introspect::arch::CpuState;
 use introspect::hooks::{Plan, code_of};
 use introspect::linux::Linux;
 use introspect::memory::{PhysicalMemory, Va};
-use introspect::unwind::{SleepingFrame, Start};
+use introspect::unwind::{End, SleepingFrame, Start};
 use rustc_hash::FxHashSet;
 use std::ops::Range;
 use std::sync::PoisonError;
@@ -125,8 +125,13 @@ impl Allocator {
         for start in &starts {
             let mut stack = [Va(0); DEPTH];
             let trace = unwinder.unwind(&*modules, start, &mut read, &mut stack);
-            let stack = &stack[..trace.len];
-            let inside = self.code.iter().filter(|(_, code)| stack.iter().any(|ip| code.contains(ip)));
+            // Whoever was interrupted in a stub, which no stack table knows, is where the trace ends.
+            let last = match trace.end {
+                End::NotCode(ip) => Some(ip),
+                _ => None,
+            };
+            let stack = stack[..trace.len].iter().chain(&last);
+            let inside = self.code.iter().filter(|(_, code)| stack.clone().any(|ip| code.contains(ip)));
             busy.extend(inside.map(|(name, _)| name.as_str()));
         }
         Ok(busy)
