@@ -175,15 +175,20 @@ fn number(line: &str) -> Result<()> {
     let mut guest = Guest::new(&kernel, 2)?;
     guest.file(&module(&kernel, "leaky")?, "/leaky.ko").script(
         "insmod /leaky.ko case=typed; sleep 3
+         say() { echo $2 > /dev/ttyS1; echo $1: $(cat /dev/ttyS1); }
          for typed in off on; do
-             for command in typed=$typed scan status; do echo $command > /dev/ttyS1; echo $typed: $(cat /dev/ttyS1); done
+             say $typed typed=$typed
+             for i in 1 2 3; do ls -lR /proc/self /dev > /dev/null; say $typed scan; done
+             say $typed status
          done",
     )?;
     let finished = guest.boot(0)?;
     no_kernel_complaint(&finished.stdout)?;
     for (typed, new) in [("off", 0), ("on", 1)] {
-        let said = format!("{typed}: kmemleak: {new} new suspected memory leaks");
-        ensure!(finished.stdout.contains(&said), "not {said:?}: {}", tests::tail(&finished.stdout, 200));
+        // A word that an earlier call left on a stack can hide it from one scan.
+        let said = format!("{typed}: kmemleak: 1 new suspected memory leaks");
+        let found = finished.stdout.lines().filter(|line| line.trim() == said).count();
+        ensure!(found == new, "{found} of {new}, typed={typed}: {}", tests::tail(&finished.stdout, 200));
     }
     let status = finished.stdout.lines().find(|line| line.starts_with("on: guest:")).context("no status")?;
     let words = status.split(" dropped no pointer by its type: words ").nth(1).context("dropped words")?;

@@ -5,12 +5,12 @@ use serde_json::Value;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
-use tests::{Client, Guest, RUN_TIMEOUT, kernel, module, no_kernel_complaint, sizes, test};
+use tests::{Client, Guest, RUN_TIMEOUT, kernel, long_test, module, no_kernel_complaint, sizes, test};
 
 fn main() -> ExitCode {
     tests::main(vec![
         test("scans_of_what_was_written_6.1-cloud", || periodic("6.1-cloud")),
-        test("scans_of_what_was_written_6.12-cloud", || periodic("6.12-cloud")),
+        long_test("scans_of_what_was_written_6.12-cloud", || periodic("6.12-cloud")),
     ])
 }
 
