@@ -211,16 +211,20 @@ fn read_bandwidth_and_scan(of: &str, heap: &Heap) {
         marker.share(threads, 2048);
         marker.roots(&[&heap.memory.bytes()[..ROOTS]]);
         marker.run();
-        assert_eq!(marker.bytes, all, "every object is reachable");
+        assert_eq!(marker.bytes, all, "all memory is read");
+        marker
     };
-    let alone = fastest(processor_time, || mark(1));
+    let marker = mark(1);
+    assert!(heap.blocks.iter().all(|block| marker.is_reached(block.start)), "every object is reachable");
+    drop(marker);
+    let alone = fastest(processor_time, || drop(mark(1)));
     say(&format!("{of}scan_bandwidth"), all as f64 / alone, "bytes/s");
     say(&format!("{of}scan_bandwidth_over_read"), all as f64 / alone / read, "ratio");
     say(&format!("{of}mark"), alone * 1e3, "ms");
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let begin = Instant::now();
     let elapsed = || begin.elapsed().as_secs_f64();
-    let [one, many] = [1, threads].map(|threads| fastest(elapsed, || mark(threads)));
+    let [one, many] = [1, threads].map(|threads| fastest(elapsed, || drop(mark(threads))));
     say(&format!("{of}scan_speedup"), one / many, "ratio");
 }
 

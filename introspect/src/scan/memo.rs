@@ -79,7 +79,7 @@ impl Memo {
     /// Adds what a scan has read.
     pub(super) fn keep(&mut self, fresh: Fresh) {
         let mut start = self.words.len();
-        // Cannot truncate: a guest has 2^30 words.
+        // Does not truncate: 2^32 candidates would be 32 GiB of nothing but pointers.
         for &(frame, len) in &fresh.pages {
             if self.pages.len() <= frame {
                 self.pages.resize(frame + 1, Kept::default());
@@ -140,18 +140,21 @@ pub(super) struct Remembered<'a> {
 impl<'a> Remembered<'a> {
     /// Offset of the first of some bytes in its page.
     pub fn offset(&self, bytes: &[u8]) -> usize {
-        let at = |all: &[u8]| {
-            (bytes.as_ptr() as usize).checked_sub(all.as_ptr() as usize).filter(|&at| at < all.len())
-        };
-        self.frames.iter().find_map(|(_, all)| at(all)).unwrap_or(0) % PAGE_SIZE as usize
+        self.place(bytes).map_or(0, |(_, _, at)| at) % PAGE_SIZE as usize
     }
 
     /// The frame that bytes, which are in one page, are in, and that page.
     fn frame(&self, bytes: &[u8]) -> Option<(usize, &'a [u8; PAGE_SIZE as usize])> {
+        let (first, all, at) = self.place(bytes)?;
+        let page = all.get(at & !(PAGE_SIZE as usize - 1)..)?.first_chunk()?;
+        Some((first + (at >> PAGE_SHIFT), page))
+    }
+
+    /// The memory lent as a whole that bytes are in, with its first frame, and where in it they begin.
+    fn place(&self, bytes: &[u8]) -> Option<(usize, &'a [u8], usize)> {
         self.frames.iter().find_map(|&(first, all)| {
             let at = (bytes.as_ptr() as usize).checked_sub(all.as_ptr() as usize)?;
-            let page = all.get(at & !(PAGE_SIZE as usize - 1)..)?.first_chunk()?;
-            Some((first + (at >> PAGE_SHIFT), page))
+            (at < all.len()).then_some((first, all, at))
         })
     }
 }

@@ -67,11 +67,15 @@ pub fn inspect(options: &InspectOptions) -> anyhow::Result<ExitCode> {
     let unusable = || Failure::usage("").hint(format!("give {KERNELS} with kallsyms in it"));
     let image = KernelImage::open(path).with_context(unusable)?;
     let kernel = run::recover(image, types).with_context(unusable)?;
-    let hooks = TrapInstruction::ALL.iter().map(|trap| (*trap, traps(&kernel, trap.len()))).collect();
+    let plan = |trap: &TrapInstruction| {
+        hooks::plan(&kernel, &guest_profiles::hooks::builtin(), &Tracked::ALL, trap.len())
+    };
+    let plans: Vec<Plan> = TrapInstruction::ALL.iter().map(plan).collect();
     let output = Output {
         image: Inspection::of(&kernel),
-        hooks,
-        ring: jumps(&kernel),
+        // Where jumps can be is the same whatever the trap before.
+        ring: plans.first().and_then(jumps),
+        hooks: TrapInstruction::ALL.iter().copied().zip(plans.into_iter().map(traps)).collect(),
         annotations: annotations(&kernel),
     };
     print(&if options.json { serde_json::to_string(&output)? + "\n" } else { text(&output) })?;
@@ -85,9 +89,7 @@ fn live(options: &InspectOptions) -> anyhow::Result<ExitCode> {
     ctl::ctl(&CtlOptions { control: options.control.clone(), command })
 }
 
-/// Traps of an instruction of `len` bytes.
-fn traps(kernel: &Kernel, len: usize) -> Traps {
-    let plan = plan(kernel, len);
+fn traps(plan: Plan) -> Traps {
     Traps {
         traps: plan.traps.len(),
         functions: plan.traps.into_iter().map(|trap| trap.function).collect(),
@@ -95,13 +97,7 @@ fn traps(kernel: &Kernel, len: usize) -> Traps {
     }
 }
 
-fn plan(kernel: &Kernel, len: usize) -> Plan {
-    hooks::plan(kernel, &guest_profiles::hooks::builtin(), &Tracked::ALL, len)
-}
-
-/// Where jumps can be, whatever the trap before.
-fn jumps(kernel: &Kernel) -> Option<Jumps> {
-    let plan = plan(kernel, TrapInstruction::ALL[0].len());
+fn jumps(plan: &Plan) -> Option<Jumps> {
     let stays = |planned: &Planned| Some(format!("{}: {}", planned.function, planned.jump.as_ref().err()?));
     let jumps = plan.traps.iter().filter(|planned| planned.jump.is_ok()).count();
     (jumps > 0).then(|| Jumps { jumps, stay_traps: plan.traps.iter().filter_map(stays).collect() })
