@@ -28,6 +28,10 @@ pub struct Options {
     #[arg(long)]
     full: bool,
 
+    /// Trace guests by this, where a test does not choose: breakpoint or ring
+    #[arg(long, value_name = "NAME")]
+    tracer: Option<String>,
+
     /// Only tests whose name contains this
     filter: Option<String>,
 }
@@ -53,6 +57,7 @@ pub fn run(options: &Options) -> Result<()> {
     if options.full {
         command.env("KLEAK_FULL", "1");
     }
+    command.envs(options.tracer.iter().map(|tracer| ("KLEAK_TRACER", tracer)));
     finish(&mut command)
 }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 /// How allocations are seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum TracerChoice {
-    /// The best that works on this kernel and host.
+    /// The ring where it can be had, else breakpoints.
     Auto,
     /// Trap instructions in the guest's allocator.
     Breakpoint,

@@ -20,7 +20,7 @@ use crate::gdb::{self, Listener};
 use crate::lab::{self, Decision};
 use crate::machine::{Config, FiveLevels, Machine, TrapInstruction, Traps};
 use crate::probe::{self, Depth, Probe};
-use crate::tracer::{Recorder, breakpoint::Breakpoints, ring::Ring};
+use crate::tracer::{Recorder, breakpoint::Breakpoints, ring::HAS_RING, ring::Ring};
 use anyhow::{Context, Result};
 use introspect::hooks::{Plan, plan};
 use introspect::kernel::Kernel;
@@ -149,17 +149,18 @@ fn track(
     let ram = machine.ram().clone();
     let traps = Breakpoints::plant(Arc::clone(&recorder), Arc::clone(linux), ram, &plan, instruction)?;
     let traps = Arc::new(traps);
-    if options.tracer == TracerChoice::Ring {
-        use_ring(machine, linux, &recorder, &plan, &traps, instruction)?;
+    if wants_ring(options) {
+        let ring = Ring::new(machine, linux, Arc::clone(&recorder), &plan, instruction);
+        use_ring(options, machine, &traps, ring)?;
     }
     let tracing = options.tracer != TracerChoice::Off;
     recorder.enable(tracing);
     let host = HostFacts {
         kvm: kvm_name(),
-        tracer: match options.tracer {
-            TracerChoice::Auto | TracerChoice::Breakpoint => "breakpoint",
-            TracerChoice::Ring => "ring",
-            TracerChoice::Off => "off",
+        tracer: match (tracing, traps.ring()) {
+            (false, _) => "off",
+            (true, None) => "breakpoint",
+            (true, Some(_)) => "ring",
         }
         .to_owned(),
         trap: instruction.name().to_owned(),
@@ -190,23 +191,34 @@ fn track(
     Ok(Tracked { detector, planted, traps: tracing.then(|| Traps { instruction, handler: traps }) })
 }
 
-/// Gives the machine a ring, and has it read in every pause.
-fn use_ring(
-    machine: &Machine,
-    linux: &Linux,
-    recorder: &Arc<Recorder>,
-    plan: &Plan,
-    traps: &Breakpoints,
-    instruction: TrapInstruction,
-) -> Result<()> {
-    let ring = Ring::new(machine, linux, Arc::clone(recorder), plan, instruction);
-    let ring = ring.map_err(|why| {
-        Failure::host(format!("Cannot trace by a ring: {why:#}")).hint("--tracer breakpoint needs none")
-    });
-    let ring = Arc::new(ring?);
-    let read = Arc::clone(&ring);
-    machine.when_paused(move || read.drain());
-    traps.use_ring(ring);
+fn wants_ring(options: &RunOptions) -> bool {
+    match options.tracer {
+        TracerChoice::Off | TracerChoice::Breakpoint => false,
+        // A breakpoint of gdb's stops where a trap is, and nowhere in a jump.
+        TracerChoice::Auto => options.gdb.is_none() && HAS_RING,
+        TracerChoice::Ring => true,
+    }
+}
+
+/// Has the tracer use the ring, if there is one, and the machine read it in every pause.
+fn use_ring(options: &RunOptions, machine: &Machine, traps: &Breakpoints, ring: Result<Ring>) -> Result<()> {
+    match ring {
+        Ok(ring) => {
+            let ring = Arc::new(ring);
+            let read = Arc::clone(&ring);
+            machine.when_paused(move || read.drain());
+            traps.use_ring(ring);
+        }
+        Err(why) if options.tracer == TracerChoice::Auto => {
+            if !options.quiet {
+                eprintln!("kleak-vmm: tracing by traps only: {why:#}");
+            }
+        }
+        Err(why) => {
+            let failure = Failure::host(format!("Cannot trace by a ring: {why:#}"));
+            return Err(failure.hint("--tracer breakpoint needs none").into());
+        }
+    }
     Ok(())
 }
 
@@ -306,7 +318,7 @@ impl Session {
                 .spawn(move || detector.guard_traps())
                 .context("Cannot start the thread that guards traps")?;
         }
-        if options.tracer == TracerChoice::Ring {
+        if self.detector.parts().traps.ring().is_some() {
             let detector = Arc::clone(&self.detector);
             let verbose = options.verbose > 0;
             let thread = std::thread::Builder::new().name("ring".to_owned());
