@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 /*
  * Keeps every part of a kernel that allocates busy for some seconds:  bustle SECONDS [MODULE.ko]
+ * Does the work of one of its processes so many times, and no other:  bustle WORKER ROUNDS
  *
  * One process each forks and executes, makes and removes files, opens and closes sockets of several kinds, loads and unloads
  * the module, makes and removes what has per-CPU memory (mounts and network namespaces), and takes nearly all memory, so that
@@ -233,6 +234,19 @@ static double now(void)
 	return time.tv_sec + time.tv_nsec / 1e9;
 }
 
+/* Whether there is such a worker; it has worked then. */
+static int one(const char *name, long rounds)
+{
+	for (size_t i = 0; i < WORKERS; i++) {
+		if (strcmp(workers[i].name, name))
+			continue;
+		for (long round = 0; round < rounds; round++)
+			workers[i].once(round);
+		return 1;
+	}
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	double end = now() + (argc > 1 ? atof(argv[1]) : 0);
@@ -240,9 +254,11 @@ int main(int argc, char **argv)
 	pid_t children[WORKERS];
 	int failed = 0;
 
+	self = argv[0];
+	if (argc == 3 && one(argv[1], atol(argv[2])))
+		return 0;
 	if (argc < 2 || atof(argv[1]) <= 0)
 		return 0;
-	self = argv[0];
 	module = argc > 2 ? argv[2] : NULL;
 	for (size_t i = 0; i < WORKERS; i++) {
 		children[i] = fork();

@@ -5,6 +5,7 @@
 
 pub mod schemas;
 mod session;
+pub mod work;
 
 pub use session::{Client, Session, run};
 

@@ -2,29 +2,11 @@
 //! it; the figures of a lab are those of its emulation. And the saved machine that `cargo xtask bench` scans.
 
 use anyhow::{Context, Result, ensure};
-use images::Cache;
-use std::collections::BTreeMap;
+use images::{Cache, KernelPackage};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::{env, fs};
-use tests::{Guest, kernel, long_test, module, no_kernel_complaint, run};
-
-/// Each line `@NAME BEGIN END` is a measurement by the guest's clock.
-const WORK: &str = "now() { read -r up rest < /proc/uptime; echo $up; }
-    echo \"@boot 0 $(now)\"
-    mkdir -p /tmp/work; cd /tmp/work; begin=$(now)
-    for n in 0 1 2 3 4 5 6 7 8 9 a b c d e f g h i j; do for m in 0 1 2 3 4 5 6 7 8 9; do echo text > $n$m; done; rm ??; done
-    echo \"@files $begin $(now)\"; begin=$(now)
-    for n in 0 1 2 3 4 5 6 7 8 9; do /bin/true; /bin/true; /bin/true; /bin/true; /bin/true; done
-    echo \"@processes $begin $(now)\"";
-
-/// The same for pairs of `kmalloc` and `kfree`, on every CPU at once.
-fn pairs(cpus: u32) -> String {
-    format!(
-        "insmod /churn.ko pairs=20000 cpus={cpus}
-         dmesg | sed -n 's/.*churn: .* in \\([0-9]*\\) ns/@kmalloc-pairs 0 \\1/p'"
-    )
-}
+use tests::{Exits, Guest, in_vmx, kernel, long_test, module, no_kernel_complaint, run, work};
 
 /// What fills the memory of the machine that is saved: 120,000 files of which half have contents, those of every fourth
 /// folder removed again; a find over all, and a hundred processes that stay.
@@ -46,7 +28,8 @@ fn main() -> ExitCode {
         Some(_) => saved,
         None => saved.with_kind("needs xtask bench").with_ignored_flag(true),
     };
-    tests::main(vec![long_test("slowdown_of_tracers_6.1-cloud", slowdown), saved])
+    let in_instructions = in_vmx("instructions_by_tracer_6.1-cloud", instructions);
+    tests::main(vec![long_test("slowdown_of_tracers_6.1-cloud", slowdown), in_instructions, saved])
 }
 
 /// The file's name goes where `KLEAK_BENCH` says. It is made once; again when it cannot be read any more.
@@ -88,56 +71,40 @@ fn save_filled(kernel: &images::KernelPackage, file: &Path) -> Result<()> {
     no_kernel_complaint(&finished.stdout)
 }
 
-/// Boot, files, processes and pairs on one vCPU and on several, by every tracer.
+/// Boot, files and sockets, processes and pairs on one vCPU and on several, by every tracer.
 fn slowdown() -> Result<()> {
-    let mut text = String::new();
-    for cpus in [1, 2, 4] {
-        let untraced = measure("off", cpus)?;
-        ensure!(untraced.len() == 4, "{untraced:?}");
-        for tracer in ["breakpoint", "ring"] {
-            for (name, ratio) in ratios(&untraced, &measure(tracer, cpus)?)? {
-                let name = format!("slowdown_{tracer}, {name}, {cpus} CPU");
-                println!("{name}: {ratio:.2}");
-                text += &serde_json::json!({ "name": name, "value": ratio, "unit": "ratio" }).to_string();
-                text.push('\n');
-                // Each of these allocates or frees all the time; the ring's price may be lost in the clock's.
-                let least = if tracer == "ring" { 0.5 } else { 1.1 };
-                ensure!((least..10_000.0).contains(&ratio), "{name}: {ratio}");
-            }
-        }
-    }
-    match env::var_os("KLEAK_BENCH") {
-        Some(file) => fs::write(&file, text).with_context(|| format!("Cannot write {}", file.display())),
-        None => Ok(()),
-    }
-}
-
-fn ratios(untraced: &Times, traced: &Times) -> Result<Times> {
-    let ratio = |(name, plain): (&String, &f64)| {
-        ensure!(*plain > 0.0, "{name} took no time");
-        let took = traced.get(name).with_context(|| format!("{name} was not measured"))?;
-        Ok((name.clone(), took / plain))
-    };
-    untraced.iter().map(ratio).collect()
-}
-
-/// By name.
-type Times = BTreeMap<String, f64>;
-
-/// What the guest's clock says, by name.
-fn measure(tracer: &str, cpus: u32) -> Result<Times> {
     let kernel = kernel("6.1-cloud")?;
-    let mut guest = Guest::new(&kernel, cpus)?;
-    guest.tracer(tracer).option("--scan-at-exit", "no");
-    guest.file(&module(&kernel, "churn")?, "/churn.ko");
-    guest.script(&format!("{WORK}\n{}", pairs(cpus)))?;
-    let finished = guest.boot(0)?;
-    no_kernel_complaint(&finished.stdout)?;
-    let mut times = BTreeMap::new();
-    for line in finished.stdout.lines().filter_map(|line| line.trim().strip_prefix('@')) {
-        if let [name, begin, end] = line.split(' ').collect::<Vec<_>>()[..] {
-            times.insert(name.to_owned(), end.parse::<f64>()? - begin.parse::<f64>()?);
+    let mut figures = Vec::new();
+    for cpus in [1, 2, 4] {
+        figures.extend(slowdowns(|| Guest::new(&kernel, cpus), &kernel, cpus, &format!("{cpus} CPU"))?);
+    }
+    work::keep(&figures)
+}
+
+/// The same by instructions: time in the lab `vmx` is that.
+fn instructions(exits: Exits) -> Result<()> {
+    let kernel = kernel("6.1-cloud")?;
+    work::keep(&slowdowns(|| Guest::trapped(&kernel, 1, exits), &kernel, 1, "instructions")?)
+}
+
+fn slowdowns(
+    guest: impl Fn() -> Result<Guest>,
+    kernel: &KernelPackage,
+    cpus: u32,
+    how: &str,
+) -> Result<Vec<work::Figure>> {
+    let churn = module(kernel, "churn")?;
+    let times = |tracer| work::times(guest()?.tracer(tracer), &churn, cpus);
+    let (untraced, mut figures) = (times("off")?, Vec::new());
+    for tracer in ["breakpoint", "ring"] {
+        for (name, ratio) in work::ratios(&untraced, &times(tracer)?)? {
+            let name = format!("slowdown_{tracer}, {name}, {how}");
+            println!("{name}: {ratio:.2}");
+            // Each of these allocates or frees all the time; the ring's price may be lost in the clock's.
+            let least = if tracer == "ring" { 0.5 } else { 1.1 };
+            ensure!((least..10_000.0).contains(&ratio), "{name}: {ratio}");
+            figures.push((name, ratio));
         }
     }
-    Ok(times)
+    Ok(figures)
 }

@@ -33,11 +33,15 @@ const MEANINGS: [(&str, &str); 30] = [
         "host memory of a tracked object, a million live from 20,000 places with 16 frames each",
     ),
     ("registry_ops", "a free of any object and an allocation where another was freed lately, a million live"),
-    ("slowdown_breakpoint", "guest time with every allocation and free trapped over that without traps"),
+    (
+        "slowdown_breakpoint",
+        "guest time with every allocation and free trapped over that without traps; `instructions`: in the lab `vmx`, where \
+         time is the number of instructions, of the guest and of its host",
+    ),
     ("slowdown_ring", "the same with the ring, traps until it takes over included"),
     (
         "slowdown_kmemleak",
-        "guest time with the in-kernel kmemleak on over off, on a kernel that has one, untraced; one vCPU",
+        "guest time with the in-kernel kmemleak on over off, on a kernel that has one, untraced",
     ),
     ("scan_vs_kmemleak", "the in-kernel kmemleak's scan over our scan's pause, same guest"),
     ("machine, memory", "of a saved guest that had work: files, processes"),
@@ -82,6 +86,7 @@ pub fn run(options: &Options) -> Result<()> {
     let machine = measured("a_machine_of_2_gib_is_saved")?;
     lines += &printed(Command::new(build::example("saved")?).arg(machine.trim()))?;
     lines += &measured("slowdown_of_tracers")?;
+    lines += &measured_by("speed", "instructions_by_tracer", &[Purpose::Guests, Purpose::LongTests])?;
     lines += &measured_by("oracle", "what_kmemleak_costs", &[Purpose::Guests, Purpose::Oracle])?;
     let figures: Vec<Value> = lines
         .lines()
