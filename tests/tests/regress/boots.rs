@@ -56,8 +56,8 @@ pub fn attribution() -> Result<()> {
     for part in [": 2 objects, 2 direct, 256 bytes", &format!("\nkernel 6.1-cloud: {}\n", kernel.release)] {
         ensure!(finished.stdout.contains(part), "no {part:?} in {}", finished.stdout);
     }
-    let group = |test: usize| tests[test]["groups"][0]["id"].as_str();
-    ensure!(group(4).is_some() && group(4) == group(5), "{:?} and {:?}", group(4), group(5));
+    let [first, second] = [4, 5].map(|test: usize| &tests[test]["groups"][0]);
+    ensure!(first["id"].is_string() && first["id"] == second["id"], "{first:#} and {second:#}");
     for (name, part) in [
         ("results.xml", "<failure type=\"leaked\""),
         ("results.sarif", "\"2.1.0\""),

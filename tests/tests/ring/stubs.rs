@@ -235,6 +235,11 @@ fn check_stacks(record: &Record, before: &Processor, rsp: u64) -> Result<()> {
     let mut room = record::MAX_WORDS as u64;
     let mut parts = vec![(rsp, end)];
     parts.extend((end == GS).then_some((INTERRUPTED, STACK + STACK_LEN)));
+    if is_own && (end - rsp) / 8 > room {
+        // All but its outermost words, then these.
+        let outermost = end - record::OUTERMOST;
+        parts = vec![(rsp, rsp + 8 * (room - record::OUTERMOST_WORDS as u64)), (outermost, end)];
+    }
     for (start, end) in parts {
         let words = ((end - start) / 8).min(room);
         for k in 0..words {

@@ -50,12 +50,19 @@ pub const COMM: usize = 80;
 pub const CACHE: usize = 96;
 /// u32: its `object_size`.
 pub const OBJECT_SIZE: usize = 104;
-/// u64: the stack pointer of the interrupted task, when a stack of the CPU's is in use.
+/// u64: the stack pointer of the interrupted task, when a stack of the CPU's is in use; or where the outermost words are.
 pub const INTERRUPTED: usize = 112;
 /// Words of the stack, the return address first.
 pub const STACK: usize = 120;
 /// Most words of both stacks.
 pub const MAX_WORDS: usize = (SLOT_LEN - STACK) / 8;
+/// Where a task's stack is longer than that, its last words below the registers of user space take the place of the
+/// interrupted one's: the outermost frame of a system call, which a random offset may have moved away from all others
+/// (`add_random_kstack_offset`), returns there. `struct pt_regs` ends the stack, or 16 bytes below that
+/// (`TOP_OF_KERNEL_STACK_PADDING`).
+pub const OUTERMOST_WORDS: usize = 4;
+/// Bytes from the first of these to the end of the stack.
+pub const OUTERMOST: u64 = 168 + 8 * OUTERMOST_WORDS as u64;
 
 /// A filled slot.
 #[derive(Debug, Clone, Copy)]

@@ -260,7 +260,8 @@ impl Writer {
 
     /// Copies the stack from rcx on, of the task in rsi: to its top, or, on a stack of the CPU's, to the end of the page,
     /// behind which there may be nothing. The last word of that is the stack pointer of whom an interrupt came upon
-    /// (arch/x86/include/asm/irq_stack.h), and of that stack, too, what there is room for is copied.
+    /// (arch/x86/include/asm/irq_stack.h), and of that stack, too, what there is room for is copied. Where the task's own has
+    /// no room, its outermost words are copied like those.
     fn stack(&self, a: &mut CodeAssembler) -> Result<(), IcedError> {
         let around = &self.surroundings;
         let [mut own, mut fits, mut all, mut done] = std::array::from_fn(|_| a.create_label());
@@ -279,14 +280,19 @@ impl Writer {
         a.mov(eax, ecx)?;
         a.and(eax, PAGE_SIZE as i32 - 1)?;
         a.set_label(&mut own)?;
-        a.mov(at(rdx, slot::INTERRUPTED), r8)?;
         // edi: bytes from there to the end.
         a.sub(edi, eax)?;
         a.shr(edi, 3)?;
         a.cmp(edi, slot::MAX_WORDS as i32)?;
         a.jbe(fits)?;
         a.mov(edi, slot::MAX_WORDS as i32)?;
+        a.test(r8, r8)?;
+        a.jne(fits)?;
+        a.mov(edi, (slot::MAX_WORDS - slot::OUTERMOST_WORDS) as i32)?;
+        a.mov(r8, qword_ptr(rsi + around.stack as i32))?;
+        a.add(r8, size - slot::OUTERMOST as i32)?;
         a.set_label(&mut fits)?;
+        a.mov(at(rdx, slot::INTERRUPTED), r8)?;
         a.mov(dword_ptr(rdx + slot::WORDS as i32), edi)?;
         // rax: the task's stack.
         a.mov(rax, qword_ptr(rsi + around.stack as i32))?;
