@@ -35,14 +35,19 @@ impl Block {
         self.start.saturating_add(self.size)
     }
 
-    /// Whether `word` refers to it: it lies inside. A cookie may be a small number, so what lies in one's bytes must also be
-    /// what a pointer to per-CPU memory is: the cookie with flags in its low bits, or a member's place.
+    /// Whether `word` refers to it: it lies inside. A cookie is a number like others, so what lies in one's bytes must also be
+    /// what a pointer to per-CPU memory is: the cookie with `percpu_ref`'s flags in its low bits, or, where cookies are no
+    /// small numbers, a member's place. Sizes and counts are small numbers, and nobody is known to keep a member's only.
     pub(super) fn is_meant_by(&self, word: u64) -> bool {
-        const FLAGS: u64 = 8;
+        const FLAGS: u64 = 4;
         const ALIGNMENT: u64 = 4;
         let offset = word.wrapping_sub(self.start);
-        offset < self.size
-            && (self.start >= KERNEL_HALF || offset < FLAGS || offset.is_multiple_of(ALIGNMENT))
+        let is_pointer = match self.start {
+            KERNEL_HALF.. => true,
+            FIRST_CHUNK.. => offset < FLAGS || offset.is_multiple_of(ALIGNMENT),
+            _ => offset < FLAGS,
+        };
+        offset < self.size && is_pointer
     }
 }
 
@@ -461,11 +466,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_that_points_between_the_members_of_per_cpu_memory_is_no_cookie() {
-        let [block, other] = [1 << 20, 0xffff_8880_0000_0000].map(|start| Block { start, size: 24 });
-        let (index, _) = Index::new(&[block, other], &(other.start..other.start + PAGE_SIZE));
+    fn a_number_that_points_somewhere_into_per_cpu_memory_is_no_cookie() {
+        let starts = [1 << 20, 0x7fff_c000_0000, 0xffff_8880_0000_0000];
+        let [small, block, other] = starts.map(|start| Block { start, size: 24 });
+        let (index, _) = Index::new(&[small, block, other], &(other.start..other.start + PAGE_SIZE));
         let found = |start: u64, offset: u64| index.find(start + offset).is_some();
-        // With percpu_ref's flags, and at members of 8 and 4 bytes.
+        // With percpu_ref's flags, and, where that is no small number, at members of 8 and 4 bytes.
+        assert!((0..24).all(|offset| found(small.start, offset) == (offset < 4)));
         assert!([0, 1, 3, 8, 12, 20].into_iter().all(|offset| found(block.start, offset)));
         assert!(![9, 10, 15, 22, 24].into_iter().any(|offset| found(block.start, offset)));
         assert!((0..24).all(|offset| found(other.start, offset)));

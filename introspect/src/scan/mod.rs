@@ -21,8 +21,8 @@
 //! - A per-CPU allocation is one object whose address is the cookie that `alloc_percpu` returned. A word refers to it
 //!   when it lies in the cookie's bytes, flags in the cookie's low bits included; the copies of all CPUs are its
 //!   contents. (So does kmemleak from 6.12 on; before, it reads them and never reports them.) Cookies of the first
-//!   chunk are small numbers, so that an equal number anywhere may hide a lost one; numbers that are no member's place
-//!   do not ([`index::Block`]).
+//!   chunk are small numbers, so that an equal number anywhere may hide a lost one; numbers that are more than
+//!   the cookie and its flags do not ([`index::Block`]).
 //! - A block of pages that the kernel's own code asked for and has to itself is an object ([`pages`]). A word refers to
 //!   it when it points into its memory or into its `struct page`s; both are its contents. So it is with a large kmalloc.
 //! - Of an object whose C type is known only the words that can hold a pointer count ([`typed`]).

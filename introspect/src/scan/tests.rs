@@ -141,8 +141,9 @@ pub(super) fn plant(blocks: &[Block], edges: &[Edge]) -> Flat {
 
 fn naive_find(blocks: &[Block], word: u64) -> Option<Block> {
     let last = blocks.iter().filter(|b| b.start <= word).max_by_key(|b| b.start)?;
-    let (offset, is_cookie) = (word - last.start, last.start < 1 << 63);
-    (offset < last.size && !(is_cookie && offset >= 8 && !offset.is_multiple_of(4))).then_some(*last)
+    let (offset, is_cookie, is_small) = (word - last.start, last.start < 1 << 63, last.start < 1 << 32);
+    let is_member = offset.is_multiple_of(4) && !is_small;
+    (offset < last.size && !(is_cookie && offset >= 4 && !is_member)).then_some(*last)
 }
 
 pub(super) fn index(blocks: &[Block]) -> (Index, Vec<u32>) {
