@@ -105,6 +105,13 @@ impl ModuleMap {
     }
 }
 
+impl Linux {
+    /// Names an address of code, the kernel's or a module's, as of event order number `at`.
+    pub fn resolve<'a>(&'a self, modules: &'a ModuleMap, va: Va, at: u64) -> Option<Resolved<'a>> {
+        self.kernel.symbols.resolve(va - self.placement.slide).or_else(|| modules.resolve(va, at))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::modules::Region;

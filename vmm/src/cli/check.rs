@@ -51,6 +51,9 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
         directory(dir, "module directory", "check --module-dir")?;
     }
     reports(&options.reports)?;
+    if let Some(events) = &options.events {
+        output_file(events, "events", "check --events")?;
+    }
     if let Some(snapshot) = &options.snapshot_on_leak {
         saved::check_place(snapshot).with_context(|| {
             Failure::usage(format!("Cannot save to {}", snapshot.display())).hint("check --snapshot-on-leak")
