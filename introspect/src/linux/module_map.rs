@@ -5,7 +5,7 @@ use super::Linux;
 use super::modules::{MAX_REGION, Module};
 use crate::memory::{PhysicalMemory, Va};
 use crate::symbols::Resolved;
-use crate::unwind::OrcTable;
+use crate::unwind::{Detours, OrcTable};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -26,6 +26,8 @@ struct Loaded {
 #[derive(Default, Serialize, Deserialize)]
 pub struct ModuleMap {
     loaded: Vec<Loaded>,
+    /// What the tracer led the kernel's code to.
+    pub detours: Detours,
 }
 
 impl ModuleMap {
@@ -45,6 +47,7 @@ impl ModuleMap {
 
     /// Makes a map that comes from a file whole again: stack tables are read from `memory`, and what no module has goes.
     pub fn restore(&mut self, linux: &Linux, memory: &impl PhysicalMemory) {
+        self.detours.restore();
         self.loaded.truncate(MAX_LOADS);
         for Loaded { module, until, .. } in &mut self.loaded {
             module.regions.truncate(MAX_REGIONS);

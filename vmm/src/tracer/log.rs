@@ -87,7 +87,12 @@ impl<W: Write> Writing<W> {
     }
 
     /// An allocation, from a slab cache of this name.
-    pub fn alloc(&mut self, event: &AllocEvent<'_>, cache: Option<String>, name: impl Fn(Va) -> Option<String>) {
+    pub fn alloc(
+        &mut self,
+        event: &AllocEvent<'_>,
+        cache: Option<String>,
+        name: impl Fn(Va) -> Option<String>,
+    ) {
         let stack = self.stack(event.stack, name);
         let (comm, pid, jiffies) = (comm_text(&event.comm), event.pid, event.jiffies);
         self.line(&Line {
@@ -136,7 +141,8 @@ impl<W: Write> Writing<W> {
         }
         let number = self.next_stack;
         self.next_stack += 1;
-        let backtrace: Vec<String> = stack.iter().map(|&ip| name(ip).unwrap_or_else(|| ip.to_string())).collect();
+        let backtrace: Vec<String> =
+            stack.iter().map(|&ip| name(ip).unwrap_or_else(|| ip.to_string())).collect();
         self.line(&json!({ "stack": number, "backtrace": backtrace }));
         self.stacks.insert(stack.into(), number);
         number
