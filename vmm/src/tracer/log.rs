@@ -15,7 +15,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Most bytes of it; the boot of a distribution's kernel makes a tenth of that.
+/// Most bytes of it; the boot of a distribution's kernel makes a fifth of that.
 const MAX_BYTES: u64 = 64 << 20;
 /// A file that changes seldom is sent out of the lab seldom.
 const BUFFER: usize = 256 << 10;
