@@ -8,7 +8,7 @@ use std::time::Duration;
 use tests::{Guest, RUN_TIMEOUT, Scratch, kernel, kmemleak_test, module, no_kernel_complaint, tail};
 
 /// In the guest: waits until every hook that can is at the ring, and prints `status`.
-const HANDED_OVER: &str =
+pub const HANDED_OVER: &str =
     "n=0; while [ $n -lt 90 ]; do echo status > /dev/ttyS1; cat /dev/ttyS1 > /tmp/status
     grep -q '^hooks_to_move: 0' /tmp/status && break; sleep 1; n=$((n+1)); done";
 const WORK: &str = "work() { i=0; while [ $i -lt 10 ]; do (:); mkdir -p /tmp/d$1/a; ls -lR /proc/sys > /dev/null; rm -r /tmp/d$1;

@@ -5,6 +5,8 @@ mod events;
 #[cfg(target_arch = "x86_64")]
 mod guests;
 #[cfg(target_arch = "x86_64")]
+mod inside;
+#[cfg(target_arch = "x86_64")]
 mod processor;
 #[cfg(target_arch = "x86_64")]
 mod stubs;
