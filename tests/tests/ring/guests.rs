@@ -176,6 +176,7 @@ pub fn as_by_traps(line: &str) -> Result<()> {
     let ((traps, trapped), (ring, written)) = (seen(line, "breakpoint")?, seen(line, "ring")?);
     ensure!(trapped.len() > STEPS, "only {} events", trapped.len());
     events::same(&trapped, &written)?;
+    println!("{line}: {} events of one task by both", trapped.len());
     ensure!(traps.len() >= 10, "only {} kinds of leaks", traps.len());
     let only = |these: &BTreeMap<Leak, usize>, those: &BTreeMap<Leak, usize>| {
         let other = these.iter().filter(|(leak, count)| those.get(leak) != Some(count));
