@@ -332,6 +332,7 @@ mod tests {
                 .contains("Cannot write report")
         );
         assert!(refusal(&["--kernel", &kernel, "--report-dir", &kernel]).contains("report directory"));
+        assert!(refusal(&["--kernel", &kernel, "--events", &dir]).contains("Cannot write events"));
         assert!(checked(&["--kernel", &kernel, "--initrd", &kernel, "--exec", "x"]).is_ok());
         assert!(checked(&["--kernel", &kernel, "--report", "-", "--report", &missing]).is_ok());
         assert!(!Path::new(&missing).exists(), "checking must create nothing");
