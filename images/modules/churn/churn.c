@@ -3,6 +3,11 @@
  * churn: allocates and frees one small object over and over, on as many CPUs as is said, and says how long that took.
  *
  *	insmod churn.ko pairs=20000 cpus=2
+ *
+ * Or the first CPU allocates and frees in many ways, in an order that is the same whenever it does so; it allocates nothing
+ * else, and all of it is freed at the end:
+ *
+ *	insmod churn.ko pairs=0 steps=2000
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
@@ -14,8 +19,10 @@
 #include <linux/ktime.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
+#include <linux/percpu.h>
 #include <linux/sched.h>
 #include <linux/slab.h>
+#include <linux/string.h>
 
 static unsigned int pairs = 20000;
 module_param(pairs, uint, 0444);
@@ -25,14 +32,124 @@ static unsigned int cpus = 1;
 module_param(cpus, uint, 0444);
 MODULE_PARM_DESC(cpus, "on how many CPUs at once");
 
+static unsigned int steps;
+module_param(steps, uint, 0444);
+MODULE_PARM_DESC(steps, "in many ways, on the first CPU");
+
+#define CHURN_PLACES 24
+#define CHURN_BULK 5
+
+enum churn_kind { CHURN_NONE, CHURN_KMALLOC, CHURN_CACHED, CHURN_PERCPU };
+
+struct churn_place {
+	void *object;
+	enum churn_kind kind;
+};
+
+static struct churn_place churn_places[CHURN_PLACES];
+static struct kmem_cache *churn_cache;
 static struct task_struct *churn_tasks[8];
 static DECLARE_COMPLETION(churn_done);
 static atomic_t churn_left;
 
-static int churn_thread(void *unused)
+/* Marsaglia's xorshift. */
+static unsigned int churn_below(unsigned int end)
+{
+	static u64 random = 0x9e3779b97f4a7c15;
+
+	random ^= random << 13;
+	random ^= random >> 7;
+	random ^= random << 17;
+	return (random >> 11) % end;
+}
+
+static noinline __noclone void churn_fill(struct churn_place *place)
+{
+	size_t size = 1 + churn_below(8192 >> churn_below(12));
+
+	place->kind = CHURN_KMALLOC;
+	switch (churn_below(9)) {
+	case 0:
+		place->object = kmalloc(size, GFP_KERNEL);
+		break;
+	case 1:
+		place->object = kzalloc(96, GFP_KERNEL);
+		break;
+	case 2:
+		place->object = kmalloc_node(size, GFP_ATOMIC, 0);
+		break;
+	case 3:
+		place->object = kmemdup("churn", 6, GFP_KERNEL);
+		break;
+	case 4:
+		place->object = krealloc(kmalloc(size, GFP_KERNEL), 2 * size, GFP_KERNEL);
+		break;
+	case 5:
+		place->object = kmalloc(12000 + size, GFP_KERNEL);
+		break;
+	case 6:
+		place->object = (__force void *)__alloc_percpu(8 + size % 64, 8);
+		place->kind = CHURN_PERCPU;
+		break;
+	default:
+		place->object = kmem_cache_alloc(churn_cache, GFP_KERNEL);
+		place->kind = CHURN_CACHED;
+	}
+	if (!place->object)
+		place->kind = CHURN_NONE;
+}
+
+static noinline __noclone void churn_empty(struct churn_place *place)
+{
+	switch (place->kind) {
+	case CHURN_NONE:
+		break;
+	case CHURN_KMALLOC:
+		kfree(place->object);
+		break;
+	case CHURN_CACHED:
+		kmem_cache_free(churn_cache, place->object);
+		break;
+	case CHURN_PERCPU:
+		free_percpu((__force void __percpu *)place->object);
+		break;
+	}
+	place->kind = CHURN_NONE;
+}
+
+static noinline __noclone void churn_bulk(void)
+{
+	void *objects[CHURN_BULK];
+
+	if (kmem_cache_alloc_bulk(churn_cache, GFP_KERNEL, CHURN_BULK, objects) == CHURN_BULK)
+		kmem_cache_free_bulk(churn_cache, CHURN_BULK, objects);
+}
+
+static void churn_mix(void)
 {
 	unsigned int i;
 
+	for (i = 0; i < steps; i++) {
+		struct churn_place *place = &churn_places[churn_below(CHURN_PLACES)];
+
+		if (churn_below(16) == 0)
+			churn_bulk();
+		else if (place->kind == CHURN_NONE)
+			churn_fill(place);
+		else
+			churn_empty(place);
+		cond_resched();
+	}
+	for (i = 0; i < CHURN_PLACES; i++)
+		churn_empty(&churn_places[i]);
+}
+
+static int churn_thread(void *first)
+{
+	unsigned int i;
+
+	if (first)
+		churn_mix();
 	for (i = 0; i < pairs; i++) {
 		void *object = kmalloc(64, GFP_KERNEL);
 
@@ -61,8 +178,11 @@ static int churn_init(void)
 
 	if (!cpus || cpus > ARRAY_SIZE(churn_tasks) || cpus > num_online_cpus())
 		return -EINVAL;
+	churn_cache = kmem_cache_create("churn", 200, 0, 0, NULL);
+	if (!churn_cache)
+		return -ENOMEM;
 	for (ready = 0; ready < cpus; ready++) {
-		struct task_struct *task = kthread_create(churn_thread, NULL, "churn/%u", ready);
+		struct task_struct *task = kthread_create(churn_thread, ready ? NULL : churn_tasks, "churn/%u", ready);
 
 		if (IS_ERR(task))
 			break;
@@ -71,6 +191,7 @@ static int churn_init(void)
 	}
 	if (ready < cpus) {
 		churn_stop(ready);
+		kmem_cache_destroy(churn_cache);
 		return -ENOMEM;
 	}
 	atomic_set(&churn_left, cpus);
@@ -86,6 +207,7 @@ static int churn_init(void)
 
 static void churn_exit(void)
 {
+	kmem_cache_destroy(churn_cache);
 }
 
 module_init(churn_init);

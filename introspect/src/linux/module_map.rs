@@ -5,7 +5,7 @@ use super::Linux;
 use super::modules::{MAX_REGION, Module};
 use crate::memory::{PhysicalMemory, Va};
 use crate::symbols::Resolved;
-use crate::unwind::OrcTable;
+use crate::unwind::{Detours, OrcTable};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -26,6 +26,8 @@ struct Loaded {
 #[derive(Default, Serialize, Deserialize)]
 pub struct ModuleMap {
     loaded: Vec<Loaded>,
+    /// What the tracer led the kernel's code to.
+    pub detours: Detours,
 }
 
 impl ModuleMap {
@@ -45,6 +47,7 @@ impl ModuleMap {
 
     /// Makes a map that comes from a file whole again: stack tables are read from `memory`, and what no module has goes.
     pub fn restore(&mut self, linux: &Linux, memory: &impl PhysicalMemory) {
+        self.detours.restore();
         self.loaded.truncate(MAX_LOADS);
         for Loaded { module, until, .. } in &mut self.loaded {
             module.regions.truncate(MAX_REGIONS);
@@ -102,6 +105,13 @@ impl ModuleMap {
     /// Loads that had this address, newest first.
     fn holding(&self, va: Va) -> impl Iterator<Item = &Loaded> {
         self.loaded.iter().rev().filter(move |e| e.module.regions.iter().any(|r| r.range.contains(&va.0)))
+    }
+}
+
+impl Linux {
+    /// Names an address of code, the kernel's or a module's, as of event order number `at`.
+    pub fn resolve<'a>(&'a self, modules: &'a ModuleMap, va: Va, at: u64) -> Option<Resolved<'a>> {
+        self.kernel.symbols.resolve(va - self.placement.slide).or_else(|| modules.resolve(va, at))
     }
 }
 

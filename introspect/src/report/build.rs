@@ -87,7 +87,7 @@ fn name(input: &ReportInput<'_>, found: &scan::Leak) -> Leak {
         size: object.size,
         kind: object.kind,
         cache: found.cache.clone(),
-        comm: comm(&input.registry.comm(object.comm)),
+        comm: comm_text(&input.registry.comm(object.comm)),
         pid: object.pid,
         jiffies: object.jiffies,
         age_ms: ticks.saturating_mul(1000) / input.hz.max(1),
@@ -116,7 +116,7 @@ fn backtrace(input: &ReportInput<'_>, stack: StackId, sequence: u64) -> Vec<Fram
 }
 
 /// A task's name up to its NUL. The guest chooses it and it is printed to terminals: control characters become "?".
-fn comm(bytes: &[u8; 16]) -> String {
+pub fn comm_text(bytes: &[u8; 16]) -> String {
     let len = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
     let text = String::from_utf8_lossy(&bytes[..len]);
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()

@@ -8,7 +8,7 @@ mod group;
 mod tests;
 mod text;
 
-pub use build::ReportInput;
+pub use build::{ReportInput, comm_text};
 pub use text::{TextStyle, plural};
 
 use crate::memory::Va;

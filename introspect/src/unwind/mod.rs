@@ -5,12 +5,15 @@
 //! traced event, so nothing is allocated and every step emits one frame: the length of the output bounds the work
 //! whatever the tables and the stack hold.
 //!
+//! Code of the tracer's that stands for some of the kernel's leaves no trace of its own ([`Detour`]).
+//!
 //! What it does not know: code copied by ftrace and kprobes (trampolines) and the real return addresses behind
 //! `return_to_handler` (function graph tracer, kretprobes), which are in no table. Generated code is assumed to
 //! keep a frame pointer, as the kernel's unwinder assumes.
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
+mod detours;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -20,6 +23,7 @@ use crate::memory::Va;
 use crate::symbols::SymbolTable;
 #[cfg(target_arch = "aarch64")]
 use aarch64 as platform;
+pub use detours::{Detour, Detours};
 use platform::MODULE_SPACE;
 pub use platform::{HAS_TABLES, OrcTable, SleepingFrame, Start};
 #[cfg(target_arch = "x86_64")]
@@ -80,10 +84,15 @@ pub struct Trace {
     pub end: End,
 }
 
-/// Stack tables of modules by run-time address.
+/// Stack tables of modules by run-time address, and what is in no table.
 pub trait ModuleTables {
     /// The tables (run-time addresses) of the module whose code is at `ip`.
     fn table(&self, ip: Va) -> Option<&OrcTable>;
+
+    /// What the code at `ip` stands for, if it does for some of the kernel's.
+    fn detour(&self, _ip: Va) -> Option<&Detour> {
+        None
+    }
 }
 
 /// No modules.
@@ -96,6 +105,10 @@ impl ModuleTables for () {
 impl ModuleTables for ModuleMap {
     fn table(&self, ip: Va) -> Option<&OrcTable> {
         self.orc(ip)
+    }
+
+    fn detour(&self, ip: Va) -> Option<&Detour> {
+        self.detours.find(ip)
     }
 }
 

@@ -1,17 +1,20 @@
 //! Guests whose events come by the ring: exact from before the hand-over to the end, and the same as by traps.
 
+use crate::events::{self, Stream};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::time::Duration;
-use tests::{Guest, RUN_TIMEOUT, kernel, kmemleak_test, module, no_kernel_complaint, tail};
+use tests::{Guest, RUN_TIMEOUT, Scratch, kernel, kmemleak_test, module, no_kernel_complaint, tail};
 
 /// In the guest: waits until every hook that can is at the ring, and prints `status`.
-const HANDED_OVER: &str =
+pub const HANDED_OVER: &str =
     "n=0; while [ $n -lt 90 ]; do echo status > /dev/ttyS1; cat /dev/ttyS1 > /tmp/status
     grep -q '^hooks_to_move: 0' /tmp/status && break; sleep 1; n=$((n+1)); done";
 const WORK: &str = "work() { i=0; while [ $i -lt 10 ]; do (:); mkdir -p /tmp/d$1/a; ls -lR /proc/sys > /dev/null; rm -r /tmp/d$1;
     i=$((i+1)); done; }";
+/// Of the module that does the same every time.
+const STEPS: usize = 3000;
 const AUDIT: &str = "echo audit > /dev/ttyS1; cat /dev/ttyS1";
 const STATUS: &str = "echo status > /dev/ttyS1; cat /dev/ttyS1";
 
@@ -131,15 +134,21 @@ pub fn upstream(line: &str) -> Result<()> {
 /// What a leak is known by, whatever the tracer.
 type Leak = (String, u64, Vec<String>);
 
-/// Leaks of the module by what is the same in every run, with how often each is there.
-fn leaks(line: &str, tracer: &str) -> Result<BTreeMap<Leak, usize>> {
+/// What a guest with two modules leaks, by what is the same in every run, with how often each is there; and the events of
+/// one that does the same every time.
+fn seen(line: &str, tracer: &str) -> Result<(BTreeMap<Leak, usize>, Stream)> {
+    let scratch = Scratch::new()?;
+    let events = scratch.path("events");
     let mut guest = Guest::new(&kernel(line)?, 2)?;
-    guest.tracer(tracer).file(&module(&kernel(line)?, "leaky")?, "/leaky.ko");
+    guest.tracer(tracer).option("--events", &events);
+    guest.file(&module(&kernel(line)?, "leaky")?, "/leaky.ko");
+    guest.file(&module(&kernel(line)?, "churn")?, "/churn.ko");
     // The module unmaps some: an unknown free where that is not tracked.
     guest.option("--track", "slab,vmalloc,percpu,ioremap");
     let wait = if tracer == "ring" { HANDED_OVER } else { "sleep 1" };
     guest.script(&format!(
         "{wait}
+         insmod /churn.ko pairs=0 steps={STEPS}; rmmod churn
          insmod /leaky.ko case=all; sleep 3; rmmod leaky; sleep 2
          {AUDIT}; {STATUS}"
     ))?;
@@ -152,18 +161,22 @@ fn leaks(line: &str, tracer: &str) -> Result<BTreeMap<Leak, usize>> {
     for leak in report["leaks"].as_array().context("no leaks")? {
         let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
         let frames = leak["backtrace"].as_array().context("no backtrace")?;
-        // Whom an interrupt came upon is another matter in every run.
-        let own = frames.iter().take_while(|f| !text(&f["symbol"]).starts_with("asm_sysvec_"));
+        // Whom an interrupt came upon is another matter in every run, and who does its late work.
+        let is_other = |name: &str| name.starts_with("asm_sysvec_") || name == "handle_softirqs";
+        let own = frames.iter().take_while(|f| !is_other(&text(&f["symbol"])));
         let frames = own.map(|f| format!("{}+{}", text(&f["symbol"]), f["offset"])).collect();
         let key = (text(&leak["kind"]), leak["size"].as_u64().context("no size")?, frames);
         *leaks.entry(key).or_insert(0) += 1;
     }
-    Ok(leaks)
+    Ok((leaks, events::of_task(&events, "churn/0")?))
 }
 
-/// The same leaks, each with the same frames, as by traps.
+/// The same events, in the same order, and the same leaks, each with the same frames, as by traps.
 pub fn as_by_traps(line: &str) -> Result<()> {
-    let (traps, ring) = (leaks(line, "breakpoint")?, leaks(line, "ring")?);
+    let ((traps, trapped), (ring, written)) = (seen(line, "breakpoint")?, seen(line, "ring")?);
+    ensure!(trapped.len() > STEPS, "only {} events", trapped.len());
+    events::same(&trapped, &written)?;
+    println!("{line}: {} events of one task by both", trapped.len());
     ensure!(traps.len() >= 10, "only {} kinds of leaks", traps.len());
     let only = |these: &BTreeMap<Leak, usize>, those: &BTreeMap<Leak, usize>| {
         let other = these.iter().filter(|(leak, count)| those.get(leak) != Some(count));

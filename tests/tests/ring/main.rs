@@ -1,7 +1,11 @@
 //! The ring tracer: its stubs, one by one, and guests that are traced by it.
 
 #[cfg(target_arch = "x86_64")]
+mod events;
+#[cfg(target_arch = "x86_64")]
 mod guests;
+#[cfg(target_arch = "x86_64")]
+mod inside;
 #[cfg(target_arch = "x86_64")]
 mod processor;
 #[cfg(target_arch = "x86_64")]

@@ -11,6 +11,7 @@ use introspect::hooks::{
 };
 use introspect::kernel::Kernel;
 use introspect::memory::Va;
+use introspect::unwind::Detours;
 use std::collections::BTreeMap;
 
 const COUNT: u64 = 16;
@@ -125,19 +126,30 @@ fn processor((rsp, rax, _): Case, taken: u64, around: &Surroundings) -> Processo
     processor
 }
 
-/// Runs code from `start` until it leaves it; where to.
-fn leave(
-    processor: &mut Processor,
-    code: &[u8],
-    start: u64,
-    mut trap: impl FnMut(&mut Processor),
-) -> Result<u64> {
-    let mut ip = start;
+/// Instructions of the kernel, one after the other, each with the stack pointer before it.
+type Path = Vec<(Va, u64)>;
+
+fn pass(path: &mut Path, place: Va, rsp: u64) {
+    if path.last() != Some(&(place, rsp)) {
+        path.push((place, rsp));
+    }
+}
+
+/// Runs a stub until it leaves it: what whoever looks in between takes that for, and at its end where it goes on.
+fn leave(processor: &mut Processor, stub: &Stub, mut trap: impl FnMut(&mut Processor)) -> Result<Path> {
+    let (start, code) = (stub.start.0, &stub.code);
+    let mut detours = Detours::default();
+    detours.add(&stub.detours, stub.start + code.len() as u64);
+    let (mut ip, mut path) = (start, Path::new());
     for _ in 0..1000 {
         let offset = ip.wrapping_sub(start) as usize;
+        let rsp = processor.get(Register::RSP)?;
         if offset >= code.len() {
-            return Ok(ip);
+            pass(&mut path, Va(ip), rsp);
+            return Ok(path);
         }
+        let detour = detours.find(Va(ip)).with_context(|| format!("no detour at {offset:#x}"))?;
+        pass(&mut path, detour.to, rsp + detour.pushed);
         let i = Decoder::with_ip(64, &code[offset..], ip, DecoderOptions::NONE).decode();
         ensure!(!i.is_invalid(), "no instruction at {offset:#x}");
         ip = match processor.step(&i).with_context(|| format!("at {offset:#x}: {:?}", i.mnemonic()))? {
@@ -153,16 +165,18 @@ fn leave(
 }
 
 /// The same without the stub: `displaced`, one after the other.
-fn straight(processor: &mut Processor, displaced: &[Instruction]) -> Result<u64> {
-    let mut ip = 0;
+fn straight(processor: &mut Processor, displaced: &[Instruction]) -> Result<Path> {
+    let (mut ip, mut path) = (0, Path::new());
     for i in displaced {
+        pass(&mut path, Va(i.ip()), processor.get(Register::RSP)?);
         ip = match processor.step(i)? {
             Next::On => i.next_ip(),
             Next::To(target) => target,
             Next::Trap => bail!("a trap is displaced"),
         };
     }
-    Ok(ip)
+    pass(&mut path, Va(ip), processor.get(Register::RSP)?);
+    Ok(path)
 }
 
 /// What a record says, at `position`.
@@ -186,9 +200,9 @@ fn check(
     let rsp = case.0;
     let before = processor(case, 3, around);
     let (mut by_stub, mut by_code) = (before.clone(), before.clone());
-    let left = leave(&mut by_stub, &stub.code, stub.start.0, |_| unreachable!("there is room"))?;
+    let left = leave(&mut by_stub, stub, |_| unreachable!("there is room"))?;
     let goes_on = straight(&mut by_code, displaced)?;
-    ensure!(left == goes_on, "the stub goes on at {left:#x}, the code at {goes_on:#x}");
+    ensure!(left == goes_on, "the stub goes by {left:x?}, the code by {goes_on:x?}");
     ensure!(by_stub.registers == by_code.registers, "registers: {:x?}", by_stub.registers);
     ensure!(by_stub.flags == by_code.flags, "flags {:#x}, not {:#x}", by_stub.flags, by_code.flags);
     let is_ring = |at: &u64| (TRACER_RING.0..TRACER_RING.0 + SLOTS + COUNT * SLOT_LEN as u64).contains(at);
@@ -258,14 +272,15 @@ fn check_full(stub: &Stub, displaced: &[Instruction], around: &Surroundings) -> 
     let before = processor(CASES[1], COUNT + 2, around);
     let (mut by_stub, mut by_code) = (before.clone(), before);
     let mut asked = 0;
-    leave(&mut by_stub, &stub.code, stub.start.0, |processor| {
+    let left = leave(&mut by_stub, stub, |processor| {
         asked += 1;
         assert_eq!(processor.get(Register::RAX).unwrap(), COUNT + 2);
         // At first in vain, as when it was woken for nothing.
         let limit = if asked == 1 { COUNT + 2 } else { COUNT + 3 };
         processor.memory.insert(TRACER_RING.0 + record::LIMIT, limit);
     })?;
-    straight(&mut by_code, displaced)?;
+    let goes_on = straight(&mut by_code, displaced)?;
+    ensure!(left == goes_on, "the stub goes by {left:x?}, the code by {goes_on:x?}");
     ensure!(asked == 2, "asked {asked} times for a slot");
     ensure!((by_stub.registers, by_stub.flags) == (by_code.registers, by_code.flags), "registers");
     ensure!(record_at(&by_stub, COUNT + 2).word(record::SEQUENCE) == COUNT + 3, "not written down");

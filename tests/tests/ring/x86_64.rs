@@ -1,6 +1,6 @@
 //! x86-64 has the ring.
 
-use crate::{guests, stubs};
+use crate::{guests, inside, stubs};
 use libtest_mimic::Trial;
 use tests::{kernel, long_test, test};
 
@@ -28,6 +28,7 @@ pub fn trials() -> Vec<Trial> {
             trials.push(long(clean(line, cpus, words)));
         }
         trials.push(long_test(format!("floods_{line}"), move || guests::floods(line, 1)));
+        trials.push(long_test(format!("inside_{line}"), move || inside::backtraces(line)));
         trials.push(long_test(format!("audits_{line}"), move || guests::audits(line, 2)));
         trials.push(long_test(format!("upstream_{line}"), move || guests::upstream(line)));
     }

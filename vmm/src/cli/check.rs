@@ -51,6 +51,9 @@ pub fn check(options: &RunOptions) -> anyhow::Result<()> {
         directory(dir, "module directory", "check --module-dir")?;
     }
     reports(&options.reports)?;
+    if let Some(events) = &options.events {
+        output_file(events, "events", "check --events")?;
+    }
     if let Some(snapshot) = &options.snapshot_on_leak {
         saved::check_place(snapshot).with_context(|| {
             Failure::usage(format!("Cannot save to {}", snapshot.display())).hint("check --snapshot-on-leak")
@@ -329,6 +332,7 @@ mod tests {
                 .contains("Cannot write report")
         );
         assert!(refusal(&["--kernel", &kernel, "--report-dir", &kernel]).contains("report directory"));
+        assert!(refusal(&["--kernel", &kernel, "--events", &dir]).contains("Cannot write events"));
         assert!(checked(&["--kernel", &kernel, "--initrd", &kernel, "--exec", "x"]).is_ok());
         assert!(checked(&["--kernel", &kernel, "--report", "-", "--report", &missing]).is_ok());
         assert!(!Path::new(&missing).exists(), "checking must create nothing");

@@ -247,6 +247,10 @@ pub struct RunOptions {
     #[arg(long, value_name = "N", requires = "report_dir", help_heading = "Results")]
     pub report_number: Option<u32>,
 
+    /// Write every allocation and free to a file, a line of JSON each, up to 64 MiB
+    #[arg(long, value_name = "FILE", help_heading = "Results")]
+    pub events: Option<PathBuf>,
+
     /// Save the machine, for kleak-vmm analyze, at the first scan that finds leaks
     #[arg(long, value_name = "FILE", help_heading = "Results")]
     pub snapshot_on_leak: Option<PathBuf>,

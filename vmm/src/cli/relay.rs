@@ -32,6 +32,7 @@ impl RunOptions {
             ("--types", &self.types, Input),
             ("--profile", &self.profile, Input),
             ("--report-dir", &self.report_dir, Output),
+            ("--events", &self.events, Output),
             ("--snapshot-on-leak", &self.snapshot_on_leak, Output),
             ("--control", &self.control, Output),
         ];

@@ -53,7 +53,7 @@ const FULL: &str = "--kernel k --initrd i --module a.ko,x=1 --module b.ko --modu
                 --mem 1G --cpus 4 --paging 5 --types t --profile p --suppressions s1 --suppressions s2 --tracer breakpoint --trap pio \
                 --kaslr off --scan-period 0 --min-age 5 --stack off --typed off --sort allocation --control s --report r \
                 --scan-at-exit no --fail-on-leak --timeout 9 --scan-on oom,exit \
-                --report-dir rd --report-number 7 --disk d,ro --disk e --snapshot-on-leak f --clear-after-scan --notice-on-console --lab never -vv";
+                --report-dir rd --report-number 7 --disk d,ro --disk e --snapshot-on-leak f --events ev --clear-after-scan --notice-on-console --lab never -vv";
 
 #[test]
 fn every_option_is_taken() {
@@ -94,6 +94,7 @@ fn options_survive_being_written_out() {
         "--disk=/ro/d,ro ",
         "--disk=/rw/e ",
         "--snapshot-on-leak=/out/f ",
+        "--events=/out/ev ",
     ] {
         assert!(line.contains(expected), "{expected} in {line}");
     }

@@ -1,7 +1,6 @@
 //! The console's accounting: the guest's memory by cache, by site, by zone, read at a pause.
 
 use super::readings::Readings;
-use super::reporting::resolve;
 use super::{Detector, Parts, Work};
 use crate::console::{Account, Answer, TopBy, When};
 use anyhow::{Context, Result, bail};
@@ -59,7 +58,7 @@ impl Detector {
     fn calls(&self, cache: Option<Va>) -> Result<Vec<Calls>> {
         let now = self.parts.linux.jiffies(self.ram()).context("Cannot read the guest's clock")?;
         let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let symbolize = |va, at| resolve(&self.parts.linux, &modules, va, at);
+        let symbolize = |va, at| self.parts.linux.resolve(&modules, va, at);
         // Names take their time, and a CPU that allocates waits for the registry.
         let groups = calls::by_backtrace(&self.parts.recorder.state().registry, cache, now);
         Ok(calls::named(groups, &symbolize))
@@ -101,7 +100,7 @@ impl Detector {
     /// Sites by the bytes that would be out of reach without their objects.
     fn retained_table(&self) -> Result<Table> {
         self.look(|input| {
-            let symbolize = |va, at| resolve(input.linux, input.modules, va, at);
+            let symbolize = |va, at| input.linux.resolve(input.modules, va, at);
             let mut sites: FxHashMap<StackId, Rc<str>> = FxHashMap::default();
             let site = |object: &Object| {
                 let named = sites.entry(object.stack).or_insert_with(|| {
@@ -128,7 +127,7 @@ impl Detector {
         let cache_names: FxHashMap<Va, String> = caches.into_iter().map(|c| (c.va, c.name)).collect();
         let Parts { linux, recorder, .. } = &self.parts;
         let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let symbolize = |va, at| resolve(linux, &modules, va, at);
+        let symbolize = |va, at| linux.resolve(&modules, va, at);
         let function = |va| symbolize(va, u64::MAX).map_or_else(|| va.to_string(), |at| at.name.to_owned());
         let names = growth::Names {
             site: &|stack| {

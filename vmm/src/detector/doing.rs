@@ -1,7 +1,6 @@
 //! What the machine is doing: tasks, backtraces, registers.
 
 use super::Detector;
-use super::reporting::resolve;
 use crate::console::Answer;
 use anyhow::{Context, Result, bail};
 use introspect::accounting::processes;
@@ -98,7 +97,7 @@ impl Detector {
 
     /// A frame of a backtrace taken at event `at`, as reports have it.
     pub(super) fn frame(&self, ip: Va, at: u64, modules: &ModuleMap) -> Value {
-        let resolved = resolve(&self.parts.linux, modules, ip, at);
+        let resolved = self.parts.linux.resolve(modules, ip, at);
         let ip = format!("{:#x}", ip.0);
         match resolved {
             Some(r) => {

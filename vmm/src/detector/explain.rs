@@ -1,7 +1,6 @@
 //! The console's commands that explain a scan: what is known of an object, why it is reachable, and what the roots contribute.
 
 use super::Detector;
-use super::reporting::resolve;
 use crate::console::Answer;
 use crate::machine::FrozenRam;
 use anyhow::{Context, Result};
@@ -31,7 +30,7 @@ impl Detector {
     pub(super) fn possible_now(&self) -> Result<Answer> {
         self.look(|input| {
             let found = possible::possible(input).context("Cannot look at all references")?;
-            let symbolize = |va, at| resolve(input.linux, input.modules, va, at);
+            let symbolize = |va, at| input.linux.resolve(input.modules, va, at);
             let mut table = possible::table(&found, &|object| {
                 calls::site(input.registry.stacks.get(object.stack), object.sequence, &symbolize)
             });
@@ -104,7 +103,7 @@ impl Detector {
     pub(super) fn counts_of(&self, cache: &str) -> Result<Answer> {
         self.look(|input| {
             let found = refs::of_cache(input, &self.parts.rules.counts, cache)?;
-            let symbolize = |va, at| resolve(input.linux, input.modules, va, at);
+            let symbolize = |va, at| input.linux.resolve(input.modules, va, at);
             let mut table = found.table(&|counted| {
                 let frames = input.registry.stacks.get(counted.object.stack);
                 calls::site(frames, counted.object.sequence, &symbolize)

@@ -147,8 +147,7 @@ pub struct Detector {
 impl Detector {
     /// A detector for a machine whose traps are planted.
     pub fn new(parts: Parts, options: ScanOptions, period: u64) -> Self {
-        let stubs = parts.traps.ring().map(|ring| ring.code());
-        let allocator = Allocator::new(&parts.linux, &parts.plan, stubs);
+        let allocator = Allocator::new(&parts.linux, &parts.plan);
         let types = CacheTypes::new(&parts.rules);
         let work = Work {
             options,

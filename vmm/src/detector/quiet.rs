@@ -9,7 +9,7 @@ use introspect::arch::CpuState;
 use introspect::hooks::{Plan, code_of};
 use introspect::linux::Linux;
 use introspect::memory::{PhysicalMemory, Va};
-use introspect::unwind::{End, SleepingFrame, Start};
+use introspect::unwind::{SleepingFrame, Start};
 use rustc_hash::FxHashSet;
 use std::ops::Range;
 use std::sync::PoisonError;
@@ -23,9 +23,6 @@ const BEHIND: [&str; 5] = [
     "free_to_partial_list",
     "kmem_cache_free_bulk",
 ];
-
-/// Goes for the tracer's code in the guest; no function is called so.
-const STUBS: &str = "";
 
 /// Most bytes of a CPU's own stack (IRQ_STACK_SIZE); behind it is nothing, or what does no harm.
 const CPU_STACK: u64 = 0x4000;
@@ -50,15 +47,14 @@ impl Standing {
 }
 
 impl Allocator {
-    /// The functions of `plan` and those behind them, and the tracer's own code in the guest.
-    pub fn new(linux: &Linux, plan: &Plan, stubs: Option<Range<Va>>) -> Self {
+    /// The functions of `plan` and those behind them.
+    pub fn new(linux: &Linux, plan: &Plan) -> Self {
         let symbols = &linux.kernel.symbols;
         let names = plan.traps.iter().map(|t| t.function.as_str()).chain(BEHIND);
         let slide = linux.placement.slide;
         let code = names
             .flat_map(|name| code_of(&linux.kernel, name).into_iter().map(|code| (name.to_owned(), code)))
             .map(|(name, code)| (name, code.start + slide..code.end + slide))
-            .chain(stubs.map(|stubs| (STUBS.to_owned(), stubs)))
             .collect();
         let sleeping = linux.kernel.types.as_ref().and_then(|t| SleepingFrame::recover(t, symbols));
         Self { code, sleeping }
@@ -125,13 +121,8 @@ impl Allocator {
         for start in &starts {
             let mut stack = [Va(0); DEPTH];
             let trace = unwinder.unwind(&*modules, start, &mut read, &mut stack);
-            // Whoever was interrupted in a stub, which no stack table knows, is where the trace ends.
-            let last = match trace.end {
-                End::NotCode(ip) => Some(ip),
-                _ => None,
-            };
-            let stack = stack[..trace.len].iter().chain(&last);
-            let inside = self.code.iter().filter(|(_, code)| stack.clone().any(|ip| code.contains(ip)));
+            let stack = &stack[..trace.len];
+            let inside = self.code.iter().filter(|(_, code)| stack.iter().any(|ip| code.contains(ip)));
             busy.extend(inside.map(|(name, _)| name.as_str()));
         }
         Ok(busy)

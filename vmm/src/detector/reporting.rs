@@ -8,7 +8,6 @@ use introspect::memory::{PhysicalMemory, Va};
 use introspect::registry::{Paint, Registry};
 use introspect::report::{GuestInfo, HostInfo, Report, ReportInput};
 use introspect::scan::{Leak, ScanResult};
-use introspect::symbols::Resolved;
 use serde_json::Value;
 use std::sync::PoisonError;
 
@@ -68,7 +67,7 @@ impl Detector {
         modules: &ModuleMap,
     ) -> Report {
         let parts = &self.parts;
-        let symbolize = |va, at| resolve(&parts.linux, modules, va, at);
+        let symbolize = |va, at| parts.linux.resolve(modules, va, at);
         Report::new(ReportInput {
             guest: self.guest_info(),
             host: HostInfo {
@@ -113,13 +112,12 @@ impl Detector {
 
     /// `name+0xOFF/0xSIZE [module]` of a code address, as it is now.
     pub fn name(&self, va: Va) -> Option<String> {
-        let modules = self.parts.recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
-        resolve(&self.parts.linux, &modules, va, u64::MAX).map(|r| r.to_string())
+        self.parts.recorder.name(va)
     }
 
     /// A frame of a backtrace taken at event `at`.
     pub(super) fn symbolise(&self, va: Va, at: u64, modules: &ModuleMap) -> String {
-        let name = resolve(&self.parts.linux, modules, va, at).map(|r| r.to_string());
+        let name = self.parts.linux.resolve(modules, va, at).map(|r| r.to_string());
         format!("[<{:016x}>] {}", va.0, name.unwrap_or_else(|| va.to_string()))
     }
 
@@ -157,13 +155,4 @@ pub(super) fn still_there(registry: &Registry, leak: &Leak) -> bool {
     registry
         .get(leak.object.address)
         .is_some_and(|now| now.sequence == leak.object.sequence && now.paint == Paint::Normal)
-}
-
-pub(super) fn resolve<'a>(
-    linux: &'a introspect::linux::Linux,
-    modules: &'a ModuleMap,
-    va: Va,
-    at: u64,
-) -> Option<Resolved<'a>> {
-    linux.kernel.symbols.resolve(va - linux.placement.slide).or_else(|| modules.resolve(va, at))
 }

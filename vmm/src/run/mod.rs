@@ -20,7 +20,7 @@ use crate::gdb::{self, Listener};
 use crate::lab::{self, Decision};
 use crate::machine::{Config, FiveLevels, Machine, TrapInstruction, Traps};
 use crate::probe::{self, Depth, Probe};
-use crate::tracer::{Recorder, breakpoint::Breakpoints, ring::HAS_RING, ring::Ring};
+use crate::tracer::{EventLog, Recorder, breakpoint::Breakpoints, ring::HAS_RING, ring::Ring};
 use anyhow::{Context, Result};
 use introspect::hooks::{Plan, plan};
 use introspect::kernel::Kernel;
@@ -134,7 +134,8 @@ fn track(
     instruction: TrapInstruction,
     rule_files: RuleFiles,
 ) -> Result<Tracked> {
-    let recorder = Arc::new(Recorder::new(Arc::clone(linux), machine.ram().clone())?);
+    let recorder = Recorder::new(Arc::clone(linux), machine.ram().clone())?;
+    let recorder = Arc::new(recorder.with_log(event_log(options)?));
     say_placement(options, machine, instruction);
     let plan = match options.tracer {
         TracerChoice::Off => Plan::default(),
@@ -189,6 +190,14 @@ fn track(
     }
     let planted = Arc::clone(&traps);
     Ok(Tracked { detector, planted, traps: tracing.then(|| Traps { instruction, handler: traps }) })
+}
+
+fn event_log(options: &RunOptions) -> Result<Option<EventLog>> {
+    let create = |path: &Path| {
+        let failure = || Failure::usage(format!("Cannot write events {}", path.display()));
+        EventLog::create(path).with_context(|| failure().hint("check --events"))
+    };
+    options.events.as_deref().map(create).transpose()
 }
 
 fn wants_ring(options: &RunOptions) -> bool {
@@ -329,6 +338,7 @@ impl Session {
         self.console.start_input(self.machine.serial(0).clone(), self.commands.clone())?;
         let timeout = options.timeout_s.map(Duration::from_secs);
         let outcome = watch::until_end(&self.machine, &self.detector, options, timeout);
+        self.detector.parts().recorder.flush_log();
         // The terminal is the user's again before anything is said.
         drop(self.console);
         drop(control);

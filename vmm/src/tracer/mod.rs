@@ -8,6 +8,7 @@
 mod aarch64;
 pub mod breakpoint;
 mod handover;
+mod log;
 mod recorder;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
@@ -15,6 +16,7 @@ mod x86_64;
 #[cfg(target_arch = "aarch64")]
 pub use aarch64::ring;
 pub use handover::RingStatus;
+pub use log::EventLog;
 pub use recorder::{Moment, Recorder, State};
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::ring;

@@ -4,6 +4,7 @@
 //! made, both under one lock while the vCPU waits. So when one vCPU frees an object and another gets the same memory,
 //! the registry sees them in the guest's order without any lock in the guest.
 
+use super::log::{EventLog, Writing};
 use crate::machine::GuestRam;
 use anyhow::Result;
 use guest_profiles::hooks::Role;
@@ -13,9 +14,10 @@ use introspect::hooks::record::Record;
 use introspect::linux::vmalloc::VM_MAP;
 use introspect::linux::{Linux, ModuleMap, PagePlaces, pages, percpu};
 use introspect::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
-use introspect::registry::{AllocEvent, Kind, MAX_DEVICE, MAX_FRAMES, Paint, Registry};
+use introspect::registry::{AllocEvent, Kind, MAX_DEVICE, MAX_FRAMES, Object, Paint, Registry};
 use introspect::unwind::{Start, Text, Unwinder};
 use rustc_hash::FxHashMap;
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -60,6 +62,13 @@ impl State {
         Self { registry, freed_by, ..Self::default() }
     }
 
+    /// Records a free, and by whom; returns what it was.
+    fn free(&mut self, address: Va, caller: Va) -> Option<Object> {
+        let object = self.registry.free(address)?;
+        self.freed_by.note(object.stack, caller);
+        Some(object)
+    }
+
     /// Forgets all objects and all calls under way.
     pub fn reset(&mut self) {
         self.registry.clear();
@@ -76,6 +85,7 @@ pub struct Recorder {
     pub modules: RwLock<ModuleMap>,
     state: Mutex<State>,
     enabled: AtomicBool,
+    log: Option<EventLog>,
     /// The page allocator's bulk call takes a list, too, as before 6.14.
     bulk_list: bool,
 }
@@ -96,8 +106,27 @@ impl Recorder {
             modules: RwLock::default(),
             state: Mutex::default(),
             enabled: AtomicBool::new(true),
+            log: None,
             bulk_list: parameters.is_none_or(|parameters| parameters.len() > 5),
         })
+    }
+
+    /// The same that writes its events down, too.
+    pub fn with_log(self, log: Option<EventLog>) -> Self {
+        Self { log, ..self }
+    }
+
+    /// The turn to write an event down, if that is wanted: taken before the registry changes, so that its order is the
+    /// log's. Modules are locked before the state elsewhere: here, one after the other.
+    fn turn(&self) -> Option<MutexGuard<'_, Writing<File>>> {
+        self.log.as_ref().map(EventLog::turn)
+    }
+
+    /// Has everything in the log's file that was written so far.
+    pub fn flush_log(&self) {
+        if let Some(mut log) = self.turn() {
+            log.flush();
+        }
     }
 
     /// Unwinds stacks of this guest.
@@ -214,6 +243,28 @@ impl Recorder {
         state.pending.insert(registers.sp().0, value);
     }
 
+    /// Records an allocation that is one, as the registry says.
+    fn alloc(&self, event: &AllocEvent<'_>, is_one: impl FnOnce(&Registry) -> bool) {
+        let turn = self.turn();
+        {
+            let registry = &mut self.state().registry;
+            if !is_one(registry) {
+                return;
+            }
+            registry.alloc(event);
+        }
+        if let Some(mut log) = turn {
+            let cache = (event.kind == Kind::Slab).then(|| self.linux.cache(&self.ram, event.cache).ok());
+            log.alloc(event, cache.flatten().map(|cache| cache.name), |ip| self.name(ip));
+        }
+    }
+
+    /// `name+0xOFF/0xSIZE [module]` of a code address, as it is now.
+    pub fn name(&self, va: Va) -> Option<String> {
+        let modules = self.modules.read().unwrap_or_else(PoisonError::into_inner);
+        self.linux.resolve(&modules, va, u64::MAX).map(|resolved| resolved.to_string())
+    }
+
     fn slab_alloc(&self, role: Role, registers: &Registers, moment: Moment<'_>) {
         let address = Va(registers.result());
         let cache = match moment {
@@ -223,7 +274,7 @@ impl Recorder {
         match cache {
             Ok(Some((cache, size))) => {
                 let origin = self.origin(registers, moment);
-                self.state().registry.alloc(&origin.event(address, size, Kind::Slab, cache));
+                self.alloc(&origin.event(address, size, Kind::Slab, cache), |_| true);
             }
             // Larger than the largest cache: the hook of large allocations has it already.
             Ok(None) if role == Role::Kmalloc => {}
@@ -251,7 +302,7 @@ impl Recorder {
             let object = self.linux.read_u64(&self.ram, array + index * 8);
             match object.map(Va).and_then(|object| Ok((object, self.cache_now(object)?))) {
                 Ok((object, Some((cache, size)))) => {
-                    self.state().registry.alloc(&origin.event(object, size, Kind::Slab, cache));
+                    self.alloc(&origin.event(object, size, Kind::Slab, cache), |_| true);
                 }
                 Ok((_, None)) | Err(_) => self.lost(),
             }
@@ -270,7 +321,7 @@ impl Recorder {
         let inside = if is_device { registers.result() % PAGE_SIZE } else { 0 };
         let Some((kind, size)) = block_of(role, size.saturating_add(inside), ram) else { return self.lost() };
         let origin = self.origin(registers, moment);
-        self.state().registry.alloc(&origin.event(Va(registers.result() - inside), size, kind, Va(0)));
+        self.alloc(&origin.event(Va(registers.result() - inside), size, kind, Va(0)), |_| true);
     }
 
     /// Records blocks of pages by their `struct page`s. `only_new`: those that are live already stay as they are.
@@ -283,10 +334,8 @@ impl Recorder {
                 self.lost();
                 continue;
             };
-            let registry = &mut self.state().registry;
-            if !only_new || registry.block_with(address).is_none() {
-                registry.alloc(&origin.event(address, size, Kind::Page, Va(0)));
-            }
+            let is_new = |registry: &Registry| !only_new || registry.block_with(address).is_none();
+            self.alloc(&origin.event(address, size, Kind::Page, Va(0)), is_new);
         }
     }
 
@@ -298,7 +347,13 @@ impl Recorder {
         for (page, order) in blocks {
             let block = block_size(order).and_then(|size| Some((places.block(page, size)?, size)));
             match block {
-                Some((address, size)) => self.state().registry.free_pages(address, size),
+                Some((address, size)) => {
+                    let turn = self.turn();
+                    self.state().registry.free_pages(address, size);
+                    if let Some(mut log) = turn {
+                        log.free_pages(address, size);
+                    }
+                }
                 None => self.lost(),
             }
         }
@@ -317,10 +372,10 @@ impl Recorder {
     /// `caller` is asked for real objects only: NULL is freed often.
     fn free(&self, address: u64, caller: impl FnOnce() -> Va) {
         if is_object(address) {
-            let caller = caller();
-            let state = &mut *self.state();
-            if let Some(object) = state.registry.free(Va(address)) {
-                state.freed_by.note(object.stack, caller);
+            let (caller, turn) = (caller(), self.turn());
+            let object = self.state().free(Va(address), caller);
+            if let Some(mut log) = turn {
+                log.free(Va(address), object.as_ref(), self.name(caller));
             }
         }
     }
@@ -338,18 +393,26 @@ impl Recorder {
     /// NULL; later it is always the object. Offsets are below 4096 (include/linux/rcupdate.h), so the value tells.
     fn rcu_free(&self, head: u64, x: u64) {
         let object = if x < 4096 { head.wrapping_sub(x) } else { x };
+        let turn = self.turn();
         self.state().registry.paint(Va(object), Paint::Black);
+        if let Some(mut log) = turn {
+            log.other("free_later", Va(object));
+        }
     }
 
     /// What kernel and modules tell their own kmemleak of an object. Of what is not tracked it does not matter.
     fn annotated(&self, role: Role, object: Va, size: u64) {
+        let turn = self.turn();
         let registry = &mut self.state().registry;
-        match role {
-            Role::Ignore => registry.paint(object, Paint::Black),
-            Role::NoScan => registry.set_no_scan(object),
-            Role::ScanArea => registry.add_scan_area(object, size),
-            _ => registry.paint(object, Paint::Gray),
+        let (event, _) = match role {
+            Role::Ignore => ("ignore", registry.paint(object, Paint::Black)),
+            Role::NoScan => ("no_scan", registry.set_no_scan(object)),
+            Role::ScanArea => ("scan_area", registry.add_scan_area(object, size)),
+            _ => ("not_leak", registry.paint(object, Paint::Gray)),
         };
+        if let Some(mut log) = turn {
+            log.other(event, object);
+        }
     }
 
     fn module_loaded(&self, va: Va) {
@@ -357,6 +420,9 @@ impl Recorder {
             Ok(module) => {
                 let now = self.state().registry.sequence();
                 self.modules.write().unwrap_or_else(PoisonError::into_inner).load(module, now);
+                if let Some(mut log) = self.turn() {
+                    log.names_change();
+                }
             }
             Err(_) => self.lost(),
         }

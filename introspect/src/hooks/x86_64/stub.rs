@@ -5,12 +5,14 @@
 
 use super::record as slot;
 use crate::memory::{PAGE_SHIFT, PAGE_SIZE, Va};
+use crate::unwind::Detour;
 use anyhow::{Context, ensure};
 use iced_x86::code_asm::{
     AsmMemoryOperand, CodeAssembler, byte_ptr, dword_ptr, eax, ecx, edi, edx, ptr, qword_ptr, r8, r8d, r9,
     rax, rbp, rcx, rdi, rdx, rsi, rsp,
 };
 use iced_x86::{BlockEncoderOptions, IcedError, Instruction};
+use std::iter;
 
 /// What stubs read of where an event happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +106,8 @@ pub struct Stub {
     pub code: Vec<u8>,
     /// Address of the trap in it. A trap there leaves the position that has no free slot in `rax`.
     pub trap: Va,
+    /// What each of its instructions stands for.
+    pub detours: Vec<Detour>,
 }
 
 impl Writer {
@@ -119,8 +123,8 @@ impl Writer {
         start: Va,
     ) -> anyhow::Result<Stub> {
         ensure!(self.slots.is_power_of_two() && self.slots < 1 << 21, "A ring of {} slots", self.slots);
-        let (code, trap) = self.assemble(hook, point, displaced, start).context("Cannot assemble a stub")?;
-        Ok(Stub { start, code, trap: Va(trap) })
+        ensure!(!displaced.is_empty(), "A stub in the place of nothing");
+        self.assemble(hook, point, displaced, start).context("Cannot assemble a stub")
     }
 
     fn assemble(
@@ -129,7 +133,7 @@ impl Writer {
         point: Point,
         displaced: &[Instruction],
         start: Va,
-    ) -> Result<(Vec<u8>, u64), IcedError> {
+    ) -> anyhow::Result<Stub> {
         let mut a = CodeAssembler::new(64)?;
         let is_return = point == Point::Return;
         let (mut again, mut full) = (a.create_label(), a.create_label());
@@ -182,11 +186,14 @@ impl Writer {
             a.pop(register)?;
         }
         a.popfq()?;
+        let own = a.instructions().len();
+        let mut places: Vec<Va> = displaced.iter().map(|instruction| Va(instruction.ip())).collect();
         for &instruction in displaced {
             a.add_instruction(instruction)?;
         }
         if let Point::Entry(resume) = point {
             a.jmp(resume.0)?;
+            places.push(resume);
         }
         a.set_label(&mut full)?;
         a.db(&self.trap)?;
@@ -194,8 +201,12 @@ impl Writer {
 
         let options = BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
         let result = a.assemble_options(start.0, options)?;
-        let trap = result.label_ip(&full)?;
-        Ok((result.inner.code_buffer, trap))
+        let trap = Va(result.label_ip(&full)?);
+        let offsets = &result.inner.new_instruction_offsets;
+        ensure!(!offsets.contains(&u32::MAX), "Something is out of reach");
+        let addresses = offsets.iter().map(|&offset| start + u64::from(offset));
+        let detours = detours(addresses, &a.instructions()[..own], &places, pushed as u64);
+        Ok(Stub { start, code: result.inner.code_buffer, trap, detours })
     }
 
     /// Time, and who runs. Leaves the task in rsi.
@@ -318,6 +329,30 @@ impl Writer {
         a.rep().movsq()?;
         a.set_label(&mut done)
     }
+}
+
+/// What the instructions at `addresses` stand for: first the stub's `own`, then those that stand for others at `places`, and
+/// at last those that wait for a free slot, with `pushed` bytes on the stack.
+fn detours(
+    addresses: impl Iterator<Item = Va>,
+    own: &[Instruction],
+    places: &[Va],
+    pushed: u64,
+) -> Vec<Detour> {
+    let first = places[0];
+    let own = depths(own).map(|pushed| (first, pushed));
+    let displaced = places.iter().map(|&place| (place, 0));
+    let all = own.chain(displaced).chain(iter::repeat((first, pushed)));
+    let mut detours: Vec<Detour> =
+        addresses.zip(all).map(|(from, (to, pushed))| Detour { from, to, pushed }).collect();
+    detours.dedup_by_key(|detour| (detour.to, detour.pushed));
+    detours
+}
+
+/// Bytes that are on the stack before each of these instructions, which run one after the other.
+fn depths(instructions: &[Instruction]) -> impl Iterator<Item = u64> {
+    let pushes = instructions.iter().map(|instruction| -i64::from(instruction.stack_pointer_increment()));
+    pushes.scan(0_u64, |depth, push| Some(std::mem::replace(depth, depth.wrapping_add_signed(push))))
 }
 
 /// An address into rdi.

@@ -3,22 +3,25 @@
 //! Each function keeps `[saved rbp][return address]` where rbp points. Entry code marks where it saved
 //! registers by an odd rbp (ENCODE_FRAME_POINTER): `struct pt_regs` one byte below.
 
-use super::Start;
 use super::walk::{end_at_user_code, pt_regs};
+use super::{Start, in_kernel};
 use crate::memory::Va;
-use crate::unwind::{End, MAX_STACKS, StackFrame, Unwinder, word};
+use crate::unwind::{End, MAX_STACKS, ModuleTables, StackFrame, Unwinder, word};
 
 impl Unwinder<'_> {
     pub(super) fn walk_frame_pointers(
         &self,
+        modules: &impl ModuleTables,
         start: &Start,
         mut read: impl FnMut(Va) -> Option<u64>,
         mut visit: impl FnMut(StackFrame) -> bool,
     ) -> End {
+        let (ip, sp) = in_kernel(modules, start.ip, start.sp);
+        let start = &Start { ip, sp, ..*start };
         if !visit(StackFrame { ip: start.ip, sp: start.sp, exact: start.exact }) {
             return End::Full;
         }
-        match self.follow(start, &mut read, &mut visit) {
+        match self.follow(modules, start, &mut read, &mut visit) {
             Ok(()) => End::Full,
             Err(end) => end,
         }
@@ -27,6 +30,7 @@ impl Unwinder<'_> {
     /// Ok when the output is full.
     fn follow(
         &self,
+        modules: &impl ModuleTables,
         start: &Start,
         read: &mut impl FnMut(Va) -> Option<u64>,
         visit: &mut impl FnMut(StackFrame) -> bool,
@@ -47,6 +51,7 @@ impl Unwinder<'_> {
                 let regs = bp - 1;
                 end_at_user_code(word(read, regs + pt_regs::CS)?)?;
                 let (ip, sp) = (Va(word(read, regs + pt_regs::IP)?), Va(word(read, regs + pt_regs::SP)?));
+                let (ip, sp) = in_kernel(modules, ip, sp);
                 (StackFrame { ip, sp, exact: true }, Va(word(read, regs + pt_regs::BP)?))
             } else {
                 let ip = Va(word(read, bp + 8)?);

@@ -69,6 +69,12 @@ impl Start {
     }
 }
 
+/// Where the kernel would be, and its stack pointer, if it had not been led elsewhere.
+#[inline]
+fn in_kernel(modules: &impl ModuleTables, ip: Va, sp: Va) -> (Va, Va) {
+    modules.detour(ip).map_or((ip, sp), |detour| (detour.to, sp + detour.pushed))
+}
+
 impl Unwinder<'_> {
     #[inline]
     pub(super) fn walk(
@@ -80,7 +86,7 @@ impl Unwinder<'_> {
     ) -> End {
         match self.orc {
             Some(orc) => self.walk_tables(orc, modules, start, read_word, visit),
-            None => self.walk_frame_pointers(start, read_word, visit),
+            None => self.walk_frame_pointers(modules, start, read_word, visit),
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::linux::tasks::Task;
 use crate::symbols::{Symbol, SymbolTable, encoder};
 use crate::types::Btf;
 use crate::types::synthetic::Builder;
-use crate::unwind::{MAX_STACKS, Text, Trace};
+use crate::unwind::{Detour, Detours, MAX_STACKS, Text, Trace};
 use proptest::prelude::*;
 use std::collections::HashMap;
 
@@ -278,6 +278,63 @@ fn modules_bring_their_tables_and_generated_code_a_frame_pointer() {
     assert_eq!(out[..4], [Va(code(LEAF)), Va(module + 0x20), Va(generated), Va(code(BOTTOM))]);
     assert!(orc.from_module(Va(ip_va), &ips, &entries[..5]).is_none());
     assert!(orc.from_module(Va(ip_va), &[], &[]).is_none());
+}
+
+/// Code elsewhere that stands for two instructions of [`LEAF`]: before and behind a push of its own, and the second one.
+fn detours() -> Detours {
+    let detour = |from, to, pushed| Detour { from: Va(ELSEWHERE + from), to: Va(code(to)), pushed };
+    let mut detours = Detours::default();
+    let all = [detour(0, LEAF, 0), detour(1, LEAF, 8), detour(4, LEAF + 5, 0)];
+    detours.add(&all, Va(ELSEWHERE + 8));
+    detours
+}
+
+const ELSEWHERE: u64 = 0xffff_ffff_4000_0000;
+
+struct Elsewhere(Detours);
+
+impl ModuleTables for Elsewhere {
+    fn table(&self, _ip: Va) -> Option<&OrcTable> {
+        None
+    }
+
+    fn detour(&self, ip: Va) -> Option<&Detour> {
+        self.0.find(ip)
+    }
+}
+
+#[test]
+fn whoever_is_on_a_detour_is_where_the_kernel_would_be() {
+    let orc = with_special((5, 0), (0, 0), REGISTERS | SIGNAL);
+    let elsewhere = Elsewhere(detours());
+    for unwinder in [Unwinder::new(Some(&orc), text(), SLIDE), Unwinder::new(None, text(), SLIDE)] {
+        for (from, to, pushed) in [(0, LEAF, 0), (1, LEAF, 8), (3, LEAF, 8), (4, LEAF + 5, 0)] {
+            // At the start, and in what an interrupt saved.
+            let mut memory = HashMap::from([(STACK + pushed, code(BOTTOM)), (STACK + 0x80, 0)]);
+            let read = |memory: &HashMap<u64, u64>, va: Va| memory.get(&va.0).copied();
+            let mut out = [Va(0); 4];
+            let running = Start { ip: Va(ELSEWHERE + from), ..start(0) };
+            unwinder.unwind(&elsewhere, &running, |va| read(&memory, va), &mut out);
+            assert_eq!(out[..2], [Va(code(to)), Va(code(BOTTOM))], "{from}");
+
+            memory.extend(
+                saved(0x100, ELSEWHERE + from, 0x200, 0, KERNEL_CS).iter().map(|&(at, w)| (STACK + at, w)),
+            );
+            memory.insert(STACK + 0x200 + pushed, code(BOTTOM));
+            let interrupt = Start { sp: Va(STACK + 0x100), bp: Va(STACK + 0x101), ..start(SPECIAL) };
+            let mut frames = Vec::new();
+            unwinder.visit(
+                &elsewhere,
+                &interrupt,
+                |va| read(&memory, va),
+                |frame| {
+                    frames.push((frame.ip, frame.sp));
+                    frames.len() < 2
+                },
+            );
+            assert_eq!(frames[1], (Va(code(to)), Va(STACK + 0x200 + pushed)), "{from}");
+        }
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! One frame after the other by ORC entries (arch/x86/kernel/unwind_orc.c, unwind_next_frame).
 
 use super::format::{Base, Entry, Frame};
-use super::{MODULE_SPACE, OrcTable, Scratch, Start};
+use super::{MODULE_SPACE, OrcTable, Scratch, Start, in_kernel};
 use crate::memory::Va;
 use crate::unwind::{End, MAX_STACKS, ModuleTables, StackFrame, Unwinder, word};
 
@@ -54,6 +54,7 @@ impl Unwinder<'_> {
     ) -> End {
         let &Start { ip, sp, bp, scratch, exact } = start;
         let source = scratch.map_or(Source::Nowhere, Source::Live);
+        let (ip, sp) = in_kernel(modules, ip, sp);
         let mut at = Position { ip, sp, bp, exact, source, descents: 0 };
         while visit(StackFrame { ip: at.ip, sp: at.sp, exact: at.exact }) {
             let called = if at.exact { at.ip } else { at.ip - 1 };
@@ -65,6 +66,7 @@ impl Unwinder<'_> {
             if let Err(end) = at.step(&entry, &mut read) {
                 return end;
             }
+            (at.ip, at.sp) = in_kernel(modules, at.ip, at.sp);
             if !self.is_code(at.ip, at.exact) {
                 return End::NotCode(at.ip);
             }

@@ -7,7 +7,6 @@ use introspect::arch::Registers;
 use introspect::hooks::{JUMP_LEN, Jump, Plan};
 use introspect::linux::Linux;
 use introspect::memory::Va;
-use std::ops::Range;
 use std::sync::Arc;
 
 /// False: there is none.
@@ -29,11 +28,6 @@ impl Ring {
         _instruction: TrapInstruction,
     ) -> Result<Self> {
         bail!("It is for x86-64 only")
-    }
-
-    /// Where stubs are.
-    pub fn code(&self) -> Range<Va> {
-        match *self {}
     }
 
     /// Maps the ring and the stubs in the guest.

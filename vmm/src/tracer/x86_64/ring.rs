@@ -13,7 +13,6 @@ use introspect::hooks::{Instruction, JUMP_LEN, Jump, Plan, Stub, StubPoint, Writ
 use introspect::linux::Linux;
 use introspect::memory::Va;
 use rustc_hash::FxHashSet;
-use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -97,11 +96,6 @@ impl Ring {
         })
     }
 
-    /// Where stubs are: whoever stands there is at an allocator's hook.
-    pub fn code(&self) -> Range<Va> {
-        TRACER_CODE..TRACER_CODE + CODE_LEN as u64
-    }
-
     /// Maps the ring and the stubs in the kernel's page tables, by one entry each: a table of ours would lead the guest's own
     /// walks out of its memory.
     ///
@@ -153,6 +147,8 @@ impl Ring {
         self.code.write(written.len, &stub.code);
         written.len = (written.len + stub.code.len()).next_multiple_of(STUB_ALIGN);
         self.requests.write().unwrap_or_else(PoisonError::into_inner).insert(stub.trap.0);
+        let mut modules = self.recorder.modules.write().unwrap_or_else(PoisonError::into_inner);
+        modules.detours.add(&stub.detours, stub.start + stub.code.len() as u64);
         Ok(stub)
     }
 
