@@ -8,7 +8,8 @@ use crate::tracer::Recorder;
 use introspect::arch::CpuState;
 use introspect::hooks::{Plan, code_of};
 use introspect::linux::Linux;
-use introspect::memory::{PhysicalMemory, Va};
+use introspect::linux::tasks::Task;
+use introspect::memory::{MemoryError, PhysicalMemory, Va};
 use introspect::unwind::{SleepingFrame, Start};
 use rustc_hash::FxHashSet;
 use std::ops::Range;
@@ -112,7 +113,8 @@ impl Allocator {
             cpus.iter().filter(|c| c.online && !c.user_mode).map(|c| Start::running(&c.registers)).collect();
         if let Some(frame) = &self.sleeping {
             let tasks = linux.tasks(memory)?;
-            let asleep = tasks.iter().filter(|t| !t.on_cpu && t.stack != Va(0));
+            let running = running(linux, memory, &tasks, cpus)?;
+            let asleep = tasks.iter().filter(|task| task.stack != Va(0) && !running.contains(&task.va));
             starts.extend(asleep.filter_map(|t| frame.start(t, linux.placement.slide, &mut read)));
         }
         let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
@@ -127,4 +129,27 @@ impl Allocator {
         }
         Ok(busy)
     }
+}
+
+/// The tasks whose registers are those of vCPUs. Halfway from one task to another both are `on_cpu`, and the CPU's own word for
+/// its task is that of the first, when the stack is the other's already.
+fn running(
+    linux: &Linux,
+    memory: &impl PhysicalMemory,
+    tasks: &[Task],
+    cpus: &[CpuState],
+) -> Result<FxHashSet<Va>, MemoryError> {
+    let online = cpus.iter().filter(|cpu| cpu.online);
+    online
+        .map(|cpu| {
+            let is_on_stack = |task: &&Task| {
+                let stack = task.stack..task.stack + task.stack_size;
+                !cpu.user_mode && stack.contains(&cpu.registers.sp())
+            };
+            tasks
+                .iter()
+                .find(is_on_stack)
+                .map_or_else(|| linux.current(memory, cpu.index), |task| Ok(task.va))
+        })
+        .collect()
 }
