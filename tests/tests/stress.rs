@@ -199,7 +199,11 @@ fn bustle(line: &str, seconds: u64) -> Result<()> {
 
 fn audit(client: &mut Client) -> Result<()> {
     let reply = client.ask("audit")?;
-    ensure!(reply.contains("missing 0, stale 0"), "{reply}");
+    if !reply.contains("missing 0, stale 0") {
+        // Whether it lasts, and who was where.
+        let (again, who) = (client.ask("audit")?, client.ask("status")?);
+        bail!("{reply}\nthen {again}\n{who}");
+    }
     Ok(())
 }
 

@@ -123,7 +123,12 @@ impl Allocator {
         for start in &starts {
             let mut stack = [Va(0); DEPTH];
             let trace = unwinder.unwind(&*modules, start, &mut read, &mut stack);
-            let stack = &stack[..trace.len];
+            let mut stack = stack[..trace.len].to_vec();
+            if !trace.end.is_whole() {
+                // What the frames do not say: any word may be a return address.
+                let words = (start.sp.0 & !7..).step_by(8).take((CPU_STACK / 8) as usize);
+                stack.extend(words.map_while(|at| read(Va(at)).map(Va)));
+            }
             let inside = self.code.iter().filter(|(_, code)| stack.iter().any(|ip| code.contains(ip)));
             busy.extend(inside.map(|(name, _)| name.as_str()));
         }
