@@ -35,6 +35,7 @@ mod exception_stacks;
 mod graph;
 pub mod guest;
 pub mod index;
+mod layout;
 pub mod mark;
 mod memo;
 mod pages;
