@@ -71,7 +71,7 @@ impl Descriptor {
 /// The slot, or [`NO_SLOT`]: without a branch, which the processor would guess badly.
 #[inline(always)]
 fn slot_if(is: bool, slot: u32) -> u32 {
-    slot | u32::from(!is) * NO_SLOT
+    slot | (u32::from(!is) * NO_SLOT)
 }
 
 /// A page in which objects are, for who reads it from its start to its end.
