@@ -251,7 +251,10 @@ impl<'a> Sweep<'a> {
             // The processor reads ahead by itself, but not over the end of a page.
             ahead.get(number).into_iter().for_each(prefetch);
             let (words, address) = (load(line), page + piece.at + (number * LINE) as u64);
-            *taken = self.take(lanes, heap, group, address, &words, windows.bits(lanes, &words));
+            let bits = windows.bits(lanes, &words);
+            if bits != 0 || lanes.are_wide() {
+                *taken = self.take(lanes, heap, group, address, &words, bits);
+            }
         }
     }
 

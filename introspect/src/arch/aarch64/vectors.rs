@@ -31,6 +31,12 @@ impl Lanes {
     #[cfg(test)]
     pub const PLAIN: Self = Self(());
 
+    /// All of these are made of instructions, which cost less than a branch around them.
+    #[inline(always)]
+    pub fn are_wide(self) -> bool {
+        false
+    }
+
     /// A bit for each of the words that lies in one of the ranges; None where no instruction of this processor is made for
     /// that.
     #[inline(always)]

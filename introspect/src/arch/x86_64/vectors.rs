@@ -39,6 +39,12 @@ impl Lanes {
     #[cfg(test)]
     pub const PLAIN: Self = Self { eight: false };
 
+    /// All of these are made of instructions, which cost less than a branch around them.
+    #[inline(always)]
+    pub fn are_wide(self) -> bool {
+        self.eight
+    }
+
     /// A bit for each of the words that lies in one of the ranges; None where no instruction of this processor is made for
     /// that.
     #[inline(always)]
