@@ -56,7 +56,7 @@ fn saved_machine() -> Result<()> {
     }
 }
 
-fn save_filled(kernel: &images::KernelPackage, file: &Path) -> Result<()> {
+fn save_filled(kernel: &KernelPackage, file: &Path) -> Result<()> {
     let mut guest = Guest::new(kernel, 1)?;
     guest.option("--mem", "2G").option("--scan-at-exit", "no").timeout(3000).script(FILLING)?;
     let mut session = guest.start()?;

@@ -83,19 +83,16 @@ impl Allocator {
         let mut read = linux.word_reader(memory);
         let is_code = |at: &Va| self.code.iter().any(|(_, code)| code.contains(at));
         let mut found: FxHashSet<Va> = cpus.iter().map(|cpu| cpu.registers.ip()).filter(is_code).collect();
-        let mut look = |start: Va, end: Va| {
-            let words = (start.0..end.0).step_by(8).map_while(|at| read(Va(at)).map(Va));
-            found.extend(words.filter(is_code));
-        };
+        let mut look = |start: Va, end: Va| found.extend(words(start..end, &mut read).filter(is_code));
         for cpu in cpus.iter().filter(|cpu| cpu.online && !cpu.user_mode) {
             let sp = cpu.registers.sp();
-            look(Va(sp.0 & !7), sp + CPU_STACK);
+            look(sp, sp + CPU_STACK);
         }
         for task in linux.tasks(memory)?.iter().filter(|task| task.stack != Va(0)) {
             let end = task.stack + task.stack_size;
             // Of a running task nobody knows how much is in use.
             let start = if task.on_cpu { task.stack } else { task.saved_sp.max(task.stack) };
-            look(Va(start.0 & !7), end);
+            look(start, end);
         }
         Ok(Standing(found))
     }
@@ -123,17 +120,21 @@ impl Allocator {
         for start in &starts {
             let mut stack = [Va(0); DEPTH];
             let trace = unwinder.unwind(&*modules, start, &mut read, &mut stack);
-            let mut stack = stack[..trace.len].to_vec();
-            if !trace.end.is_whole() {
-                // What the frames do not say: any word may be a return address.
-                let words = (start.sp.0 & !7..).step_by(8).take((CPU_STACK / 8) as usize);
-                stack.extend(words.map_while(|at| read(Va(at)).map(Va)));
+            // Of what the frames do not say any word may be a return address.
+            let unknown = if trace.end.is_whole() { 0 } else { CPU_STACK };
+            let rest = words(start.sp..start.sp + unknown, &mut read);
+            for ip in stack[..trace.len].iter().copied().chain(rest) {
+                let inside = self.code.iter().filter(|(_, code)| code.contains(&ip));
+                busy.extend(inside.map(|(name, _)| name.as_str()));
             }
-            let inside = self.code.iter().filter(|(_, code)| stack.iter().any(|ip| code.contains(ip)));
-            busy.extend(inside.map(|(name, _)| name.as_str()));
         }
         Ok(busy)
     }
+}
+
+/// The words of a part of a stack, the one that it begins in included and the one that it ends in not, up to what cannot be read.
+fn words(part: Range<Va>, mut read: impl FnMut(Va) -> Option<u64>) -> impl Iterator<Item = Va> {
+    (part.start.0 & !7..part.end.0 & !7).step_by(8).map_while(move |at| read(Va(at)).map(Va))
 }
 
 /// The tasks whose registers are those of vCPUs. Halfway from one task to another both are `on_cpu`, and the CPU's own word for
