@@ -19,6 +19,8 @@ fn main() -> ExitCode {
         in_vmx("storm_6.1-cloud", |exits| storm("6.1-cloud", exits)),
         long_test("bustle_6.1-cloud", || bustle("6.1-cloud", 40)),
         long_test("bustle_6.12-cloud", || bustle("6.12-cloud", 40)),
+        long_test("modules_that_come_and_go_6.1-cloud", || modules("6.1-cloud")),
+        long_test("modules_that_come_and_go_6.12-cloud", || modules("6.12-cloud")),
         long_test("ten_minutes_of_bustle_6.1-cloud", || bustle("6.1-cloud", 600)),
         long_test("ten_minutes_of_bustle_6.12-cloud", || bustle("6.12-cloud", 600)),
     ])
@@ -188,6 +190,43 @@ fn bustle(line: &str, seconds: u64) -> Result<()> {
         bail!("reported under load, and not lost, {told}: {leak:#}\nThe guest said of it: {told_of:#?}");
     }
     compare(&mut client, &lost).with_context(|| told.clone())?;
+    audit(&mut client)?;
+    end(&mut client)?;
+    drop(client);
+    session.type_line("go")?;
+    let finished = session.finish()?;
+    finished.expect_code(0)?;
+    no_kernel_complaint(&finished.stdout)
+}
+
+/// What a module holds is held while it comes and while it goes: also where its memory was another's that is still loaded, and
+/// needed it for its initialisation only.
+fn modules(line: &str) -> Result<()> {
+    const SCANS: usize = 60;
+    let kernel = kernel(line)?;
+    let mut guest = Guest::new(&kernel, 2)?;
+    guest.option("--min-age", "0");
+    for name in ["clean", "growing"] {
+        guest.file(&module(&kernel, name)?, &format!("/{name}.ko"));
+    }
+    guest.script(
+        "echo BEGUN
+         while [ ! -e /enough ]; do
+             insmod /growing.ko && insmod /clean.ko linger=300 && rmmod clean && rmmod growing ||
+                 { echo MODULES FAILED; exit 1; }
+         done & (read -r go; echo > /enough); wait; echo ENDED; read -r go",
+    )?;
+    let mut session = guest.start()?;
+    session.wait_for("\nBEGUN", RUN_TIMEOUT)?;
+    let mut client = Client::of(&guest)?;
+    for number in 0..SCANS {
+        client.ask("scan")?;
+        let found = reports(&mut client)?;
+        ensure!(found.is_empty(), "scan {number}: {found:#?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    session.type_line("go")?;
+    session.wait_for("\nENDED", RUN_TIMEOUT)?;
     audit(&mut client)?;
     end(&mut client)?;
     drop(client);

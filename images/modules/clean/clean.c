@@ -6,10 +6,12 @@
  * rmmod frees everything.
  *
  *	insmod clean.ko rounds=1000	(how often to allocate and free everything at load)
+ *	insmod clean.ko linger=500	(how many milliseconds to stay half loaded: before its initialisation begins)
  */
 
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/delay.h>
 #include <linux/hashtable.h>
 #include <linux/list.h>
 #include <linux/module.h>
@@ -23,6 +25,20 @@
 static unsigned int rounds = 10;
 module_param(rounds, uint, 0);
 MODULE_PARM_DESC(rounds, "how often to allocate and free everything at load");
+
+static int linger_set(const char *text, const struct kernel_param *param)
+{
+	unsigned int milliseconds;
+	int error = kstrtouint(text, 0, &milliseconds);
+
+	if (!error)
+		msleep(milliseconds);
+	return error;
+}
+
+static const struct kernel_param_ops linger_ops = { .set = linger_set };
+module_param_cb(linger, &linger_ops, NULL, 0);
+MODULE_PARM_DESC(linger, "milliseconds to stay half loaded");
 
 /**
  * struct clean_item - found by list, by hash and by tree

@@ -168,7 +168,7 @@ static const struct kernel_param_ops growing_hold_ops = { .set = growing_hold };
 module_param_cb(hold, &growing_hold_ops, NULL, 0200);
 MODULE_PARM_DESC(hold, "path whose directory entry is held eight times and forgotten");
 
-static int growing_init(void)
+static int __init growing_init(void)
 {
 	growing_cache = kmem_cache_create_usercopy("growing-entry", sizeof(struct growing_entry), 0, 0, 0,
 						   sizeof(struct growing_entry), NULL);

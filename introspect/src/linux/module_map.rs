@@ -78,6 +78,12 @@ impl ModuleMap {
         })
     }
 
+    /// Where the blocks of memory begin that the modules loaded now have. Those of initialisation are left out: they are freed,
+    /// and another module's may begin there.
+    pub fn blocks(&self) -> impl Iterator<Item = u64> {
+        self.live().flat_map(|m| &m.regions).filter(|r| !r.init).map(|r| r.range.start)
+    }
+
     /// Names an address as of event order number `at`; module code mapped at that time wins, else the last known.
     pub fn resolve(&self, va: Va, at: u64) -> Option<Resolved<'_>> {
         let then = |e: &&Loaded| e.since <= at && e.until.is_none_or(|until| at <= until);
@@ -149,6 +155,18 @@ mod tests {
         map.load(module("m", 0x10, 0x1000..0x2000, 0x1100), 1);
         assert_eq!(map.resolve(Va(0x1080), 1), None);
         assert_eq!(map.resolve(Va(0x2000), 1), None);
+    }
+
+    #[test]
+    fn memory_of_initialisation_is_another_modules_afterwards() {
+        let mut map = ModuleMap::default();
+        let mut loaded = module("m", 0x10, 0x1000..0x2000, 0x1100);
+        let init = Region { range: 0x3000..0x4000, text: false, data: true, init: true };
+        loaded.regions.push(init.clone());
+        loaded.regions.push(Region { range: 0x5000..0x6000, init: false, ..init });
+        map.load(loaded, 1);
+        assert_eq!(map.blocks().collect::<Vec<_>>(), [0x1000, 0x5000]);
+        assert_eq!(map.data().map(|(_, range)| range).collect::<Vec<_>>(), [0x5000..0x6000]);
     }
 
     #[test]

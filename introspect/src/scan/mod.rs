@@ -16,8 +16,9 @@
 //! - Objects younger than the minimum age are not reported, and are read: what is reached from them only, like a
 //!   structure still being built, is not reported before they are old enough themselves. (kmemleak does not
 //!   read them, and reports such older objects.)
-//! - Kernel stacks are read from the stack pointer up, as roots; the vmalloc blocks they lie in are black. Module
-//!   memory is black, too, and its writable data are roots.
+//! - Kernel stacks are read from the stack pointer up, as roots; the vmalloc blocks they lie in are black. The memory of a
+//!   loaded module is black, too, and its writable data are roots. What it has while it comes or goes, and for its
+//!   initialisation, are objects like others.
 //! - A per-CPU allocation is one object whose address is the cookie that `alloc_percpu` returned. A word refers to it
 //!   when it lies in the cookie's bytes, flags in the cookie's low bits included; the copies of all CPUs are its
 //!   contents. (So does kmemleak from 6.12 on; before, it reads them and never reports them.) Cookies of the first
@@ -336,9 +337,7 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
                 treated.young.extend(blocks());
             }
         }
-        for region in input.modules.live().flat_map(|m| &m.regions) {
-            marker.set_black(region.range.start);
-        }
+        input.modules.blocks().for_each(|start| marker.set_black(start));
         treated
     }
 
