@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use guest_profiles::hooks::{self, Tracked};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Register};
 use introspect::arch::layout::{TRACER_CODE, TRACER_RING};
-use introspect::hooks::record::{self, Record, SLOT_LEN, SLOTS};
+use introspect::hooks::record::{self, Record, SLOT_LEN, SLOTS, Slot};
 use introspect::hooks::{
     Base, IsSlab, Jump, Plan, Planned, Slabs, Stub, StubPoint, Surroundings, Writer, plan,
 };
@@ -13,6 +13,7 @@ use introspect::kernel::Kernel;
 use introspect::memory::Va;
 use introspect::unwind::Detours;
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicU64;
 
 const COUNT: u64 = 16;
 const TASK: u64 = 0xffff_8880_0100_0000;
@@ -179,14 +180,10 @@ fn straight(processor: &mut Processor, displaced: &[Instruction]) -> Result<Path
     Ok(path)
 }
 
-/// What a record says, at `position`.
-fn record_at(processor: &Processor, position: u64) -> Record {
+/// The slot of a position.
+fn slot_of(processor: &Processor, position: u64) -> Slot {
     let at = TRACER_RING.0 + SLOTS + position % COUNT * SLOT_LEN as u64;
-    let mut record = Record([0; SLOT_LEN]);
-    for (k, word) in record.0.chunks_exact_mut(8).enumerate() {
-        word.copy_from_slice(&processor.memory[&(at + 8 * k as u64)].to_le_bytes());
-    }
-    record
+    std::array::from_fn(|k| AtomicU64::new(processor.memory[&(at + 8 * k as u64)]))
 }
 
 /// The stub does what the code does whose place it takes, and besides that fills one slot, its sequence last.
@@ -221,10 +218,11 @@ fn check(
     ensure!(ring[1..].iter().all(inside), "written outside of the slot: {ring:x?}");
     ensure!(ring[1..ring.len() - 1].iter().all(|at| *at != slot), "published early");
     ensure!(by_stub.memory[&TRACER_RING.0] == 4, "the position is not taken");
-    check_record(&record_at(&by_stub, 3), point, &before, case)
+    let is_return = point == StubPoint::Return;
+    check_record(&Record::new(&slot_of(&by_stub, 3), |_| is_return), point, &before, case)
 }
 
-fn check_record(record: &Record, point: StubPoint, before: &Processor, case: Case) -> Result<()> {
+fn check_record(record: &Record<'_>, point: StubPoint, before: &Processor, case: Case) -> Result<()> {
     let (rsp, _, cache) = case;
     ensure!(record.word(record::SEQUENCE) == 4 && record.hook() == HOOK, "head of the record");
     ensure!(record.word(record::RSP) == rsp && record.caller().0 == CALLER, "stack pointer and caller");
@@ -243,7 +241,7 @@ fn check_record(record: &Record, point: StubPoint, before: &Processor, case: Cas
 }
 
 /// The stack from `rsp` on, and the one that was interrupted.
-fn check_stacks(record: &Record, before: &Processor, rsp: u64) -> Result<()> {
+fn check_stacks(record: &Record<'_>, before: &Processor, rsp: u64) -> Result<()> {
     let is_own = (STACK..STACK + STACK_LEN).contains(&rsp);
     let end = if is_own { STACK + STACK_LEN } else { (rsp | 0xfff) + 1 };
     let mut room = record::MAX_WORDS as u64;
@@ -283,7 +281,9 @@ fn check_full(stub: &Stub, displaced: &[Instruction], around: &Surroundings) -> 
     ensure!(left == goes_on, "the stub goes by {left:x?}, the code by {goes_on:x?}");
     ensure!(asked == 2, "asked {asked} times for a slot");
     ensure!((by_stub.registers, by_stub.flags) == (by_code.registers, by_code.flags), "registers");
-    ensure!(record_at(&by_stub, COUNT + 2).word(record::SEQUENCE) == COUNT + 3, "not written down");
+    let slot = slot_of(&by_stub, COUNT + 2);
+    let sequence = Record::new(&slot, |_| false).word(record::SEQUENCE);
+    ensure!(sequence == COUNT + 3, "not written down");
     Ok(())
 }
 

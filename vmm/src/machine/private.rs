@@ -56,14 +56,15 @@ impl PrivatePages {
         unsafe { AtomicU64::from_ptr(self.host.as_ptr().add(offset).cast()) }
     }
 
-    /// Copies from `offset` on, word by word.
+    /// `N` aligned words from `offset` on.
     ///
     /// # Panics
     /// As [`PrivatePages::word`].
-    pub fn read(&self, offset: usize, buf: &mut [u8]) {
-        for (k, bytes) in buf.chunks_exact_mut(8).enumerate() {
-            bytes.copy_from_slice(&self.word(offset + 8 * k).load(Relaxed).to_le_bytes());
-        }
+    pub fn words<const N: usize>(&self, offset: usize) -> &[AtomicU64; N] {
+        let is_inside = offset <= self.len && 8 * N <= self.len - offset;
+        assert!(offset.is_multiple_of(8) && is_inside, "no words at {offset:#x}");
+        // SAFETY: inside the mapping and aligned.
+        unsafe { &*self.host.as_ptr().add(offset).cast::<[AtomicU64; N]>() }
     }
 
     /// Copies to `offset`, byte by byte.

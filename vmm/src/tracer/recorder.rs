@@ -42,7 +42,7 @@ pub enum Moment<'a> {
         cpu: usize,
     },
     /// Later, as a stub wrote it down; the guest has gone on.
-    Past(&'a Record),
+    Past(&'a Record<'a>),
 }
 
 /// What changes with every event.

@@ -4,6 +4,7 @@
 //! that is not below [`LIMIT`], fills the slot of that position and writes position + 1 to [`SEQUENCE`] last of all.
 
 use crate::memory::Va;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Shared word: positions given out so far.
 pub const HEAD: u64 = 0;
@@ -64,18 +65,38 @@ pub const OUTERMOST_WORDS: usize = 4;
 /// Bytes from the first of these to the end of the stack.
 pub const OUTERMOST: u64 = 168 + 8 * OUTERMOST_WORDS as u64;
 
-/// A filled slot.
-#[derive(Debug, Clone, Copy)]
-pub struct Record(pub [u8; SLOT_LEN]);
+/// The words of a slot.
+pub type Slot = [AtomicU64; SLOT_LEN / WORD];
+/// Bytes of one.
+const WORD: usize = size_of::<u64>();
 
-impl Record {
+/// A filled slot, which is read word by word: few of them are ever asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Record<'a> {
+    slot: &'a Slot,
+    /// Words of the stack that were written down, and of the interrupted one.
+    words: (usize, usize),
+}
+
+impl<'a> Record<'a> {
+    /// What a slot says, whatever that is. `has_stack` is asked whether records of a hook have more of the stack than one word.
+    pub fn new(slot: &'a Slot, has_stack: impl FnOnce(u32) -> bool) -> Self {
+        let mut record = Self { slot, words: (1, 0) };
+        if has_stack(record.hook()) {
+            let own = (record.u32(WORDS) as usize).min(MAX_WORDS);
+            record.words = (own, (record.u32(INTERRUPTED_WORDS) as usize).min(MAX_WORDS - own));
+        }
+        record
+    }
+
     fn u32(&self, at: usize) -> u32 {
-        u32::from_le_bytes(self.0[at..at + 4].try_into().expect("4 bytes"))
+        (self.word(at & !(WORD - 1)) >> (8 * (at % WORD))) as u32
     }
 
     /// The word at an offset of this module.
+    #[inline]
     pub fn word(&self, at: usize) -> u64 {
-        u64::from_le_bytes(self.0[at..at + 8].try_into().expect("8 bytes"))
+        u64::from_le(self.slot[at / WORD].load(Ordering::Relaxed))
     }
 
     /// Number of the hook.
@@ -90,7 +111,8 @@ impl Record {
 
     /// `comm` and `pid` of the running task.
     pub fn task(&self) -> ([u8; 16], i32) {
-        (self.0[COMM..COMM + 16].try_into().expect("16 bytes"), self.u32(PID).cast_signed())
+        let comm = u128::from(self.word(COMM + WORD)) << 64 | u128::from(self.word(COMM));
+        (comm.to_le_bytes(), self.u32(PID).cast_signed())
     }
 
     /// `jiffies_64`.
@@ -111,24 +133,19 @@ impl Record {
 
     /// Words of both stacks that were written down.
     pub fn words(&self) -> usize {
-        let (own, interrupted) = self.both_words();
-        own + interrupted
-    }
-
-    fn both_words(&self) -> (usize, usize) {
-        let own = (self.u32(WORDS) as usize).min(MAX_WORDS);
-        (own, (self.u32(INTERRUPTED_WORDS) as usize).min(MAX_WORDS - own))
+        self.words.0 + self.words.1
     }
 
     /// The word of a stack at `va`; None when it was not written down.
+    #[inline]
     pub fn stack(&self, va: Va) -> Option<u64> {
-        let (own, interrupted) = self.both_words();
         let word = |start: usize, words: usize, first: usize| {
             let offset = va.0.wrapping_sub(self.word(start));
             // Below a slot's length, if it is one of the words.
             let is_there = offset.is_multiple_of(8) && offset / 8 < words as u64;
             is_there.then(|| self.word(STACK + 8 * first + offset as usize))
         };
+        let (own, interrupted) = self.words;
         word(RSP, own, 0).or_else(|| word(INTERRUPTED, interrupted, own))
     }
 }
@@ -137,40 +154,61 @@ impl Record {
 mod tests {
     use super::*;
 
+    fn slot(words: &[(usize, u64)]) -> Slot {
+        let slot: Slot = std::array::from_fn(|_| AtomicU64::new(0));
+        words.iter().for_each(|&(at, word)| slot[at / WORD].store(word, Ordering::Relaxed));
+        slot
+    }
+
     #[test]
     fn the_stack_is_read_within_what_was_written_down() {
-        let mut record = Record([0; SLOT_LEN]);
-        let mut put = |at: usize, value: u64| record.0[at..at + 8].copy_from_slice(&value.to_le_bytes());
-        put(RSP, 0xffff_c900_0000_1008);
-        put(WORDS, 2);
-        put(STACK, 0x11);
-        put(STACK + 8, 0x22);
-        put(STACK + 16, 0x33);
-        let read = |offset: u64| record.stack(Va(0xffff_c900_0000_1000 + offset));
-        assert_eq!([8, 16, 24, 0, 12].map(read), [Some(0x11), Some(0x22), None, None, None]);
-        assert_eq!(record.caller(), Va(0x11));
+        let slot = slot(&[
+            (RSP, 0xffff_c900_0000_1008),
+            (WORDS, 2),
+            (STACK, 0x11),
+            (STACK + 8, 0x22),
+            (STACK + 16, 0x33),
+        ]);
+        let read = |has_stack: bool, offset: u64| {
+            Record::new(&slot, |_| has_stack).stack(Va(0xffff_c900_0000_1000 + offset))
+        };
+        assert_eq!([8, 16, 24, 0, 12].map(|at| read(true, at)), [Some(0x11), Some(0x22), None, None, None]);
+        assert_eq!([8, 16].map(|at| read(false, at)), [Some(0x11), None]);
+        assert_eq!(Record::new(&slot, |_| false).caller(), Va(0x11));
     }
 
     #[test]
     fn the_interrupted_stack_is_read_behind_the_other() {
-        let mut record = Record([0; SLOT_LEN]);
-        let mut put = |at: usize, value: u64| record.0[at..at + 8].copy_from_slice(&value.to_le_bytes());
-        put(RSP, 0x1ff8);
-        put(WORDS, 2 << 32 | 1);
-        put(INTERRUPTED, 0x8000);
-        put(STACK, 0x8000);
-        put(STACK + 8, 0x22);
-        put(STACK + 16, 0x33);
-        let read = |va: u64| record.stack(Va(va));
+        let slot = slot(&[
+            (RSP, 0x1ff8),
+            (WORDS, 2 << 32 | 1),
+            (INTERRUPTED, 0x8000),
+            (STACK, 0x8000),
+            (STACK + 8, 0x22),
+            (STACK + 16, 0x33),
+        ]);
+        let read = |va: u64| Record::new(&slot, |_| true).stack(Va(va));
         assert_eq!([0x1ff8, 0x8000, 0x8008].map(read), [Some(0x8000), Some(0x22), Some(0x33)]);
         assert_eq!([0x2000, 0x8010, 0x7ff8].map(read), [None; 3]);
-        assert_eq!(record.words(), 3);
+    }
+
+    #[test]
+    fn halves_of_words_and_names_are_read() {
+        let slot = slot(&[
+            (HOOK, 3 << 32 | 7),
+            (PID, 5 << 32 | 0xffff_ffff),
+            (COMM, u64::from_le_bytes(*b"kworker/")),
+            (COMM + 8, u64::from_le_bytes(*b"0:1\0\0\0\0\0")),
+        ]);
+        let record = Record::new(&slot, |_| false);
+        assert_eq!((record.hook(), record.counts()), (7, (3, 5)));
+        assert_eq!(record.task(), (*b"kworker/0:1\0\0\0\0\0", -1));
     }
 
     #[test]
     fn a_damaged_number_of_words_ends_with_the_slot() {
-        let mut record = Record([0; SLOT_LEN]);
-        record.0[WORDS..WORDS + 8].fill(0xff);
+        let slot = slot(&[(WORDS, u64::MAX)]);
+        let record = Record::new(&slot, |_| true);
         assert_eq!(record.stack(Va(8 * (MAX_WORDS as u64 - 1))), Some(0));
         assert_eq!(record.stack(Va(8 * MAX_WORDS as u64)), None);
         assert_eq!(record.stack(Va(u64::MAX)), None);

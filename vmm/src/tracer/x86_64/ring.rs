@@ -185,7 +185,7 @@ impl Ring {
         }
     }
 
-    fn record(&self, record: &Record) {
+    fn record(&self, record: &Record<'_>) {
         let Some(hook) = self.hooks.get(record.hook() as usize) else {
             // The guest wrote where only stubs should.
             self.recorder.state().registry.counters.dropped += 1;

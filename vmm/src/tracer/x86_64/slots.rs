@@ -63,7 +63,7 @@ impl Slots {
 
     /// Hands every record that was complete when it was called to `take`, once; `has_stack` says of a hook whether its records
     /// have more of the stack than one word.
-    pub fn drain(&self, has_stack: impl Fn(u32) -> bool, mut take: impl FnMut(&Record)) {
+    pub fn drain(&self, has_stack: impl Fn(u32) -> bool, mut take: impl FnMut(&Record<'_>)) {
         let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let Reading { tail, beyond } = &mut *reading;
         // Behind are those that wait for a free slot.
@@ -91,19 +91,11 @@ impl Slots {
     }
 
     /// The record of a position, when it is complete.
-    fn filled(&self, position: u64, has_stack: impl Fn(u32) -> bool) -> Option<Record> {
+    fn filled(&self, position: u64, has_stack: impl Fn(u32) -> bool) -> Option<Record<'_>> {
         let at = SLOTS as usize + (position % self.count) as usize * SLOT_LEN;
-        let sequence = self.pages.word(at + record::SEQUENCE).load(Ordering::Acquire);
-        if sequence != position + 1 {
-            return None;
-        }
-        let mut record = Record([0; SLOT_LEN]);
-        self.pages.read(at, &mut record.0[..record::STACK + 8]);
-        if has_stack(record.hook()) {
-            let end = record::STACK + 8 * record.words();
-            self.pages.read(at + record::STACK, &mut record.0[record::STACK..end]);
-        }
-        Some(record)
+        let slot = self.pages.words(at);
+        let sequence = slot[record::SEQUENCE / 8].load(Ordering::Acquire);
+        (sequence == position + 1).then(|| Record::new(slot, has_stack))
     }
 }
 
