@@ -10,8 +10,9 @@ use introspect::hooks::{Plan, code_of};
 use introspect::linux::Linux;
 use introspect::linux::tasks::Task;
 use introspect::memory::{MemoryError, PhysicalMemory, Va};
-use introspect::unwind::{SleepingFrame, Start};
+use introspect::unwind::{ModuleTables, SleepingFrame, Start};
 use rustc_hash::FxHashSet;
+use std::iter;
 use std::ops::Range;
 use std::sync::PoisonError;
 
@@ -28,8 +29,9 @@ const BEHIND: [&str; 5] = [
 /// Most bytes of a CPU's own stack (IRQ_STACK_SIZE); behind it is nothing, or what does no harm.
 const CPU_STACK: u64 = 0x4000;
 
-/// Frames looked at per stack.
-const DEPTH: usize = 64;
+/// Most frames of a stack that are looked at. An allocator that waits for memory has fifty or more above it, and what
+/// interrupts that comes on top.
+const DEPTH: usize = 1024;
 
 /// The code of the allocator, run-time addresses.
 pub struct Allocator {
@@ -89,10 +91,9 @@ impl Allocator {
             look(sp, sp + CPU_STACK);
         }
         for task in linux.tasks(memory)?.iter().filter(|task| task.stack != Va(0)) {
-            let end = task.stack + task.stack_size;
+            let Range { start, end } = stack_of(task);
             // Of a running task nobody knows how much is in use.
-            let start = if task.on_cpu { task.stack } else { task.saved_sp.max(task.stack) };
-            look(start, end);
+            look(if task.on_cpu { start } else { task.saved_sp.max(start) }, end);
         }
         Ok(Standing(found))
     }
@@ -105,31 +106,70 @@ impl Allocator {
         recorder: &Recorder,
         cpus: &[CpuState],
     ) -> anyhow::Result<FxHashSet<&str>> {
+        let chains = self.chains(linux, memory, cpus)?;
         let mut read = linux.word_reader(memory);
-        let mut starts: Vec<Start> =
-            cpus.iter().filter(|c| c.online && !c.user_mode).map(|c| Start::running(&c.registers)).collect();
-        if let Some(frame) = &self.sleeping {
-            let tasks = linux.tasks(memory)?;
-            let running = running(linux, memory, &tasks, cpus)?;
-            let asleep = tasks.iter().filter(|task| task.stack != Va(0) && !running.contains(&task.va));
-            starts.extend(asleep.filter_map(|t| frame.start(t, linux.placement.slide, &mut read)));
-        }
         let modules = recorder.modules.read().unwrap_or_else(PoisonError::into_inner);
         let unwinder = recorder.unwinder();
         let mut busy = FxHashSet::default();
-        for start in &starts {
-            let mut stack = [Va(0); DEPTH];
-            let trace = unwinder.unwind(&*modules, start, &mut read, &mut stack);
+        let mut note = |ip: Va| {
+            let inside = self.code.iter().filter(|(_, code)| code.contains(&ip));
+            busy.extend(inside.map(|(name, _)| name.as_str()));
+        };
+        for Chain { start, parts } in chains {
+            let mut left = DEPTH;
+            let end = unwinder.visit(&*modules, &start, &mut read, |frame| {
+                note(frame.ip);
+                left -= 1;
+                left > 0
+            });
             // Of what the frames do not say any word may be a return address.
-            let unknown = if trace.end.is_whole() { 0 } else { CPU_STACK };
-            let rest = words(start.sp..start.sp + unknown, &mut read);
-            for ip in stack[..trace.len].iter().copied().chain(rest) {
-                let inside = self.code.iter().filter(|(_, code)| code.contains(&ip));
-                busy.extend(inside.map(|(name, _)| name.as_str()));
+            for part in parts.into_iter().filter(|_| !end.is_whole()) {
+                words(part, &mut read).for_each(|ip| note(modules.detour(ip).map_or(ip, |detour| detour.to)));
             }
         }
         Ok(busy)
     }
+
+    /// Everybody's callers: those of the vCPUs that run kernel code, and of all tasks that none of them runs.
+    fn chains(
+        &self,
+        linux: &Linux,
+        memory: &impl PhysicalMemory,
+        cpus: &[CpuState],
+    ) -> anyhow::Result<Vec<Chain>> {
+        let tasks = linux.tasks(memory)?;
+        let mut read = linux.word_reader(memory);
+        let running = running(linux, memory, &tasks, cpus)?;
+        let in_kernel = running.iter().filter(|(cpu, _)| !cpu.user_mode);
+        let mut chains: Vec<Chain> = in_kernel
+            .map(|(cpu, task)| {
+                let sp = cpu.registers.sp();
+                // Below a stack of the CPU's own is the task's that was interrupted.
+                let task = tasks.iter().find(|candidate| candidate.va == *task);
+                let task = task.map(stack_of).filter(|stack| !stack.contains(&sp));
+                let parts = iter::once(sp..sp + CPU_STACK).chain(task).collect();
+                Chain { start: Start::running(&cpu.registers), parts }
+            })
+            .collect();
+        if let Some(frame) = &self.sleeping {
+            let asleep = tasks.iter().filter(|task| running.iter().all(|(_, running)| *running != task.va));
+            let starts = asleep
+                .filter(|task| task.stack != Va(0))
+                .filter_map(|task| frame.start(task, linux.placement.slide, &mut read));
+            chains.extend(starts.map(|start| Chain { parts: vec![start.sp..start.sp + CPU_STACK], start }));
+        }
+        Ok(chains)
+    }
+}
+
+/// Where somebody stands, and the stacks on which their callers are.
+struct Chain {
+    start: Start,
+    parts: Vec<Range<Va>>,
+}
+
+fn stack_of(task: &Task) -> Range<Va> {
+    task.stack..task.stack + task.stack_size
 }
 
 /// The words of a part of a stack, the one that it begins in included and the one that it ends in not, up to what cannot be read.
@@ -137,25 +177,23 @@ fn words(part: Range<Va>, mut read: impl FnMut(Va) -> Option<u64>) -> impl Itera
     (part.start.0 & !7..part.end.0 & !7).step_by(8).map_while(move |at| read(Va(at)).map(Va))
 }
 
-/// The tasks whose registers are those of vCPUs. Halfway from one task to another both are `on_cpu`, and the CPU's own word for
-/// its task is that of the first, when the stack is the other's already.
-fn running(
+/// The vCPUs and the tasks whose registers are theirs. Halfway from one task to another both are `on_cpu`, and the CPU's own
+/// word for its task is that of the first, when the stack is the other's already.
+fn running<'c>(
     linux: &Linux,
     memory: &impl PhysicalMemory,
     tasks: &[Task],
-    cpus: &[CpuState],
-) -> Result<FxHashSet<Va>, MemoryError> {
+    cpus: &'c [CpuState],
+) -> Result<Vec<(&'c CpuState, Va)>, MemoryError> {
     let online = cpus.iter().filter(|cpu| cpu.online);
     online
         .map(|cpu| {
-            let is_on_stack = |task: &&Task| {
-                let stack = task.stack..task.stack + task.stack_size;
-                !cpu.user_mode && stack.contains(&cpu.registers.sp())
+            let is_on_stack = |task: &&Task| !cpu.user_mode && stack_of(task).contains(&cpu.registers.sp());
+            let task = match tasks.iter().find(is_on_stack) {
+                Some(task) => task.va,
+                None => linux.current(memory, cpu.index)?,
             };
-            tasks
-                .iter()
-                .find(is_on_stack)
-                .map_or_else(|| linux.current(memory, cpu.index), |task| Ok(task.va))
+            Ok((cpu, task))
         })
         .collect()
 }
