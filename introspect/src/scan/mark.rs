@@ -134,7 +134,7 @@ pub struct Marker<'a, C, W = ()> {
     shared_from: usize,
     /// Bytes read so far.
     pub bytes: u64,
-    /// Words that were looked up: those that lie where objects are. Without those of an object to itself.
+    /// Words that were looked up: those that lie where objects are. Without those of empty lists.
     pub candidates: u64,
     /// Those of them that refer to an object.
     pub references: u64,

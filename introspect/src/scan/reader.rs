@@ -4,10 +4,10 @@
 use super::edges::Edges;
 use super::index::{Block, Hit, Index, NO_SLOT};
 use super::mark::{Contents, Special, Witness};
-use super::memo::{Found, Fresh, Remembered};
+use super::memo::{Found, Fresh, Piece, Remembered};
 use super::typed::Shape;
-use super::words::{GROUP, candidates, groups, keep};
-use crate::arch::{Lanes, widest};
+use super::words::{GROUP, candidates, groups, inside, keep};
+use crate::arch::{Lanes, Wide, widest};
 use crate::memory::PAGE_SIZE;
 use rustc_hash::FxHashMap;
 use std::ops::Range;
@@ -31,6 +31,8 @@ const STAGE: usize = 64;
 const FAR: usize = 16;
 /// See [`FAR`].
 const NEAR: usize = 8;
+/// So many bytes ahead of those that are read memory is asked for.
+const AHEAD: usize = 1024;
 /// What stands for an object's slot where a word was read outside of objects.
 const OUTSIDE: u32 = u32::MAX;
 
@@ -158,14 +160,8 @@ impl<'a, C: Contents> Heap<'a, C> {
         self.shape_of(slot).filter(|_| is_typed)
     }
 
-    /// Whether the word at an offset in the object in a slot, which is [`TYPED`] and not special, can hold a pointer.
     #[inline(always)]
-    pub fn holds(&self, slot: u32, offset: u64) -> bool {
-        self.shape_of(slot).is_none_or(|shape| shape.holds(offset))
-    }
-
-    #[inline(always)]
-    fn shape_of(&self, slot: u32) -> Option<&'a Shape> {
+    pub fn shape_of(&self, slot: u32) -> Option<&'a Shape> {
         let shapes = self.shapes;
         shapes.get(usize::from(*self.shape_of.get(slot as usize)?)).map(|shape| &**shape)
     }
@@ -289,17 +285,18 @@ impl Reader {
             return self.recall(heap, witness, remembered, bytes, (source, own));
         }
         self.bytes += bytes.len() as u64;
+        let own = Wide::new(own.0, own.1);
         widest(
             #[inline(always)]
             |lanes| {
                 groups(
                     lanes,
-                    bytes,
+                    (bytes, bytes.get(AHEAD..).unwrap_or_default()),
                     heap.index.windows(),
-                    own,
                     #[inline(always)]
                     |_, words, bits| {
-                        if self.stage.take(lanes, words, bits, source) {
+                        let others = !inside(lanes, words, std::slice::from_ref(&own));
+                        if self.stage.take(lanes, words, bits & others, source) {
                             self.resolve_all(heap, witness);
                         }
                     },
@@ -322,7 +319,7 @@ impl Reader {
         while !rest.is_empty() {
             let at = remembered.offset(rest);
             let (piece, others) = rest.split_at(rest.len().min(PAGE_SIZE as usize - at));
-            let (fresh, part) = (&mut self.fresh, (at as u64, piece));
+            let (fresh, part) = (&mut self.fresh, Piece { at: at as u64, bytes: piece, ahead: &[] });
             let read = widest(
                 #[inline(always)]
                 |lanes| found.look(lanes, windows, Some(remembered), fresh, part),
