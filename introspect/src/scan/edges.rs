@@ -3,13 +3,14 @@
 //! masks ([`Layout`]) instead of one by one. What was looked up in batches is then followed in any order.
 //!
 //! Plain objects are those of the index's areas whose words all count, or those that a [`Shape`](super::typed::Shape)
-//! holds. What is special, or lies outside of all areas, is some thousand objects, and read when it is reached.
+//! holds. What is special, has a copy for each CPU, or lies outside of all areas, is some thousand objects, and read when it
+//! is reached.
 
-use super::index::NO_SLOT;
+use super::index::{NO_SLOT, Page};
 use super::layout::{Group, Layout, Taken};
 use super::mark::Contents;
 use super::memo::{Found, Fresh, Piece};
-use super::reader::Heap;
+use super::reader::{COPIED, Heap};
 use super::words::{GROUP, LINE, keep, load};
 use crate::arch::{Lanes, prefetch, widest};
 use crate::memory::PAGE_SIZE;
@@ -194,13 +195,11 @@ impl<'a> Sweep<'a> {
             if layout.words == 0 {
                 continue;
             }
-            let (span, first) = (page.span(), (self.targets.len() + self.len) as u32);
-            match heap.whole(span) {
-                Some(bytes) => pieces.push((span.start, bytes)),
-                None => {
-                    heap.contents.pieces(span.start, span.size, &mut |at, bytes| pieces.push((at, bytes)))
-                }
+            lend(heap, &page, &mut pieces);
+            if pieces.is_empty() {
+                continue;
             }
+            let first = (self.targets.len() + self.len) as u32;
             let ahead = pages.peek().and_then(|next| heap.whole(next.span())).unwrap_or_default();
             self.bytes += if heap.remembered.is_some() { 0 } else { layout.words * 8 };
             let mut taken = Taken::NONE;
@@ -285,6 +284,22 @@ impl<'a> Sweep<'a> {
         let words = &self.words[..std::mem::take(&mut self.len)];
         self.targets.resize(first + words.len(), NO_SLOT);
         heap.index.slots_of(words, &mut self.targets[first..]);
+    }
+}
+
+/// Takes what a page's objects lie in, piece by piece; nothing where there are several copies of it, whose references would not
+/// come object by object: its objects are [`COPIED`].
+#[inline(always)]
+fn lend<'h, C: Contents>(heap: &Heap<'h, C>, page: &Page<'_>, pieces: &mut Vec<(u64, &'h [u8])>) {
+    let span = page.span();
+    if let Some(bytes) = heap.whole(span) {
+        return pieces.push((span.start, bytes));
+    }
+    heap.contents.pieces(span.start, span.size, &mut |at, bytes| pieces.push((at, bytes)));
+    let again = |two: &[(u64, &[u8])]| two[1].0 < two[0].0 + two[0].1.len() as u64;
+    if pieces.windows(2).any(again) {
+        page.objects(|slot, _, _| _ = heap.state[slot as usize].fetch_or(COPIED, Relaxed));
+        pieces.clear();
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::index::Page;
 use super::mark::Contents;
-use super::reader::{Heap, NO_SCAN, OBJECT, SPECIAL, TYPED};
+use super::reader::{COPIED, Heap, NO_SCAN, OBJECT, SPECIAL, TYPED};
 use super::words::GROUP;
 use crate::arch::Lanes;
 use crate::memory::PAGE_SIZE;
@@ -47,7 +47,7 @@ impl Layout {
             #[inline(always)]
             |slot, start, end| {
                 let state = heap.state(slot);
-                if state & (OBJECT | NO_SCAN | SPECIAL) != OBJECT {
+                if state & (OBJECT | NO_SCAN | SPECIAL | COPIED) != OBJECT {
                     return;
                 }
                 let shape = heap.shape_of(slot).filter(|_| state & TYPED != 0);

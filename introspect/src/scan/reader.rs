@@ -24,6 +24,8 @@ pub(super) const SPECIAL: u8 = 4;
 pub(super) const NO_SCAN: u8 = 8;
 /// Has an entry in [`Marker::shape_of`].
 pub(super) const TYPED: u8 = 16;
+/// There are several copies of it, one for each CPU; of such no edges are taken down.
+pub(super) const COPIED: u8 = 32;
 
 /// Candidate words collected, from one object or several, before they are looked up together.
 const STAGE: usize = 64;
@@ -179,7 +181,7 @@ impl Reader {
         for (number, &slot) in objects.iter().enumerate() {
             objects.get(number + FAR).into_iter().for_each(|&later| edges.ask_where(later));
             objects.get(number + NEAR).into_iter().for_each(|&next| edges.ask_what(next));
-            match edges.from(slot).filter(|_| heap.state(slot) & SPECIAL == 0) {
+            match edges.from(slot).filter(|_| heap.state(slot) & (SPECIAL | COPIED) == 0) {
                 Some(targets) => self.follow(heap, witness, targets, slot),
                 None => {
                     let block = heap.index.block_of(slot);

@@ -20,47 +20,65 @@ const VMALLOC: u64 = 0xffff_c900_0000_0000;
 const PAGES: u64 = 12;
 pub(super) const SPACE: u64 = PAGES * 4096;
 
-/// Two pieces of memory, each lent in pieces of a page as scattered frames would be.
-#[derive(Default)]
+/// Two pieces of memory, and a copy of what is at each of [`COPIED`] for each CPU; all lent in pieces of a page as scattered
+/// frames would be.
 pub(super) struct Flat {
     pub(super) direct: Vec<u8>,
     pub(super) vmalloc: Vec<u8>,
+    pub(super) copies: [[Vec<u8>; CPUS]; COPIED.len()],
     /// What is in the direct map is lent as a whole, too.
     pub(super) whole: bool,
 }
 
 impl Flat {
     fn new() -> Self {
-        Self { direct: vec![0; SPACE as usize], vmalloc: vec![0; SPACE as usize], whole: false }
+        let space = || vec![0; SPACE as usize];
+        let copies = std::array::from_fn(|_| std::array::from_fn(|_| vec![0; COPY as usize]));
+        Self { direct: space(), vmalloc: space(), copies, whole: false }
     }
 
-    fn place(&self, va: u64) -> (bool, usize) {
-        let direct = (DIRECT..DIRECT + SPACE).contains(&va);
-        (direct, (va - if direct { DIRECT } else { VMALLOC }) as usize)
+    /// All that is at an address, and where in it the address is.
+    fn memory(&self, va: u64) -> (&[Vec<u8>], usize) {
+        let copied = COPIED.iter().zip(&self.copies).map(|(&start, copies)| (start, &copies[..]));
+        let single = [(DIRECT, &self.direct), (VMALLOC, &self.vmalloc)];
+        let mut all = copied.chain(single.map(|(start, memory)| (start, std::slice::from_ref(memory))));
+        let (start, copies) =
+            all.find(|(start, copies)| va.wrapping_sub(*start) < copies[0].len() as u64).expect("memory");
+        (copies, (va - start) as usize)
     }
 
+    /// Writes a word, of per-CPU memory into the copy of some CPU.
     pub(super) fn put(&mut self, va: u64, word: u64) {
-        let (direct, at) = self.place(va);
-        let memory = if direct { &mut self.direct } else { &mut self.vmalloc };
-        memory[at..at + 8].copy_from_slice(&word.to_le_bytes());
+        let within = |start: u64, memory: &[u8]| va.wrapping_sub(start) < memory.len() as u64;
+        let copied = COPIED.iter().zip(&mut self.copies);
+        let copied = copied.map(|(&start, copies)| (start, &mut copies[word as usize / 8 % CPUS]));
+        let mut all = copied.chain([(DIRECT, &mut self.direct), (VMALLOC, &mut self.vmalloc)]);
+        let (start, memory) = all.find(|(start, memory)| within(*start, memory)).expect("memory");
+        memory[(va - start) as usize..][..8].copy_from_slice(&word.to_le_bytes());
     }
 
-    fn word(&self, va: u64) -> u64 {
-        let (direct, at) = self.place(va);
-        let memory = if direct { &self.direct } else { &self.vmalloc };
-        u64::from_le_bytes(memory[at..at + 8].try_into().unwrap())
+    /// The word at an address, of each copy.
+    fn words(&self, va: u64) -> impl Iterator<Item = u64> {
+        let (copies, at) = self.memory(va);
+        copies.iter().map(move |copy| u64::from_le_bytes(copy[at..at + 8].try_into().unwrap()))
+    }
+
+    /// So many copies there are of what is at an address.
+    pub(super) fn copies(&self, va: u64) -> u64 {
+        self.memory(va).0.len() as u64
     }
 }
 
 impl Contents for Flat {
     fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8])) {
-        let (mut va, end) = (va, va + len);
-        while va < end {
-            let next = (va / 4096 * 4096 + 4096).min(end);
-            let (direct, at) = self.place(va);
-            let memory = if direct { &self.direct } else { &self.vmalloc };
-            visit(va, &memory[at..at + (next - va) as usize]);
-            va = next;
+        let (copies, start) = self.memory(va);
+        for copy in copies {
+            let (mut at, end) = (start, start + len as usize);
+            while at < end {
+                let next = (at / 4096 * 4096 + 4096).min(end);
+                visit(va + (at - start) as u64, &copy[at..next]);
+                at = next;
+            }
         }
     }
 
@@ -74,6 +92,12 @@ impl Contents for Flat {
 
 /// Where per-CPU cookies lie: in the first chunk, and in others.
 const COOKIES: [u64; 2] = [0x3_b000, 0x607f_c000_0000];
+
+/// Where per-CPU objects lie: at x86-64's cookies, and at arm64's, which are like addresses.
+const COPIED: [u64; 4] = [COOKIES[0], COOKIES[1], 0xffff_8000_8200_0000, 0xffff_fda6_c000_0000];
+const CPUS: usize = 3;
+/// Size of a copy.
+const COPY: u64 = 3 * 4096;
 
 /// More places than the index has areas: below the direct map, where `struct page`s are, and modules.
 const OTHERS: [u64; 3] = [0xffff_0000_0000_0000, 0xffff_ea00_0000_0000, 0xffff_ffff_c000_0000];
@@ -92,7 +116,7 @@ fn any_blocks() -> impl Strategy<Value = Vec<Block>> {
 }
 
 /// A heap as a kernel has it: pages cut into slots of one size of which some are taken, objects of several pages,
-/// a page of mixed sizes, vmalloc blocks.
+/// a page of mixed sizes, vmalloc blocks, per-CPU objects.
 pub(super) fn heap() -> impl Strategy<Value = Vec<Block>> {
     let stride = prop_oneof![Just(8u64), Just(64), Just(96), Just(192), Just(1024), Just(2112)];
     let slab = (stride, 0..8u64, proptest::collection::vec(any::<bool>(), 1024));
@@ -103,18 +127,34 @@ pub(super) fn heap() -> impl Strategy<Value = Vec<Block>> {
         (2 * 4096, slots.map(|i| (i * stride, size)).collect::<Vec<_>>())
     });
     let run = prop_oneof![3 => slabs, 1 => large.prop_map(|(_, size)| (4 * 4096, vec![(0, size)]))];
-    (proptest::collection::vec(run, 1..4), proptest::collection::vec(1..2 * 4096u64, 0..4)).prop_map(
-        |(runs, areas)| {
-            let (mut blocks, mut at) = (Vec::new(), DIRECT);
-            for (len, objects) in runs {
-                blocks.extend(objects.iter().map(|(o, size)| Block { start: at + o, size: *size }));
-                at += len;
+    let areas = proptest::collection::vec(1..2 * 4096u64, 0..4);
+    (proptest::collection::vec(run, 1..4), areas, percpu()).prop_map(|(runs, areas, percpu)| {
+        let (mut blocks, mut at) = (percpu, DIRECT);
+        for (len, objects) in runs {
+            blocks.extend(objects.iter().map(|(o, size)| Block { start: at + o, size: *size }));
+            at += len;
+        }
+        let areas = areas.iter().enumerate();
+        blocks.extend(areas.map(|(i, &size)| Block { start: VMALLOC + i as u64 * 3 * 4096, size }));
+        blocks.sort_unstable();
+        blocks
+    })
+}
+
+/// Per-CPU objects, close together as the kernel's allocator has them.
+fn percpu() -> impl Strategy<Value = Vec<Block>> {
+    let size = prop_oneof![4 => (1..40u64).prop_map(|n| n * 4), 1 => Just(1 << 10), 1 => 1..2 * 4096u64];
+    proptest::collection::vec((0..COPIED.len(), 0..8u64, size), 0..30).prop_map(|objects| {
+        let (mut blocks, mut ends) = (Vec::new(), [0; COPIED.len()]);
+        for (place, gap, size) in objects {
+            let start = (ends[place] + gap * 4).next_multiple_of(if size < 8 { 4 } else { 8 });
+            if start + size <= COPY {
+                blocks.push(Block { start: COPIED[place] + start, size });
+                ends[place] = start + size;
             }
-            let areas = areas.iter().enumerate();
-            blocks.extend(areas.map(|(i, &size)| Block { start: VMALLOC + i as u64 * 3 * 4096, size }));
-            blocks
-        },
-    )
+        }
+        blocks
+    })
 }
 
 /// A reference: from an object, to an object, which word of the one, where in the other.
@@ -217,8 +257,6 @@ proptest! {
         let cookies = [c..c + 2, d..d];
         let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         bytes.extend(vec![0; tail]);
-        let mut found = Vec::new();
-        candidates(&bytes, &Windows::new(windows.clone(), cookies.clone()), |offset, word| found.push((offset, word)));
         let expected: Vec<_> = words.iter().enumerate().map(|(i, &w)| (i * 8, w))
             .filter(|(_, w)| windows.iter().chain(&cookies).any(|r| r.contains(w))).collect();
         prop_assert_eq!(&found, &expected);
@@ -280,7 +318,7 @@ proptest! {
                 return Vec::new();
             }
             (block.start.next_multiple_of(8)..).step_by(8).take_while(|va| va + 8 <= block.start + block.size)
-                .filter(scanned).filter_map(|va| naive_find(&blocks, memory.word(va))).collect()
+                .filter(scanned).flat_map(|va| memory.words(va)).filter_map(|word| naive_find(&blocks, word)).collect()
         };
         while let Some(block) = work.pop() {
             if reached.insert(block) {
@@ -323,7 +361,7 @@ proptest! {
             prop_assert_eq!(root.map(|r| (r.offset, r.word)), Some((0, roots[number])));
             for pair in way.windows(2) {
                 let reference = link(&marker, pair[0], pair[1]).expect("a word that refers to the next");
-                prop_assert_eq!(memory.word(pair[0].start + reference.offset), reference.word);
+                prop_assert!(memory.words(pair[0].start + reference.offset).any(|word| word == reference.word));
                 prop_assert_eq!(naive_find(&blocks, reference.word), Some(pair[1]));
                 prop_assert_eq!(reference.entry(), Some(reference.word - pair[1].start));
             }
@@ -401,7 +439,7 @@ fn distances(blocks: &[Block], memory: &Flat, roots: &[u64]) -> BTreeMap<Block, 
             let words = (b.start.next_multiple_of(8)..).step_by(8);
             words.take_while(move |va| va + 8 <= b.start + b.size)
         });
-        next = words.filter_map(|va| naive_find(blocks, memory.word(va))).collect();
+        next = words.flat_map(|va| memory.words(va)).filter_map(|word| naive_find(blocks, word)).collect();
     }
     found
 }
