@@ -12,7 +12,7 @@ use super::mark::Contents;
 use super::memo::{Found, Fresh, Piece};
 use super::reader::{COPIED, Heap};
 use super::words::{GROUP, LINE, keep, load};
-use crate::arch::{Lanes, prefetch, widest};
+use crate::arch::{Lanes, prefetch};
 use crate::memory::PAGE_SIZE;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
@@ -171,7 +171,7 @@ impl<'a> Sweep<'a> {
         found: &mut Found,
     ) {
         let start = self.targets.len() as u32;
-        let slots = widest(
+        let slots = heap.vectors.run(
             #[inline(always)]
             |lanes| self.read_pages(lanes, heap, places, found),
         );

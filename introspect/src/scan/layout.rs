@@ -170,7 +170,7 @@ mod tests {
     use super::super::tests::{DIRECT, Flat, index, plant};
     use super::super::typed::Shape;
     use super::*;
-    use crate::arch::widest;
+    use crate::arch::Vectors;
     use proptest::prelude::*;
 
     proptest! {
@@ -180,12 +180,14 @@ mod tests {
             taken in proptest::array::uniform32(any::<u16>()), word in 0..600_u64,
             shape in proptest::collection::vec(any::<bool>(), 0..300), from in -200..400_i64,
         ) {
-            let found = widest(|lanes| lanes.same(&words, 0).unwrap_or_else(|| same(&words, 0)));
             let bit = |bits: u8, number: usize| bits >> number & 1 != 0;
-            for (number, &word) in words.iter().enumerate() {
-                let here = 8 * number as u64;
-                prop_assert_eq!(bit(found.0, number), word == here);
-                prop_assert_eq!(bit(found.1, number), word == here.wrapping_sub(8));
+            for vectors in Vectors::all() {
+                let found = vectors.run(|lanes| lanes.same(&words, 0).unwrap_or_else(|| same(&words, 0)));
+                for (number, &word) in words.iter().enumerate() {
+                    let here = 8 * number as u64;
+                    prop_assert_eq!(bit(found.0, number), word == here);
+                    prop_assert_eq!(bit(found.1, number), word == here.wrapping_sub(8));
+                }
             }
             let bytes: Vec<u8> = taken.iter().flat_map(|two| two.to_le_bytes()).collect();
             let ranks = Taken(bytes.clone().try_into().expect("64 bytes")).ranks();
@@ -215,11 +217,14 @@ mod tests {
         // The first word of an object is no list's when it points to the word before.
         memory.put(blocks[63].start, blocks[62].start + 56);
         let (index, slots) = index(&blocks);
-        let mut marker = Marker::new(&index, &memory, &slots, ());
-        marker.root(&blocks[0].start.to_le_bytes());
-        marker.run();
-        assert!(blocks.iter().all(|block| marker.is_reached(block.start)));
-        assert_eq!((marker.candidates, marker.references), (1 + 63 + 1, 65));
-        assert_eq!(marker.bytes, 8 + 64 * 64);
+        for vectors in Vectors::all() {
+            let mut marker = Marker::new(&index, &memory, &slots, ());
+            marker.use_vectors(vectors);
+            marker.root(&blocks[0].start.to_le_bytes());
+            marker.run();
+            assert!(blocks.iter().all(|block| marker.is_reached(block.start)), "{vectors:?}");
+            assert_eq!((marker.candidates, marker.references), (1 + 63 + 1, 65), "{vectors:?}");
+            assert_eq!(marker.bytes, 8 + 64 * 64, "{vectors:?}");
+        }
     }
 }

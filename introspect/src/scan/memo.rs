@@ -281,6 +281,7 @@ mod tests {
     use super::super::typed::Shape;
     use super::super::words::LINE;
     use super::*;
+    use crate::arch::Vectors;
     use proptest::prelude::*;
     use std::sync::Arc;
 
@@ -299,7 +300,7 @@ mod tests {
     /// returns how many bytes were read, and how many pages are new to the memo.
     fn mark(
         (blocks, memory, roots): (&[Block], &Flat, &[u8]),
-        threads: usize,
+        (threads, vectors): (usize, Vectors),
         kept: Option<(&mut Memo, Option<&Written>)>,
     ) -> (Outcome, u64, usize) {
         let (index, slots) = index(blocks);
@@ -312,6 +313,7 @@ mod tests {
         if let Some((memo, _)) = &kept {
             marker.remember(memo, DIRECT);
         }
+        marker.use_vectors(vectors);
         marker.share(threads, 0);
         marker.set_shapes(&shapes);
         blocks.iter().step_by(3).for_each(|block| marker.set_shape(block.start, 0));
@@ -344,7 +346,7 @@ mod tests {
             blocks in heap(), before in edges(),
             steps in proptest::collection::vec((edges(), 0..4_usize, any::<u64>()), 1..5),
             roots in proptest::collection::vec((any::<prop::sample::Index>(), 0..70u64), 0..4),
-            threads in 1..4_usize,
+            threads in 1..4_usize, vectors in prop::sample::select(Vectors::all().collect::<Vec<_>>()),
         ) {
             prop_assume!(!blocks.is_empty());
             let roots: Vec<u8> = roots.iter().flat_map(|(to, inside)| (to.get(&blocks).start + inside).to_le_bytes()).collect();
@@ -353,8 +355,8 @@ mod tests {
             for (later, step, present) in steps {
                 let live: Vec<Block> = blocks.iter().enumerate()
                     .filter(|(n, _)| step == 0 || present >> (n % 64) & 1 != 0).map(|(_, block)| *block).collect();
-                let (again, read, fresh) = mark((&live, &memory, &roots), threads, Some((&mut memo, written.as_ref())));
-                let (full, ..) = mark((&live, &memory, &roots), 1, None);
+                let (again, read, fresh) = mark((&live, &memory, &roots), (threads, vectors), Some((&mut memo, written.as_ref())));
+                let (full, ..) = mark((&live, &memory, &roots), (1, vectors), None);
                 prop_assert_eq!(again, full);
                 // What lies elsewhere is lent in pieces that are in no frame here.
                 let others = blocks.iter().filter(|block| !(DIRECT..DIRECT + SPACE).contains(&block.start))

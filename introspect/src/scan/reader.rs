@@ -7,7 +7,7 @@ use super::mark::{Contents, Special, Witness};
 use super::memo::{Found, Fresh, Piece, Remembered};
 use super::typed::Shape;
 use super::words::{GROUP, candidates, groups, inside, keep};
-use crate::arch::{Lanes, Wide, widest};
+use crate::arch::{Lanes, Vectors, Wide};
 use crate::memory::PAGE_SIZE;
 use rustc_hash::FxHashMap;
 use std::ops::Range;
@@ -54,6 +54,8 @@ pub(super) struct Heap<'a, C> {
     pub alone: bool,
     /// What is known of pages.
     pub remembered: Option<Remembered<'a>>,
+    /// What the inner loops are made of.
+    pub vectors: Vectors,
 }
 
 /// What one thread collects.
@@ -234,7 +236,7 @@ impl Reader {
         visit(heap.contents, hit.block, 0..hit.block.size, |at, bytes| {
             self.bytes += bytes.len() as u64;
             let at = at - hit.block.start;
-            candidates(bytes, heap.index.windows(), |offset, word| {
+            candidates(heap.vectors, bytes, heap.index.windows(), |offset, word| {
                 let (start, len) = heap.index.own(hit.block);
                 if word.wrapping_sub(start) < len {
                     return;
@@ -288,7 +290,7 @@ impl Reader {
         }
         self.bytes += bytes.len() as u64;
         let own = Wide::new(own.0, own.1);
-        widest(
+        heap.vectors.run(
             #[inline(always)]
             |lanes| {
                 groups(
@@ -322,7 +324,7 @@ impl Reader {
             let at = remembered.offset(rest);
             let (piece, others) = rest.split_at(rest.len().min(PAGE_SIZE as usize - at));
             let (fresh, part) = (&mut self.fresh, Piece { at: at as u64, bytes: piece, ahead: &[] });
-            let read = widest(
+            let read = heap.vectors.run(
                 #[inline(always)]
                 |lanes| found.look(lanes, windows, Some(remembered), fresh, part),
             );

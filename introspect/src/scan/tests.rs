@@ -6,9 +6,9 @@ use super::mark::{Contents, Marker, Origin, Special, Witness};
 use super::path::{link, root_link};
 use super::trail::Trail;
 use super::typed::Shape;
-use super::words::{Windows, candidates, candidates_by};
+use super::words::{Windows, candidates};
 use super::{HEAD_BYTES, fingerprint};
-use crate::arch::Lanes;
+use crate::arch::Vectors;
 use crate::instructions;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -259,10 +259,12 @@ proptest! {
         bytes.extend(vec![0; tail]);
         let expected: Vec<_> = words.iter().enumerate().map(|(i, &w)| (i * 8, w))
             .filter(|(_, w)| windows.iter().chain(&cookies).any(|r| r.contains(w))).collect();
-        prop_assert_eq!(&found, &expected);
-        let mut plain = Vec::new();
-        candidates_by(Lanes::PLAIN, &bytes, &Windows::new(windows, cookies), |offset, word| plain.push((offset, word)));
-        prop_assert_eq!(plain, expected, "without wide vectors");
+        let windows = Windows::new(windows, cookies);
+        for vectors in Vectors::all() {
+            let mut found = Vec::new();
+            candidates(vectors, &bytes, &windows, |offset, word| found.push((offset, word)));
+            prop_assert_eq!(&found, &expected, "{:?}", vectors);
+        }
     }
 
     #[test]
@@ -286,9 +288,10 @@ proptest! {
         let (index, slots) = index(&blocks);
         let bytes: Vec<u8> = roots.iter().flat_map(|w| w.to_le_bytes()).collect();
         let lent = Flat { whole: true, ..plant(&blocks, &edges) };
-        let ways = [(1, &memory), (3, &memory), (1, &lent)];
-        let [(marker, references), (together, of_all), (wholes, of_wholes)] = ways.map(|(threads, memory)| {
+        let ways = Vectors::all().flat_map(|vectors| [(1, &memory), (3, &memory), (1, &lent)].map(|way| (vectors, way)));
+        let markers: Vec<_> = ways.map(|(vectors, (threads, memory))| {
             let mut marker = Marker::new(&index, memory, &slots, ());
+            marker.use_vectors(vectors);
             marker.share(threads, 0);
             no_scan.iter().for_each(|&va| marker.set_no_scan(va));
             marker.set_special(area.0, Special { areas: Some(vec![area.1.clone()]), ..Special::default() });
@@ -297,11 +300,13 @@ proptest! {
             let parts: Vec<&[u8]> = bytes.chunks(8).collect();
             let references = marker.roots(&parts);
             marker.run();
-            (marker, references)
-        });
-        prop_assert_eq!(references, roots.iter().filter(|&&w| naive_find(&blocks, w).is_some()).count() as u64);
-        prop_assert_eq!((of_all, together.bytes, together.dropped), (references, marker.bytes, marker.dropped));
-        prop_assert_eq!((of_wholes, wholes.bytes, wholes.dropped), (references, marker.bytes, marker.dropped));
+            prop_assert_eq!(references, roots.iter().filter(|&&w| naive_find(&blocks, w).is_some()).count() as u64);
+            Ok((format!("{vectors:?}, {threads} threads, whole: {}", memory.whole), marker))
+        }).collect::<Result<_, _>>()?;
+        let alone = &markers[0].1;
+        for (way, marker) in &markers {
+            prop_assert_eq!((marker.bytes, marker.dropped), (alone.bytes, alone.dropped), "{}", way);
+        }
 
         let mut reached = BTreeSet::new();
         let mut work: Vec<Block> = roots.iter().filter_map(|&w| naive_find(&blocks, w)).collect();
@@ -326,11 +331,11 @@ proptest! {
             }
         }
         for block in &blocks {
-            prop_assert_eq!(marker.is_reached(block.start), reached.contains(block), "{:x?}", block);
-            prop_assert_eq!(together.is_reached(block.start), reached.contains(block), "{:x?} by three", block);
-            prop_assert_eq!(wholes.is_reached(block.start), reached.contains(block), "{:x?} as a whole", block);
+            for (way, marker) in &markers {
+                prop_assert_eq!(marker.is_reached(block.start), reached.contains(block), "{:x?}: {}", block, way);
+            }
             let mut found = BTreeSet::new();
-            marker.references(block.start, |r| { found.insert(r.target); });
+            alone.references(block.start, |r| { found.insert(r.target); });
             let expected: BTreeSet<_> = contents(block).into_iter().filter(|b| b != block).collect();
             prop_assert_eq!(found, expected);
         }

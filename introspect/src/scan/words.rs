@@ -1,6 +1,6 @@
 //! Reading words out of memory and keeping those that may be references: the hot loop of a scan.
 
-use crate::arch::{Lanes, Wide, prefetch, widest};
+use crate::arch::{Lanes, Vectors, Wide, prefetch};
 use std::ops::Range;
 
 /// Words looked at together; the test of a whole group compiles to vector instructions.
@@ -129,30 +129,21 @@ fn within(windows: &[Wide], word: u64) -> bool {
 /// Calls `found` with the offset and value of every aligned little-endian word of `bytes` that lies in one of the
 /// `windows`. `bytes` starts at an aligned guest address; a partial word at the end is no word.
 #[inline]
-pub fn candidates(bytes: &[u8], windows: &Windows, found: impl FnMut(usize, u64)) {
-    widest(
+pub fn candidates(vectors: Vectors, bytes: &[u8], windows: &Windows, mut found: impl FnMut(usize, u64)) {
+    vectors.run(
         #[inline(always)]
-        |lanes| candidates_by(lanes, bytes, windows, found),
-    );
-}
-
-/// [`candidates`] for the processor that the caller is compiled for.
-#[inline(always)]
-pub(super) fn candidates_by(
-    lanes: Lanes,
-    bytes: &[u8],
-    windows: &Windows,
-    mut found: impl FnMut(usize, u64),
-) {
-    groups(
-        lanes,
-        (bytes, &[]),
-        windows,
-        #[inline(always)]
-        |number, words, bits| {
-            for (i, word) in words.iter().enumerate().filter(|&(i, _)| bits >> i & 1 != 0) {
-                found((number * GROUP + i) * 8, *word);
-            }
+        |lanes| {
+            groups(
+                lanes,
+                (bytes, &[]),
+                windows,
+                #[inline(always)]
+                |number, words, bits| {
+                    for (i, word) in words.iter().enumerate().filter(|&(i, _)| bits >> i & 1 != 0) {
+                        found((number * GROUP + i) * 8, *word);
+                    }
+                },
+            );
         },
     );
 }

@@ -27,10 +27,6 @@ impl Wide {
 pub struct Lanes(());
 
 impl Lanes {
-    /// What every processor has.
-    #[cfg(test)]
-    pub const PLAIN: Self = Self(());
-
     /// All of these are made of instructions, which cost less than a branch around them.
     #[inline(always)]
     pub fn are_wide(self) -> bool {
@@ -58,10 +54,26 @@ impl Lanes {
     }
 }
 
-/// Does `work` with the widest vectors of this processor.
-#[inline]
-pub fn widest<R>(work: impl FnOnce(Lanes) -> R) -> R {
-    work(Lanes(()))
+/// Vectors that this processor has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vectors(());
+
+impl Vectors {
+    /// All of this processor, the widest last.
+    pub fn all() -> impl DoubleEndedIterator<Item = Self> {
+        std::iter::once(Self::widest())
+    }
+
+    /// The widest of this processor.
+    pub fn widest() -> Self {
+        Self(())
+    }
+
+    /// Does `work` with them. Whatever is inlined into `work` is compiled for them.
+    #[inline]
+    pub fn run<R>(self, work: impl FnOnce(Lanes) -> R) -> R {
+        work(Lanes(()))
+    }
 }
 
 /// Asks for memory that is read soon, or for its start.

@@ -35,10 +35,6 @@ pub struct Lanes {
 }
 
 impl Lanes {
-    /// What every processor has.
-    #[cfg(test)]
-    pub const PLAIN: Self = Self { eight: false };
-
     /// All of these are made of instructions, which cost less than a branch around them.
     #[inline(always)]
     pub fn are_wide(self) -> bool {
@@ -88,20 +84,43 @@ impl Lanes {
     }
 }
 
-/// Does `work` with the widest vectors of this processor. Whatever is inlined into `work` is compiled for them.
-#[inline]
-pub fn widest<R>(work: impl FnOnce(Lanes) -> R) -> R {
-    let has_avx2 = std::arch::is_x86_feature_detected!("avx2")
-        && std::arch::is_x86_feature_detected!("bmi2")
-        && std::arch::is_x86_feature_detected!("popcnt");
-    if has_avx2 && std::arch::is_x86_feature_detected!("avx512f") {
-        // SAFETY: the processor has what the function is compiled for.
-        unsafe { avx512(work) }
-    } else if has_avx2 {
-        // SAFETY: as above.
-        unsafe { avx2(work) }
-    } else {
-        work(Lanes { eight: false })
+/// Vectors that this processor has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vectors(Set);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Set {
+    Baseline,
+    Avx2,
+    Avx512,
+}
+
+impl Vectors {
+    /// All of this processor, the widest last.
+    pub fn all() -> impl DoubleEndedIterator<Item = Self> {
+        let has_avx2 = std::arch::is_x86_feature_detected!("avx2")
+            && std::arch::is_x86_feature_detected!("bmi2")
+            && std::arch::is_x86_feature_detected!("popcnt");
+        let has_avx512 = has_avx2 && std::arch::is_x86_feature_detected!("avx512f");
+        let sets = [(Set::Baseline, true), (Set::Avx2, has_avx2), (Set::Avx512, has_avx512)];
+        sets.into_iter().filter(|(_, is_there)| *is_there).map(|(set, _)| Self(set))
+    }
+
+    /// The widest of this processor.
+    pub fn widest() -> Self {
+        Self::all().next_back().unwrap_or(Self(Set::Baseline))
+    }
+
+    /// Does `work` with them. Whatever is inlined into `work` is compiled for them.
+    #[inline]
+    pub fn run<R>(self, work: impl FnOnce(Lanes) -> R) -> R {
+        match self.0 {
+            Set::Baseline => work(Lanes { eight: false }),
+            // SAFETY: the processor has what the function is compiled for.
+            Set::Avx2 => unsafe { avx2(work) },
+            // SAFETY: as above.
+            Set::Avx512 => unsafe { avx512(work) },
+        }
     }
 }
 
