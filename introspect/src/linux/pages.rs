@@ -39,6 +39,9 @@ pub enum Use {
     Kernel,
 }
 
+/// So many uses there are.
+pub const USES: usize = Use::Kernel as usize + 1;
+
 /// Use of every frame.
 #[derive(Debug, Clone, Default)]
 pub struct PageMap {

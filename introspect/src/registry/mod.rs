@@ -288,10 +288,17 @@ impl Registry {
 
     /// Every live object but blocks of pages: slab objects, ascending, and then all others, ascending.
     pub fn objects(&self) -> impl Iterator<Item = Object> + '_ {
+        let slabs = self.slabs.iter().map(|(va, size, record)| self.object(va, size, record));
+        slabs.chain(self.others())
+    }
+
+    /// Those of them that are not kept with the other slab objects of their page: all of other kinds, which are few.
+    /// Ascending.
+    pub fn others(&self) -> impl Iterator<Item = Object> + '_ {
         let mut others: Vec<_> =
             self.others.iter().map(|(&va, (size, record))| (va, *size, record)).collect();
         others.sort_unstable_by_key(|&(va, ..)| va);
-        self.slabs.iter().chain(others).map(|(va, size, record)| self.object(va, size, record))
+        others.into_iter().map(|(va, size, record)| self.object(va, size, record))
     }
 
     /// Every block of pages, whoever has it: a cache's slabs, page cache and user memory are among them. Ascending.

@@ -1,26 +1,27 @@
 //! What every plain object refers to, taken down before marking: memory is read in the order of its addresses, page by
-//! page, which is as fast as it can be read. To read objects in the order in which they are reached takes several times as
-//! long, as the processor cannot know what comes next.
+//! page, which the processor is fast at: it knows what comes next, and all words of a page are told from each other by a few
+//! masks ([`Layout`]) instead of one by one. What was looked up in batches is then followed in any order.
 //!
 //! Plain objects are those of the index's areas whose words all count, or those that a [`Shape`](super::typed::Shape)
-//! holds. What is special, or lies outside of all areas, is some thousand objects, and read when it is reached.
+//! holds. What is special, has a copy for each CPU, or lies outside of all areas, is some thousand objects, and read when it
+//! is reached.
 
-use super::index::{Block, Holder, NO_SLOT, Page};
+use super::index::{NO_SLOT, Page};
+use super::layout::{Group, Layout, Taken};
 use super::mark::Contents;
-use super::memo::{Found, Fresh};
-use super::reader::{Heap, NO_SCAN, OBJECT, SPECIAL, TYPED};
-use crate::arch::{Lanes, prefetch, widest};
+use super::memo::{Found, Fresh, Piece};
+use super::reader::{COPIED, Heap};
+use super::words::{GROUP, LINE, keep, load};
+use crate::arch::{Lanes, prefetch};
 use crate::memory::PAGE_SIZE;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::thread;
 
-/// Words of a page.
-const WORDS: usize = PAGE_SIZE as usize / 8;
+/// Words of a page, and what vectors write behind them.
+const WORDS: usize = PAGE_SIZE as usize / 8 + GROUP;
 /// Words that are looked up together.
 const TOGETHER: usize = 512;
-/// Bytes of a page that are asked for while the one before is read.
-const ASKED: u64 = 1024;
 /// Pages that one of several threads takes at a time.
 const SHARE: usize = 1024;
 
@@ -45,42 +46,53 @@ impl Edges {
         if heap.index.overlaps() {
             return Self::default();
         }
-        let ends: Vec<AtomicU32> = (0..=heap.state.len()).map(|_| AtomicU32::new(0)).collect();
-        let sweeps = if threads > 1 { in_shares(heap, &ends, threads) } else { alone(heap, &ends) };
+        let ends: Vec<AtomicU32> = (0..heap.state.len()).map(|_| AtomicU32::new(0)).collect();
+        let mut sweeps = sweep(heap, &ends, threads);
         let mut edges = Self::default();
-        edges.begins.reserve_exact(ends.len());
+        edges.begins.reserve_exact(ends.len() + 1);
         edges.begins.push(0);
-        for sweep in sweeps {
+        for sweep in &mut sweeps {
             edges.bytes += sweep.bytes;
             edges.dropped += sweep.dropped;
-            edges.fresh.join(sweep.fresh);
-            // Of an object without references nothing was said: they end where those before do.
-            let (first, mut end) = (edges.targets.len() as u32, 0);
-            let own = ends.get(edges.begins.len() - 1..sweep.slots as usize).unwrap_or_default();
-            edges.begins.extend(own.iter().map(|own| {
-                end = end.max(own.load(Relaxed));
-                first + end
-            }));
-            if edges.targets.is_empty() {
-                edges.targets = sweep.targets;
-            } else {
-                edges.targets.extend(sweep.targets);
-            }
+            edges.fresh.join(std::mem::take(&mut sweep.fresh));
+        }
+        if let [all] = &mut sweeps[..] {
+            let targets = std::mem::take(&mut all.targets);
+            all.parts.iter().for_each(|part| edges.add(&ends, part, part.targets.start));
+            return Self { targets, ..edges };
+        }
+        let parts =
+            sweeps.iter().flat_map(|sweep| sweep.parts.iter().map(move |part| (part, &sweep.targets)));
+        let mut parts: Vec<(&Part, &Vec<u32>)> = parts.collect();
+        parts.sort_unstable_by_key(|(part, _)| part.number);
+        for (part, targets) in parts {
+            edges.add(&ends, part, edges.targets.len() as u32);
+            edges.targets.extend_from_slice(&targets[part.targets.start as usize..part.targets.end as usize]);
         }
         edges
+    }
+
+    /// Takes over where the references of each object of a part are; those of the first begin at `first`.
+    fn add(&mut self, ends: &[AtomicU32], part: &Part, first: u32) {
+        // Of an object without words nothing was said: its references end where those before do.
+        let (own, mut end) = (ends.get(self.begins.len() - 1..part.slots as usize), part.targets.start);
+        self.begins.extend(own.unwrap_or_default().iter().map(|own| {
+            end = end.max(own.load(Relaxed));
+            first + (end - part.targets.start)
+        }));
     }
 
     /// Asks for the memory that says where the edges of a slot are.
     #[inline(always)]
     pub fn ask_where(&self, slot: u32) {
-        self.begins.get(slot as usize).into_iter().for_each(|begin| prefetch(std::slice::from_ref(begin)));
+        self.begins.get(slot as usize).into_iter().for_each(prefetch);
     }
 
     /// Asks for the first edges of a slot.
     #[inline(always)]
     pub fn ask_what(&self, slot: u32) {
         let begin = self.begins.get(slot as usize).and_then(|&begin| self.targets.get(begin as usize));
-        begin.into_iter().for_each(|edge| prefetch(std::slice::from_ref(edge)));
+        begin.into_iter().for_each(prefetch);
     }
 
     /// What the object in a slot refers to; None when there are no edges of such.
@@ -91,53 +103,49 @@ impl Edges {
     }
 }
 
-/// The whole heap, by this thread.
-fn alone<'a, C: Contents>(heap: &Heap<'_, C>, ends: &'a [AtomicU32]) -> Vec<Sweep<'a>> {
-    let mut sweep = Sweep::new(ends);
-    heap.index.parts(usize::MAX).into_iter().for_each(|part| sweep.read(heap, part));
-    vec![sweep]
-}
-
-/// Part by part, by several threads.
-fn in_shares<'a, C: Contents>(heap: &Heap<'_, C>, ends: &'a [AtomicU32], threads: usize) -> Vec<Sweep<'a>> {
-    let (parts, next) = (heap.index.parts(SHARE), AtomicUsize::new(0));
+/// Reads the heap part by part, by several threads.
+fn sweep<'a, C: Contents>(heap: &Heap<'_, C>, ends: &'a [AtomicU32], threads: usize) -> Vec<Sweep<'a>> {
+    let parts = heap.index.parts(if threads > 1 { SHARE } else { usize::MAX });
+    let next = AtomicUsize::new(0);
     let work = || {
-        let mut done = Vec::new();
+        let (mut sweep, mut found) = (Sweep::new(ends), Box::default());
         loop {
             let number = next.fetch_add(1, Relaxed);
-            let Some(part) = parts.get(number) else { return done };
-            let mut sweep = Sweep::new(ends);
-            sweep.read(heap, part.clone());
-            done.push((number, sweep));
+            let Some(part) = parts.get(number) else { return sweep };
+            sweep.read(heap, number, part.clone(), &mut found);
         }
     };
-    let mut sweeps = thread::scope(|scope| {
+    thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let mut sweeps = work();
-        for other in others {
-            sweeps.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        }
-        sweeps
-    });
-    sweeps.sort_unstable_by_key(|(number, _)| *number);
-    sweeps.into_iter().map(|(_, sweep)| sweep).collect()
+        let own = work();
+        let others = others.into_iter().map(|other| other.join());
+        let others = others.map(|other| other.unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        std::iter::once(own).chain(others).collect()
+    })
 }
 
 /// One thread on its way through memory.
 struct Sweep<'a> {
-    /// How many references there were when the last one of an object was seen. An object is read by one thread. The last
-    /// stands for no object.
+    /// How many references there were when the last one of an object was seen. An object is read by one thread.
     ends: &'a [AtomicU32],
     /// Words of objects that are to be looked up.
     words: Box<[u64; TOGETHER + WORDS]>,
     /// So many.
     len: usize,
     targets: Vec<u32>,
-    /// Behind the last slot whose object was read.
-    slots: u32,
+    parts: Vec<Part>,
     bytes: u64,
     dropped: u64,
     fresh: Fresh,
+}
+
+/// A part of the heap that was read.
+struct Part {
+    number: usize,
+    /// Behind the last slot whose object was read.
+    slots: u32,
+    /// Where its references are.
+    targets: Range<u32>,
 }
 
 impl<'a> Sweep<'a> {
@@ -147,7 +155,7 @@ impl<'a> Sweep<'a> {
             words: Box::new([0; TOGETHER + WORDS]),
             len: 0,
             targets: Vec::new(),
-            slots: 0,
+            parts: Vec::new(),
             bytes: 0,
             dropped: 0,
             fresh: Fresh::default(),
@@ -155,89 +163,118 @@ impl<'a> Sweep<'a> {
     }
 
     /// Reads the pages at some places.
-    fn read<C: Contents>(&mut self, heap: &Heap<'_, C>, places: Range<usize>) {
-        widest(
+    fn read<C: Contents>(
+        &mut self,
+        heap: &Heap<'_, C>,
+        number: usize,
+        places: Range<usize>,
+        found: &mut Found,
+    ) {
+        let start = self.targets.len() as u32;
+        let slots = heap.vectors.run(
             #[inline(always)]
-            |lanes| self.read_pages(lanes, heap, places),
+            |lanes| self.read_pages(lanes, heap, places, found),
         );
+        self.parts.push(Part { number, slots, targets: start..self.targets.len() as u32 });
     }
 
+    /// Returns what is behind their last slot.
     #[inline(always)]
-    fn read_pages<C: Contents>(&mut self, lanes: Lanes, heap: &Heap<'_, C>, places: Range<usize>) {
-        let mut found = Found::default();
-        let mut pages = heap.index.pages(places).peekable();
-        while let Some(page) = pages.next() {
-            pages.peek().into_iter().for_each(|next| ask(heap, next));
-            self.slots = self.slots.max(page.slots().end);
-            let is_read = |slot: u32| is_plain(heap.state(slot));
-            if !page.spill().is_some_and(|(slot, _)| is_read(slot)) && !page.slots().any(is_read) {
-                continue;
-            }
-            let Range { start, end } = page.span();
-            let block = Block { start: page.address + start, size: end - start };
-            if let Some(bytes) = heap.whole(block) {
-                self.read_page(lanes, heap, &page, start, bytes, &mut found);
-            } else {
-                heap.contents.pieces(block.start, block.size, &mut |at, bytes| {
-                    self.read_page(lanes, heap, &page, at - page.address, bytes, &mut found);
-                });
-            }
-        }
-        self.resolve(heap);
-    }
-
-    /// Reads a part of a page that begins at an offset.
-    #[inline(always)]
-    fn read_page<C: Contents>(
+    fn read_pages<C: Contents>(
         &mut self,
         lanes: Lanes,
         heap: &Heap<'_, C>,
-        page: &Page<'_>,
-        at: u64,
-        bytes: &[u8],
+        places: Range<usize>,
+        found: &mut Found,
+    ) -> u32 {
+        let (mut slots, mut pieces) = (0, Vec::new());
+        let mut pages = heap.index.pages(places).peekable();
+        while let Some(page) = pages.next() {
+            slots = slots.max(page.slots_end());
+            let layout = Layout::of(heap, &page);
+            if layout.words == 0 {
+                continue;
+            }
+            lend(heap, &page, &mut pieces);
+            if pieces.is_empty() {
+                continue;
+            }
+            let first = (self.targets.len() + self.len) as u32;
+            let ahead = pages.peek().and_then(|next| heap.whole(next.span())).unwrap_or_default();
+            self.bytes += if heap.remembered.is_some() { 0 } else { layout.words * 8 };
+            let mut taken = Taken::NONE;
+            for (at, bytes) in pieces.drain(..) {
+                let piece = Piece { at: at - page.address, bytes, ahead };
+                self.read_piece(lanes, heap, (page.address, &layout, &mut taken), piece, found);
+                if self.len >= TOGETHER {
+                    self.resolve(heap);
+                }
+            }
+            let ranks = taken.ranks();
+            page.objects(|slot, _, end| {
+                self.ends[slot as usize].store(first + ranks.before(end / 8), Relaxed);
+            });
+        }
+        self.resolve(heap);
+        slots
+    }
+
+    /// Takes those words of a part of the page at an address that are in plain objects, are not those of empty lists, and can
+    /// hold a pointer.
+    #[inline(always)]
+    fn read_piece<C: Contents>(
+        &mut self,
+        lanes: Lanes,
+        heap: &Heap<'_, C>,
+        (page, layout, taken): (u64, &Layout, &mut Taken),
+        piece: Piece<'_>,
         found: &mut Found,
     ) {
-        let (windows, remembered) = (heap.index.windows(), heap.remembered.as_ref());
-        self.bytes += found.look(lanes, windows, remembered, &mut self.fresh, (at, bytes));
-        let first = found.offsets[..found.count].partition_point(|&offset| offset < page.first());
-        let (spill, start) = (page.spill(), page.address);
-        self.hold(heap, found, start, 0..first, |offset| spilled(start + offset, spill));
-        match page.grid() {
-            Some(grid) => self.hold(heap, found, start, first..found.count, |offset| grid.holder(offset)),
-            None => self.hold(heap, found, start, first..found.count, |offset| page.listed(offset)),
+        let windows = heap.index.windows();
+        if let Some(remembered) = &heap.remembered {
+            self.bytes += found.look(lanes, windows, Some(remembered), &mut self.fresh, piece);
+            found.grouped(
+                #[inline(always)]
+                |number, words, bits| {
+                    let address = page + (number * LINE) as u64;
+                    taken.groups(number)[0] |=
+                        self.take(lanes, heap, layout.group(number), address, words, bits);
+                },
+            );
+            return;
         }
-        if self.len >= TOGETHER {
-            self.resolve(heap);
+        let first = piece.at as usize / LINE;
+        let (lines, ahead) = (piece.bytes.as_chunks::<LINE>().0, piece.ahead.as_chunks::<LINE>().0);
+        let groups = lines.iter().zip(layout.groups(first)).zip(taken.groups(first));
+        for (number, ((line, group), taken)) in groups.enumerate() {
+            // The processor reads ahead by itself, but not over the end of a page.
+            ahead.get(number).into_iter().for_each(prefetch);
+            let (words, address) = (load(line), page + piece.at + (number * LINE) as u64);
+            let bits = windows.bits(lanes, &words);
+            if bits != 0 || lanes.are_wide() {
+                *taken = self.take(lanes, heap, group, address, &words, bits);
+            }
         }
     }
 
-    /// Takes those of some candidates of the page at an address that are in plain objects, do not point into the very same, as
-    /// those of empty lists do, and can hold a pointer. `holder` says of an offset where it belongs.
+    /// Takes those of a group's words, the first of which is at an address, that have a bit and count. Returns a bit for each.
     #[inline(always)]
-    fn hold<C: Contents>(
+    fn take<C: Contents>(
         &mut self,
+        lanes: Lanes,
         heap: &Heap<'_, C>,
-        found: &Found,
-        page: u64,
-        some: Range<usize>,
-        holder: impl Fn(u64) -> Holder,
-    ) {
-        let none = self.ends.len() - 1;
-        for (&word, &offset) in found.words[some.clone()].iter().zip(&found.offsets[some]) {
-            let Holder { slot, inside, size } = holder(offset);
-            if word.wrapping_sub(page + offset - inside) < size {
-                continue;
-            }
-            let state = heap.state.get(slot as usize).map_or(0, |state| state.load(Relaxed));
-            let mut counts = is_plain(state);
-            if state & TYPED != 0 && counts {
-                counts = heap.holds(slot, inside);
-                self.dropped += if counts { 0 } else { heap.dropped(word, slot) };
-            }
-            self.words[self.len] = word;
-            self.len += usize::from(counts);
-            self.ends[(slot as usize).min(none)].store((self.targets.len() + self.len) as u32, Relaxed);
+        group: Group,
+        address: u64,
+        words: &[u64; GROUP],
+        bits: u8,
+    ) -> u8 {
+        let (counts, dropped) = group.take(lanes, address, words, bits);
+        keep(lanes, words, counts, &mut self.words[self.len..]);
+        self.len += counts.count_ones() as usize;
+        if dropped != 0 {
+            self.dropped += dropped_of(heap, address, *words, dropped);
         }
+        counts
     }
 
     /// Looks all collected words up.
@@ -250,24 +287,26 @@ impl<'a> Sweep<'a> {
     }
 }
 
-/// Asks for the start of a page: behind it the processor has noticed by itself.
+/// Takes what a page's objects lie in, piece by piece; nothing where there are several copies of it, whose references would not
+/// come object by object: its objects are [`COPIED`].
 #[inline(always)]
-fn ask<C: Contents>(heap: &Heap<'_, C>, page: &Page<'_>) {
-    let Range { start, end } = page.span();
-    let block = Block { start: page.address + start, size: (end - start).min(ASKED) };
-    heap.whole(block).into_iter().for_each(prefetch);
-}
-
-/// The object's words count, all or those of its type.
-#[inline(always)]
-fn is_plain(state: u8) -> bool {
-    state & (OBJECT | NO_SCAN | SPECIAL) == OBJECT
-}
-
-/// Where a word of the object belongs that reaches into its page from an earlier one.
-fn spilled(word: u64, spill: Option<(u32, Block)>) -> Holder {
-    match spill.filter(|(_, block)| word + 8 <= block.end()) {
-        Some((slot, block)) => Holder { slot, inside: word - block.start, size: block.size },
-        None => Holder::NONE,
+fn lend<'h, C: Contents>(heap: &Heap<'h, C>, page: &Page<'_>, pieces: &mut Vec<(u64, &'h [u8])>) {
+    let span = page.span();
+    if let Some(bytes) = heap.whole(span) {
+        return pieces.push((span.start, bytes));
     }
+    heap.contents.pieces(span.start, span.size, &mut |at, bytes| pieces.push((at, bytes)));
+    let again = |two: &[(u64, &[u8])]| two[1].0 < two[0].0 + two[0].1.len() as u64;
+    if pieces.windows(2).any(again) {
+        page.objects(|slot, _, _| _ = heap.state[slot as usize].fetch_or(COPIED, Relaxed));
+        pieces.clear();
+    }
+}
+
+/// References that the words with a bit of a group at an address would be if they could hold a pointer.
+#[cold]
+fn dropped_of<C: Contents>(heap: &Heap<'_, C>, at: u64, words: [u64; GROUP], bits: u8) -> u64 {
+    let with_bit = (0..GROUP).filter(|word| bits >> word & 1 != 0);
+    let source = |word: usize| heap.index.find(at + 8 * word as u64).map_or(NO_SLOT, |hit| hit.slot);
+    with_bit.map(|word| heap.dropped(words[word], source(word))).sum()
 }

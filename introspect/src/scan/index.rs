@@ -18,7 +18,7 @@ mod page;
 use super::words::Windows;
 use crate::memory::{PAGE_SHIFT, PAGE_SIZE};
 use page::Descriptor;
-pub(super) use page::{Holder, Page};
+pub(super) use page::Page;
 use std::ops::Range;
 
 /// A piece of tracked memory.
@@ -70,7 +70,7 @@ pub struct Index {
     firsts: Vec<(u32, u32)>,
     /// The first is [`Descriptor::NOTHING`], that with the number [`Descriptor::ELSEWHERE`] stands for all places outside.
     descriptors: Vec<Descriptor>,
-    /// Objects that end in a later page than they start in, with their slots; numbered from 1 in [`Descriptor::spill`].
+    /// Objects that end in a later page than they start in, with their slots, by [`Descriptor::spill`]; the first is none.
     spills: Vec<(u32, Block)>,
     /// Objects of irregular pages.
     lists: Vec<Block>,
@@ -136,8 +136,8 @@ impl Index {
             areas: [Area::default(); AREAS],
             pages: Vec::new(),
             firsts: Vec::new(),
-            descriptors: vec![Descriptor::NOTHING, Descriptor::EMPTY],
-            spills: Vec::new(),
+            descriptors: vec![Descriptor::NOTHING, Descriptor::UNKNOWN],
+            spills: vec![(NO_SLOT, Block { start: 0, size: 0 })],
             lists: Vec::new(),
             sparse: Vec::new(),
             sparse_slot: 0,
@@ -232,7 +232,7 @@ impl Index {
             *slot = self.pages.get(*slot as usize).copied().unwrap_or(elsewhere);
         }
         for (slot, &word) in slots.iter_mut().zip(words) {
-            *slot = self.descriptors[*slot as usize].quick_slot(word);
+            *slot = self.descriptors[*slot as usize].quick_slot(word, &self.spills);
         }
     }
 
@@ -298,7 +298,7 @@ impl Index {
     fn find_in_page(&self, page: &Descriptor, word: u64) -> Option<Hit> {
         let offset = (word & (PAGE_SIZE - 1)) as u16;
         if offset < page.first {
-            let &(slot, block) = self.spills.get((page.spill as usize).checked_sub(1)?)?;
+            let (slot, block) = self.spills[page.spill as usize];
             return (word < block.end()).then_some(Hit { slot, block });
         }
         if page.reciprocal == 0 {
@@ -343,8 +343,8 @@ impl Index {
         if pages.is_empty() {
             return;
         }
-        self.spills.push((slot, *block));
         let spill = self.spills.len() as u32;
+        self.spills.push((slot, *block));
         for page in pages {
             self.set_page(area, page, Descriptor { spill, ..Descriptor::EMPTY });
         }

@@ -15,6 +15,7 @@ use super::memo::{Fresh, Memo, Remembered};
 use super::reader::{Heap, MARKED, NO_SCAN, OBJECT, Reader, SPECIAL, TYPED, areas, visit};
 use super::typed::Shape;
 use super::words::candidates;
+use crate::arch::Vectors;
 use crate::memory::PAGE_SHIFT;
 use rustc_hash::FxHashMap;
 use std::ops::Range;
@@ -134,7 +135,7 @@ pub struct Marker<'a, C, W = ()> {
     shared_from: usize,
     /// Bytes read so far.
     pub bytes: u64,
-    /// Words that were looked up: those that lie where objects are. Without those of an object to itself.
+    /// Words that were looked up: those that lie where objects are. Without those of empty lists.
     pub candidates: u64,
     /// Those of them that refer to an object.
     pub references: u64,
@@ -161,6 +162,7 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
             shape_of: Vec::new(),
             alone: true,
             remembered: None,
+            vectors: Vectors::widest(),
         };
         Self {
             heap,
@@ -181,6 +183,12 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
     pub fn share(&mut self, threads: usize, from: usize) {
         (self.threads, self.shared_from) = (if W::LISTENS { 1 } else { threads }, from);
         self.heap.alone = self.threads == 1;
+    }
+
+    /// Has the inner loops use these vectors instead of the widest.
+    #[cfg(test)]
+    pub(super) fn use_vectors(&mut self, vectors: Vectors) {
+        self.heap.vectors = vectors;
     }
 
     /// Takes what is known of pages from `memo`. The memory that is lent as a whole begins at `base` with frame 0.
@@ -378,7 +386,7 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
         for (area, strong) in areas.chain(weak) {
             visit(heap.contents, hit.block, area, |at, bytes| {
                 let at = at - hit.block.start;
-                candidates(bytes, heap.index.windows(), |offset, word| {
+                candidates(heap.vectors, bytes, heap.index.windows(), |offset, word| {
                     let offset = at + offset as u64;
                     if shape.is_some_and(|shape| !shape.holds(offset)) {
                         return;
@@ -395,7 +403,7 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
 
     /// The same for root memory that starts at an aligned address.
     pub fn root_references(&self, bytes: &[u8], mut found: impl FnMut(Reference)) {
-        candidates(bytes, self.heap.index.windows(), |offset, word| {
+        candidates(self.heap.vectors, bytes, self.heap.index.windows(), |offset, word| {
             let offset = offset as u64;
             self.heap.targets(word, None, true, |t| found(Reference { offset, word, target: t.block }));
         });

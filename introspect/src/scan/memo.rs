@@ -159,6 +159,16 @@ impl<'a> Remembered<'a> {
     }
 }
 
+/// A part of a page.
+#[derive(Clone, Copy)]
+pub(super) struct Piece<'b> {
+    /// Where in the page it begins.
+    pub at: u64,
+    pub bytes: &'b [u8],
+    /// What is read next.
+    pub ahead: &'b [u8],
+}
+
 /// The candidates of a part of a page, and where in the page they are.
 pub(super) struct Found {
     pub words: [u64; WORDS],
@@ -181,19 +191,19 @@ impl Found {
         windows: &Windows,
         remembered: Option<&Remembered<'_>>,
         fresh: &mut Fresh,
-        (at, bytes): (u64, &[u8]),
+        piece: Piece<'_>,
     ) -> u64 {
-        let known = remembered.and_then(|r| Some((r.memo, r.frame(bytes)?)));
+        let known = remembered.and_then(|r| Some((r.memo, r.frame(piece.bytes)?)));
         let Some((memo, (frame, page))) = known else {
-            self.collect(lanes, windows, at, bytes);
-            return bytes.len() as u64;
+            self.collect(lanes, windows, piece);
+            return piece.bytes.len() as u64;
         };
-        let part = at..at + bytes.len() as u64;
+        let part = piece.at..piece.at + piece.bytes.len() as u64;
         if let Some((words, offsets)) = memo.page(frame) {
             self.select(windows, part, words.iter().copied().zip(offsets.iter().map(|&o| u64::from(o))));
             return 0;
         }
-        self.collect(lanes, &memo.windows, 0, page);
+        self.collect(lanes, &memo.windows, Piece { at: 0, bytes: page, ..piece });
         fresh.add(frame, self);
         let Self { words, offsets, count } = *self;
         self.select(windows, part, words[..count].iter().copied().zip(offsets));
@@ -201,22 +211,39 @@ impl Found {
     }
 
     #[inline(always)]
-    fn collect(&mut self, lanes: Lanes, windows: &Windows, at: u64, bytes: &[u8]) {
+    fn collect(&mut self, lanes: Lanes, windows: &Windows, piece: Piece<'_>) {
         self.count = 0;
         groups(
             lanes,
-            bytes,
+            (piece.bytes, piece.ahead),
             windows,
-            (0, 0),
             #[inline(always)]
             |number, words, bits| {
-                let first = at + (number * GROUP * 8) as u64;
+                let first = piece.at + (number * GROUP * 8) as u64;
                 let offsets = std::array::from_fn(|word| first + word as u64 * 8);
                 keep(lanes, words, bits, &mut self.words[self.count..]);
                 keep(lanes, &offsets, bits, &mut self.offsets[self.count..]);
                 self.count += bits.count_ones() as usize;
             },
         );
+    }
+
+    /// Calls `found` with each group of words of the page that has some of them, its number in the page, and a bit for each.
+    #[inline(always)]
+    pub fn grouped(&self, mut found: impl FnMut(usize, &[u64; GROUP], u8)) {
+        let (mut number, mut words, mut bits) = (0, [0; GROUP], 0);
+        for (&word, &offset) in self.words[..self.count].iter().zip(&self.offsets) {
+            let place = offset as usize / 8;
+            if place / GROUP != number && bits != 0 {
+                found(number, &words, std::mem::take(&mut bits));
+            }
+            number = place / GROUP;
+            words[place % GROUP] = word;
+            bits |= 1 << (place % GROUP);
+        }
+        if bits != 0 {
+            found(number, &words, bits);
+        }
     }
 
     /// Takes those of a page's words that lie in a part of it, and in the `windows`.
@@ -252,7 +279,9 @@ mod tests {
     use super::super::mark::{Marker, Special};
     use super::super::tests::{DIRECT, Flat, SPACE, edges, heap, index, plant};
     use super::super::typed::Shape;
+    use super::super::words::LINE;
     use super::*;
+    use crate::arch::Vectors;
     use proptest::prelude::*;
     use std::sync::Arc;
 
@@ -271,7 +300,7 @@ mod tests {
     /// returns how many bytes were read, and how many pages are new to the memo.
     fn mark(
         (blocks, memory, roots): (&[Block], &Flat, &[u8]),
-        threads: usize,
+        (threads, vectors): (usize, Vectors),
         kept: Option<(&mut Memo, Option<&Written>)>,
     ) -> (Outcome, u64, usize) {
         let (index, slots) = index(blocks);
@@ -284,6 +313,7 @@ mod tests {
         if let Some((memo, _)) = &kept {
             marker.remember(memo, DIRECT);
         }
+        marker.use_vectors(vectors);
         marker.share(threads, 0);
         marker.set_shapes(&shapes);
         blocks.iter().step_by(3).for_each(|block| marker.set_shape(block.start, 0));
@@ -316,7 +346,7 @@ mod tests {
             blocks in heap(), before in edges(),
             steps in proptest::collection::vec((edges(), 0..4_usize, any::<u64>()), 1..5),
             roots in proptest::collection::vec((any::<prop::sample::Index>(), 0..70u64), 0..4),
-            threads in 1..4_usize,
+            threads in 1..4_usize, vectors in prop::sample::select(Vectors::all().collect::<Vec<_>>()),
         ) {
             prop_assume!(!blocks.is_empty());
             let roots: Vec<u8> = roots.iter().flat_map(|(to, inside)| (to.get(&blocks).start + inside).to_le_bytes()).collect();
@@ -325,11 +355,12 @@ mod tests {
             for (later, step, present) in steps {
                 let live: Vec<Block> = blocks.iter().enumerate()
                     .filter(|(n, _)| step == 0 || present >> (n % 64) & 1 != 0).map(|(_, block)| *block).collect();
-                let (again, read, fresh) = mark((&live, &memory, &roots), threads, Some((&mut memo, written.as_ref())));
-                let (full, ..) = mark((&live, &memory, &roots), 1, None);
+                let (again, read, fresh) = mark((&live, &memory, &roots), (threads, vectors), Some((&mut memo, written.as_ref())));
+                let (full, ..) = mark((&live, &memory, &roots), (1, vectors), None);
                 prop_assert_eq!(again, full);
-                // What lies in vmalloc space is lent in pieces that are in no frame here.
-                let others = blocks.iter().filter(|block| block.start >= DIRECT + SPACE).map(|block| block.size).sum::<u64>();
+                // What lies elsewhere is lent in pieces that are in no frame here.
+                let others = blocks.iter().filter(|block| !(DIRECT..DIRECT + SPACE).contains(&block.start))
+                    .map(|block| memory.copies(block.start) * block.size.next_multiple_of(LINE as u64)).sum::<u64>();
                 prop_assert!(fresh > 0 || read <= others + roots.len() as u64, "{read} bytes");
                 let mut frames = Written::default();
                 for (from, to, word, inside) in &later {
@@ -338,7 +369,7 @@ mod tests {
                     if words > 0 {
                         let va = first + word % words * 8;
                         memory.put(va, if *inside == 0 { 0 } else { to.start + inside });
-                        if va < DIRECT + SPACE {
+                        if (DIRECT..DIRECT + SPACE).contains(&va) {
                             let frame = ((va - DIRECT) >> PAGE_SHIFT) as usize;
                             frames.add(frame..frame + 1);
                         }

@@ -36,6 +36,7 @@ mod exception_stacks;
 mod graph;
 pub mod guest;
 pub mod index;
+mod layout;
 pub mod mark;
 mod memo;
 mod pages;
@@ -254,15 +255,17 @@ impl<'a, M: FrozenMemory> Frozen<'a, M> {
         let ScanInput { linux, memory, registry, .. } = *input;
         let guest = input.guest()?;
         let (pages, roots) = collect_roots(input, &guest)?;
-        let objects = || heap(registry).chain(pages.objects());
-        let mut blocks: Vec<Block> = objects().map(|o| block(&o)).chain(pages.structs()).collect();
-        blocks.sort_unstable();
+        let objects = heap(registry).chain(pages.objects()).map(|object| block(&object));
+        let mut blocks: Vec<Block> = objects.collect();
+        let (objects, object_bytes) =
+            (blocks.len() as u64, blocks.iter().fold(0_u64, |bytes, block| bytes.saturating_add(block.size)));
+        blocks.extend(pages.structs());
+        // These are a few ascending runs, which this sort knows to join.
+        blocks.sort();
         // Only where a free was missed, or the guest claims what cannot be.
         blocks.dedup_by_key(|block| block.start);
         let (index, slots) = Index::new(&blocks, guest.direct());
         let caches = linux.caches(memory).context("Cannot read the guest's list of slab caches")?;
-        let (objects, object_bytes) =
-            objects().fold((0, 0_u64), |(n, b), o| (n + 1, b.saturating_add(o.size)));
         let frozen = Self {
             guest,
             pages,
@@ -390,13 +393,13 @@ fn block(object: &Object) -> Block {
 
 /// Pages that belong to tracked objects as a whole.
 fn page_objects<M: FrozenMemory>(registry: &Registry, guest: &GuestMemory<'_, M>) -> Vec<Extent> {
-    let whole = heap(registry).filter(|o| matches!(o.kind, Kind::Large | Kind::Vmalloc));
+    let whole = registry.others().filter(|o| matches!(o.kind, Kind::Large | Kind::Vmalloc));
     whole.flat_map(|object| guest.extents(pages::memory_of(&object))).collect()
 }
 
 /// Cookies of per-CPU objects, ascending and disjoint.
 fn percpu_objects(registry: &Registry) -> Vec<Range<Va>> {
-    let percpu = registry.objects().filter(|o| o.kind == Kind::Percpu);
+    let percpu = registry.others().filter(|o| o.kind == Kind::Percpu);
     let mut cookies: Vec<Range<Va>> =
         percpu.map(|o| o.address..Va(o.address.0.saturating_add(o.size))).collect();
     cookies.sort_unstable_by_key(|range| range.start);

@@ -48,7 +48,7 @@ impl Pages {
         objects: &[Extent],
     ) -> Result<Self, MemoryError> {
         let places = input.linux.page_places(input.memory)?;
-        let mut large: Vec<Object> = input.registry.objects().filter(|o| o.kind == Kind::Large).collect();
+        let mut large: Vec<Object> = input.registry.others().filter(|o| o.kind == Kind::Large).collect();
         large.retain(|object| places.structs_of(&memory_of(object)).is_some());
         large.sort_unstable_by_key(|object| object.address);
         let mut pages = Self { objects: Vec::new(), large, left: Vec::new(), places };

@@ -4,10 +4,10 @@
 use super::edges::Edges;
 use super::index::{Block, Hit, Index, NO_SLOT};
 use super::mark::{Contents, Special, Witness};
-use super::memo::{Found, Fresh, Remembered};
+use super::memo::{Found, Fresh, Piece, Remembered};
 use super::typed::Shape;
-use super::words::{GROUP, candidates, groups, keep};
-use crate::arch::{Lanes, widest};
+use super::words::{GROUP, candidates, groups, inside, keep};
+use crate::arch::{Lanes, Vectors, Wide};
 use crate::memory::PAGE_SIZE;
 use rustc_hash::FxHashMap;
 use std::ops::Range;
@@ -24,6 +24,8 @@ pub(super) const SPECIAL: u8 = 4;
 pub(super) const NO_SCAN: u8 = 8;
 /// Has an entry in [`Marker::shape_of`].
 pub(super) const TYPED: u8 = 16;
+/// There are several copies of it, one for each CPU; of such no edges are taken down.
+pub(super) const COPIED: u8 = 32;
 
 /// Candidate words collected, from one object or several, before they are looked up together.
 const STAGE: usize = 64;
@@ -31,6 +33,8 @@ const STAGE: usize = 64;
 const FAR: usize = 16;
 /// See [`FAR`].
 const NEAR: usize = 8;
+/// So many bytes ahead of those that are read memory is asked for.
+const AHEAD: usize = 1024;
 /// What stands for an object's slot where a word was read outside of objects.
 const OUTSIDE: u32 = u32::MAX;
 
@@ -50,6 +54,8 @@ pub(super) struct Heap<'a, C> {
     pub alone: bool,
     /// What is known of pages.
     pub remembered: Option<Remembered<'a>>,
+    /// What the inner loops are made of.
+    pub vectors: Vectors,
 }
 
 /// What one thread collects.
@@ -158,14 +164,8 @@ impl<'a, C: Contents> Heap<'a, C> {
         self.shape_of(slot).filter(|_| is_typed)
     }
 
-    /// Whether the word at an offset in the object in a slot, which is [`TYPED`] and not special, can hold a pointer.
     #[inline(always)]
-    pub fn holds(&self, slot: u32, offset: u64) -> bool {
-        self.shape_of(slot).is_none_or(|shape| shape.holds(offset))
-    }
-
-    #[inline(always)]
-    fn shape_of(&self, slot: u32) -> Option<&'a Shape> {
+    pub fn shape_of(&self, slot: u32) -> Option<&'a Shape> {
         let shapes = self.shapes;
         shapes.get(usize::from(*self.shape_of.get(slot as usize)?)).map(|shape| &**shape)
     }
@@ -183,7 +183,7 @@ impl Reader {
         for (number, &slot) in objects.iter().enumerate() {
             objects.get(number + FAR).into_iter().for_each(|&later| edges.ask_where(later));
             objects.get(number + NEAR).into_iter().for_each(|&next| edges.ask_what(next));
-            match edges.from(slot).filter(|_| heap.state(slot) & SPECIAL == 0) {
+            match edges.from(slot).filter(|_| heap.state(slot) & (SPECIAL | COPIED) == 0) {
                 Some(targets) => self.follow(heap, witness, targets, slot),
                 None => {
                     let block = heap.index.block_of(slot);
@@ -236,7 +236,7 @@ impl Reader {
         visit(heap.contents, hit.block, 0..hit.block.size, |at, bytes| {
             self.bytes += bytes.len() as u64;
             let at = at - hit.block.start;
-            candidates(bytes, heap.index.windows(), |offset, word| {
+            candidates(heap.vectors, bytes, heap.index.windows(), |offset, word| {
                 let (start, len) = heap.index.own(hit.block);
                 if word.wrapping_sub(start) < len {
                     return;
@@ -289,17 +289,18 @@ impl Reader {
             return self.recall(heap, witness, remembered, bytes, (source, own));
         }
         self.bytes += bytes.len() as u64;
-        widest(
+        let own = Wide::new(own.0, own.1);
+        heap.vectors.run(
             #[inline(always)]
             |lanes| {
                 groups(
                     lanes,
-                    bytes,
+                    (bytes, bytes.get(AHEAD..).unwrap_or_default()),
                     heap.index.windows(),
-                    own,
                     #[inline(always)]
                     |_, words, bits| {
-                        if self.stage.take(lanes, words, bits, source) {
+                        let others = !inside(lanes, words, std::slice::from_ref(&own));
+                        if self.stage.take(lanes, words, bits & others, source) {
                             self.resolve_all(heap, witness);
                         }
                     },
@@ -322,8 +323,8 @@ impl Reader {
         while !rest.is_empty() {
             let at = remembered.offset(rest);
             let (piece, others) = rest.split_at(rest.len().min(PAGE_SIZE as usize - at));
-            let (fresh, part) = (&mut self.fresh, (at as u64, piece));
-            let read = widest(
+            let (fresh, part) = (&mut self.fresh, Piece { at: at as u64, bytes: piece, ahead: &[] });
+            let read = heap.vectors.run(
                 #[inline(always)]
                 |lanes| found.look(lanes, windows, Some(remembered), fresh, part),
             );

@@ -10,7 +10,7 @@ use super::exception_stacks::exception_stacks;
 use super::guest::{Extent, GuestMemory};
 pub use super::region::Region;
 use crate::arch::CpuState;
-use crate::linux::pages::{PageMap, Use};
+use crate::linux::pages::{PageMap, USES, Use};
 use crate::linux::tasks::Task;
 use crate::linux::{Linux, ModuleMap, interrupt_stack};
 use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, Pa, Va};
@@ -111,7 +111,8 @@ impl Roots {
             roots.add("slab pages".into(), claims.pages(uses, Use::Slab));
         }
         let unread = UNREAD_USES.into_iter().filter(|&usage| input.slab || usage != Use::Slab);
-        roots.unread_pages = unread.map(|usage| (usage, claims.ram(uses, usage, memory))).collect();
+        let ram = claims.ram(uses, memory);
+        roots.unread_pages = unread.map(|usage| (usage, ram[usage as usize])).collect();
         Ok(roots)
     }
 
@@ -433,14 +434,18 @@ impl Claims {
         left
     }
 
-    /// RAM in frames of one use that are not taken, bytes.
-    fn ram(&self, uses: &PageMap, wanted: Use, memory: &impl FrozenMemory) -> u64 {
-        let taken = |frame: u64| self.taken.get(frame as usize).copied().unwrap_or(false);
-        let frames = memory.ranges().iter().flat_map(|ram| {
-            let first = ram.start.0 >> PAGE_SHIFT;
-            first..first + (ram.len >> PAGE_SHIFT)
-        });
-        frames.filter(|&frame| uses.get(frame) == wanted && !taken(frame)).count() as u64 * PAGE_SIZE
+    /// RAM in frames of each use that are not taken, bytes.
+    fn ram(&self, uses: &PageMap, memory: &impl FrozenMemory) -> [u64; USES] {
+        let mut ram = [0; USES];
+        for range in memory.ranges() {
+            let clamp = |frame: u64| (frame as usize).min(uses.uses.len());
+            let first = range.start.0 >> PAGE_SHIFT;
+            let frames = clamp(first)..clamp(first + (range.len >> PAGE_SHIFT));
+            let free =
+                uses.uses[frames.clone()].iter().zip(&self.taken[frames]).filter(|(_, taken)| !**taken);
+            free.for_each(|(usage, _)| ram[*usage as usize] += PAGE_SIZE);
+        }
+        ram
     }
 
     /// Frames of one use that are not taken.
@@ -569,7 +574,8 @@ mod tests {
             uses: vec![Use::Kernel, Use::Kernel, Use::Free, Use::Kernel, Use::Kernel, Use::Kernel],
         };
         let memory = FlatMemory::new(vec![0; 0x5000]);
-        let ram = [Use::Kernel, Use::Free, Use::User].map(|usage| claims.ram(&uses, usage, &memory));
+        let all = claims.ram(&uses, &memory);
+        let ram = [Use::Kernel, Use::Free, Use::User].map(|usage| all[usage as usize]);
         assert_eq!(ram, [0x3000, 0, 0], "frame 2 is taken, frame 5 no RAM");
         let pages = claims.pages(&uses, Use::Kernel);
         assert_eq!(pages, [(0, 0x1000), (0x3000, 0x2000)].map(|(s, len)| Extent { start: Pa(s), len }));

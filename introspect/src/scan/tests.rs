@@ -1,143 +1,22 @@
 //! The marker's fast paths against naive twins, on synthetic heaps.
 
+mod heaps;
+
 use super::graph::{Standing, classify};
 use super::index::{ASK, Block, Index, NO_SLOT};
 use super::mark::{Contents, Marker, Origin, Special, Witness};
 use super::path::{link, root_link};
 use super::trail::Trail;
 use super::typed::Shape;
-use super::words::{Windows, candidates, candidates_by};
+use super::words::{Windows, candidates};
 use super::{HEAD_BYTES, fingerprint};
-use crate::arch::Lanes;
+use crate::arch::Vectors;
 use crate::instructions;
+use heaps::{COOKIES, COPIED, OTHERS, VMALLOC, any_blocks};
+pub(super) use heaps::{DIRECT, Flat, SPACE, edges, heap, plant};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-
-/// Where the synthetic direct map and vmalloc space lie.
-pub(super) const DIRECT: u64 = 0xffff_8880_0000_0000;
-const VMALLOC: u64 = 0xffff_c900_0000_0000;
-const PAGES: u64 = 12;
-pub(super) const SPACE: u64 = PAGES * 4096;
-
-/// Two pieces of memory, each lent in pieces of a page as scattered frames would be.
-#[derive(Default)]
-pub(super) struct Flat {
-    pub(super) direct: Vec<u8>,
-    pub(super) vmalloc: Vec<u8>,
-    /// What is in the direct map is lent as a whole, too.
-    pub(super) whole: bool,
-}
-
-impl Flat {
-    fn new() -> Self {
-        Self { direct: vec![0; SPACE as usize], vmalloc: vec![0; SPACE as usize], whole: false }
-    }
-
-    fn place(&self, va: u64) -> (bool, usize) {
-        let direct = (DIRECT..DIRECT + SPACE).contains(&va);
-        (direct, (va - if direct { DIRECT } else { VMALLOC }) as usize)
-    }
-
-    pub(super) fn put(&mut self, va: u64, word: u64) {
-        let (direct, at) = self.place(va);
-        let memory = if direct { &mut self.direct } else { &mut self.vmalloc };
-        memory[at..at + 8].copy_from_slice(&word.to_le_bytes());
-    }
-
-    fn word(&self, va: u64) -> u64 {
-        let (direct, at) = self.place(va);
-        let memory = if direct { &self.direct } else { &self.vmalloc };
-        u64::from_le_bytes(memory[at..at + 8].try_into().unwrap())
-    }
-}
-
-impl Contents for Flat {
-    fn pieces<'a>(&'a self, va: u64, len: u64, visit: &mut impl FnMut(u64, &'a [u8])) {
-        let (mut va, end) = (va, va + len);
-        while va < end {
-            let next = (va / 4096 * 4096 + 4096).min(end);
-            let (direct, at) = self.place(va);
-            let memory = if direct { &self.direct } else { &self.vmalloc };
-            visit(va, &memory[at..at + (next - va) as usize]);
-            va = next;
-        }
-    }
-
-    fn whole(&self) -> Vec<(u64, &[u8])> {
-        // The last page apart, so that objects lie in both, or in pieces.
-        let (most, last) = self.direct.split_at(self.direct.len() - 4096);
-        let both = vec![(DIRECT, most), (DIRECT + most.len() as u64, last)];
-        if self.whole { both } else { Vec::new() }
-    }
-}
-
-/// Where per-CPU cookies lie: in the first chunk, and in others.
-const COOKIES: [u64; 2] = [0x3_b000, 0x607f_c000_0000];
-
-/// More places than the index has areas: below the direct map, where `struct page`s are, and modules.
-const OTHERS: [u64; 3] = [0xffff_0000_0000_0000, 0xffff_ea00_0000_0000, 0xffff_ffff_c000_0000];
-
-/// Any set of blocks, overlapping or not.
-fn any_blocks() -> impl Strategy<Value = Vec<Block>> {
-    let other = proptest::sample::select(&OTHERS);
-    let base = prop_oneof![6 => Just(DIRECT), 2 => Just(VMALLOC), 1 => other, 1 => Just(COOKIES[0]), 1 => Just(COOKIES[1])];
-    let start = (base, prop_oneof![(0..SPACE / 8).prop_map(|o| o * 8), 0..SPACE]);
-    let size = prop_oneof![0..200u64, Just(64), Just(4096), 0..3 * 4096u64];
-    proptest::collection::vec((start, size), 0..60).prop_map(|blocks| {
-        let unique: BTreeMap<u64, u64> =
-            blocks.into_iter().map(|((b, o), s)| (b + o, s.min(SPACE - o))).collect();
-        unique.into_iter().map(|(start, size)| Block { start, size }).collect()
-    })
-}
-
-/// A heap as a kernel has it: pages cut into slots of one size of which some are taken, objects of several pages,
-/// a page of mixed sizes, vmalloc blocks.
-pub(super) fn heap() -> impl Strategy<Value = Vec<Block>> {
-    let stride = prop_oneof![Just(8u64), Just(64), Just(96), Just(192), Just(1024), Just(2112)];
-    let slab = (stride, 0..8u64, proptest::collection::vec(any::<bool>(), 1024));
-    let large = (1..4 * 4096u64).prop_map(|size| (4096, size));
-    let slabs = slab.prop_map(|(stride, slack, taken)| {
-        let slots = (0..2 * 4096 / stride).filter(|&i| taken[i as usize]);
-        let size = stride - slack.min(stride - 1);
-        (2 * 4096, slots.map(|i| (i * stride, size)).collect::<Vec<_>>())
-    });
-    let run = prop_oneof![3 => slabs, 1 => large.prop_map(|(_, size)| (4 * 4096, vec![(0, size)]))];
-    (proptest::collection::vec(run, 1..4), proptest::collection::vec(1..2 * 4096u64, 0..4)).prop_map(
-        |(runs, areas)| {
-            let (mut blocks, mut at) = (Vec::new(), DIRECT);
-            for (len, objects) in runs {
-                blocks.extend(objects.iter().map(|(o, size)| Block { start: at + o, size: *size }));
-                at += len;
-            }
-            let areas = areas.iter().enumerate();
-            blocks.extend(areas.map(|(i, &size)| Block { start: VMALLOC + i as u64 * 3 * 4096, size }));
-            blocks
-        },
-    )
-}
-
-/// A reference: from an object, to an object, which word of the one, where in the other.
-pub(super) type Edge = (prop::sample::Index, prop::sample::Index, u64, u64);
-
-pub(super) fn edges() -> impl Strategy<Value = Vec<Edge>> {
-    let object = any::<prop::sample::Index>;
-    proptest::collection::vec((object(), object(), 0..600u64, 0..70u64), 0..80)
-}
-
-/// Memory with these references in it.
-pub(super) fn plant(blocks: &[Block], edges: &[Edge]) -> Flat {
-    let mut memory = Flat::new();
-    for (from, to, word, inside) in edges {
-        let (from, to) = (from.get(blocks), to.get(blocks));
-        let first = from.start.next_multiple_of(8);
-        let words = (from.start + from.size).saturating_sub(first) / 8;
-        if words > 0 {
-            memory.put(first + word % words * 8, to.start + inside);
-        }
-    }
-    memory
-}
 
 fn naive_find(blocks: &[Block], word: u64) -> Option<Block> {
     let last = blocks.iter().filter(|b| b.start <= word).max_by_key(|b| b.start)?;
@@ -217,14 +96,14 @@ proptest! {
         let cookies = [c..c + 2, d..d];
         let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         bytes.extend(vec![0; tail]);
-        let mut found = Vec::new();
-        candidates(&bytes, &Windows::new(windows.clone(), cookies.clone()), |offset, word| found.push((offset, word)));
         let expected: Vec<_> = words.iter().enumerate().map(|(i, &w)| (i * 8, w))
             .filter(|(_, w)| windows.iter().chain(&cookies).any(|r| r.contains(w))).collect();
-        prop_assert_eq!(&found, &expected);
-        let mut plain = Vec::new();
-        candidates_by(Lanes::PLAIN, &bytes, &Windows::new(windows, cookies), |offset, word| plain.push((offset, word)));
-        prop_assert_eq!(plain, expected, "without wide vectors");
+        let windows = Windows::new(windows, cookies);
+        for vectors in Vectors::all() {
+            let mut found = Vec::new();
+            candidates(vectors, &bytes, &windows, |offset, word| found.push((offset, word)));
+            prop_assert_eq!(&found, &expected, "{:?}", vectors);
+        }
     }
 
     #[test]
@@ -248,9 +127,10 @@ proptest! {
         let (index, slots) = index(&blocks);
         let bytes: Vec<u8> = roots.iter().flat_map(|w| w.to_le_bytes()).collect();
         let lent = Flat { whole: true, ..plant(&blocks, &edges) };
-        let ways = [(1, &memory), (3, &memory), (1, &lent)];
-        let [(marker, references), (together, of_all), (wholes, of_wholes)] = ways.map(|(threads, memory)| {
+        let ways = Vectors::all().flat_map(|vectors| [(1, &memory), (3, &memory), (1, &lent)].map(|way| (vectors, way)));
+        let markers: Vec<_> = ways.map(|(vectors, (threads, memory))| {
             let mut marker = Marker::new(&index, memory, &slots, ());
+            marker.use_vectors(vectors);
             marker.share(threads, 0);
             no_scan.iter().for_each(|&va| marker.set_no_scan(va));
             marker.set_special(area.0, Special { areas: Some(vec![area.1.clone()]), ..Special::default() });
@@ -259,11 +139,13 @@ proptest! {
             let parts: Vec<&[u8]> = bytes.chunks(8).collect();
             let references = marker.roots(&parts);
             marker.run();
-            (marker, references)
-        });
-        prop_assert_eq!(references, roots.iter().filter(|&&w| naive_find(&blocks, w).is_some()).count() as u64);
-        prop_assert_eq!((of_all, together.bytes, together.dropped), (references, marker.bytes, marker.dropped));
-        prop_assert_eq!((of_wholes, wholes.bytes, wholes.dropped), (references, marker.bytes, marker.dropped));
+            prop_assert_eq!(references, roots.iter().filter(|&&w| naive_find(&blocks, w).is_some()).count() as u64);
+            Ok((format!("{vectors:?}, {threads} threads, whole: {}", memory.whole), marker))
+        }).collect::<Result<_, _>>()?;
+        let alone = &markers[0].1;
+        for (way, marker) in &markers {
+            prop_assert_eq!((marker.bytes, marker.dropped), (alone.bytes, alone.dropped), "{}", way);
+        }
 
         let mut reached = BTreeSet::new();
         let mut work: Vec<Block> = roots.iter().filter_map(|&w| naive_find(&blocks, w)).collect();
@@ -280,7 +162,7 @@ proptest! {
                 return Vec::new();
             }
             (block.start.next_multiple_of(8)..).step_by(8).take_while(|va| va + 8 <= block.start + block.size)
-                .filter(scanned).filter_map(|va| naive_find(&blocks, memory.word(va))).collect()
+                .filter(scanned).flat_map(|va| memory.words(va)).filter_map(|word| naive_find(&blocks, word)).collect()
         };
         while let Some(block) = work.pop() {
             if reached.insert(block) {
@@ -288,11 +170,11 @@ proptest! {
             }
         }
         for block in &blocks {
-            prop_assert_eq!(marker.is_reached(block.start), reached.contains(block), "{:x?}", block);
-            prop_assert_eq!(together.is_reached(block.start), reached.contains(block), "{:x?} by three", block);
-            prop_assert_eq!(wholes.is_reached(block.start), reached.contains(block), "{:x?} as a whole", block);
+            for (way, marker) in &markers {
+                prop_assert_eq!(marker.is_reached(block.start), reached.contains(block), "{:x?}: {}", block, way);
+            }
             let mut found = BTreeSet::new();
-            marker.references(block.start, |r| { found.insert(r.target); });
+            alone.references(block.start, |r| { found.insert(r.target); });
             let expected: BTreeSet<_> = contents(block).into_iter().filter(|b| b != block).collect();
             prop_assert_eq!(found, expected);
         }
@@ -323,7 +205,7 @@ proptest! {
             prop_assert_eq!(root.map(|r| (r.offset, r.word)), Some((0, roots[number])));
             for pair in way.windows(2) {
                 let reference = link(&marker, pair[0], pair[1]).expect("a word that refers to the next");
-                prop_assert_eq!(memory.word(pair[0].start + reference.offset), reference.word);
+                prop_assert!(memory.words(pair[0].start + reference.offset).any(|word| word == reference.word));
                 prop_assert_eq!(naive_find(&blocks, reference.word), Some(pair[1]));
                 prop_assert_eq!(reference.entry(), Some(reference.word - pair[1].start));
             }
@@ -401,7 +283,7 @@ fn distances(blocks: &[Block], memory: &Flat, roots: &[u64]) -> BTreeMap<Block, 
             let words = (b.start.next_multiple_of(8)..).step_by(8);
             words.take_while(move |va| va + 8 <= b.start + b.size)
         });
-        next = words.filter_map(|va| naive_find(blocks, memory.word(va))).collect();
+        next = words.flat_map(|va| memory.words(va)).filter_map(|word| naive_find(blocks, word)).collect();
     }
     found
 }
@@ -514,6 +396,32 @@ fn several_threads_mark_each_object_once() {
     assert_eq!((alone.0, alone.1), (40, 320 + 16 * blocks.len() as u64));
     assert!(count > 1000 && count <= blocks.len() as u64 / 2, "{count}");
     (0..50).for_each(|_| assert_eq!(mark(4), alone));
+}
+
+/// Of per-CPU objects whose cookies are kernel addresses, in one page and in two, each copy has references of its own.
+#[test]
+fn what_any_cpus_copy_refers_to_is_reached() {
+    let at = |offset| Block { start: COPIED[2] + offset, size: 64 };
+    let copied = [at(0), at(64), at(4096 - 32)];
+    let targets: Vec<Block> = (0..9).map(|n| Block { start: DIRECT + n * 64, size: 64 }).collect();
+    let blocks = [&copied[..], &targets].concat();
+    let mut memory = Flat::new();
+    // Each in the copy of another CPU, but at the same place.
+    for (number, target) in targets.iter().enumerate() {
+        memory.put(copied[number / 3].start + 40, target.start);
+    }
+    let (index, slots) = index(&blocks);
+    for vectors in Vectors::all() {
+        for from in 0..copied.len() {
+            let mut marker = Marker::new(&index, &memory, &slots, ());
+            marker.use_vectors(vectors);
+            marker.root_word(copied[from].start);
+            marker.run();
+            let reached = |target: &Block| marker.is_reached(target.start);
+            let found: Vec<usize> = (0..9).filter(|&number| reached(&targets[number])).collect();
+            assert_eq!(found, (from * 3..from * 3 + 3).collect::<Vec<_>>(), "{vectors:?}");
+        }
+    }
 }
 
 /// Objects that overlap because a free was missed: the later one is found through the earlier one's own words, too.

@@ -26,10 +26,14 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Which of the eight words from `8 * number` on can: a bit for each.
+    /// Which of the 64 words from the one with a number on can; before the first none can.
     #[inline]
-    pub fn group(&self, number: usize) -> u8 {
-        self.words.get(number / 8).map_or(0, |bits| (bits >> (number % 8 * 8)) as u8)
+    pub fn words_from(&self, number: i64) -> u64 {
+        let bits =
+            |index: i64| usize::try_from(index).ok().and_then(|i| self.words.get(i)).copied().unwrap_or(0);
+        let (index, shift) = (number.div_euclid(64), number.rem_euclid(64));
+        // Twice, as all 64 cannot be shifted out at once.
+        bits(index) >> shift | bits(index + 1) << 1 << (63 - shift)
     }
 
     /// True where a word of the object can.

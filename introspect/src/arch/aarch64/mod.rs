@@ -9,7 +9,7 @@ mod vectors;
 
 pub use paging::{AddressSpace, Leaf, MAX_ENTRIES, Translation};
 pub use registers::{CpuState, Registers, strip_pac};
-pub use vectors::{Lanes, prefetch, widest};
+pub use vectors::{Lanes, Vectors, Wide, prefetch};
 
 /// Length of the instruction that `code` begins with: all have the same.
 pub fn instruction_len(code: &[u8]) -> Option<usize> {

@@ -10,7 +10,7 @@ use iced_x86::{Decoder, DecoderOptions};
 
 pub use paging::{AddressSpace, Leaf, MAX_ENTRIES, gigabyte_leaf};
 pub use registers::{CpuState, Registers};
-pub use vectors::{Lanes, prefetch, widest};
+pub use vectors::{Lanes, Vectors, Wide, prefetch};
 
 /// Length of the instruction that `code` begins with; None where it is none, or not all of it is there.
 pub fn instruction_len(code: &[u8]) -> Option<usize> {

@@ -1,8 +1,8 @@
 //! What the index knows of one page.
 
-use super::{ASK, Block, Hit, Index, NO_SLOT, find_in_list};
+use super::super::words::LINE;
+use super::{ASK, Block, Index, NO_SLOT};
 use crate::memory::PAGE_SIZE;
-use std::ops::Range;
 
 const NOTHING_STARTS: u16 = PAGE_SIZE as u16;
 
@@ -33,6 +33,9 @@ impl Descriptor {
     /// A page with nothing in it.
     pub const NOTHING: Self = Self { first: 0, reciprocal: 1, ..Self::EMPTY };
 
+    /// A page of which [`super::Index::find`] knows.
+    pub const UNKNOWN: Self = Self { first: 0, ..Self::EMPTY };
+
     /// Number of the grid's place that an offset in a regular page lies in, and where in that.
     #[inline(always)]
     fn place(&self, offset: u64) -> (u64, u64) {
@@ -41,29 +44,18 @@ impl Descriptor {
         (number, distance.wrapping_sub(number * u64::from(self.stride)))
     }
 
-    /// See [`super::Index::quick_slots`].
+    /// See [`super::Index::quick_slots`]. The `spills` are [`super::Index::spills`].
     #[inline]
-    pub fn quick_slot(&self, word: u64) -> u32 {
+    pub fn quick_slot(&self, word: u64, spills: &[(u32, Block)]) -> u32 {
         let offset = word & (PAGE_SIZE - 1);
         let (number, inside) = self.place(offset);
         let here = (inside < u64::from(self.size)) & (number < u64::from(self.count));
-        let behind = offset >= u64::from(self.first);
-        // Of what lies before the first start only the object that reaches over from an earlier page can have it.
-        let elsewhere = (self.reciprocal == 0) | (!behind & (self.spill != 0));
-        match (elsewhere, here & behind) {
-            (true, _) => ASK,
-            (false, true) => self.base + number as u32,
-            (false, false) => NO_SLOT,
-        }
-    }
-
-    /// The object of a regular page that all of the word at an offset lies in. The offset is not below [`Descriptor::first`].
-    #[inline(always)]
-    pub fn holder(&self, offset: u64) -> Holder {
-        let (number, inside) = self.place(offset);
-        let size = u64::from(self.size);
-        let here = (inside + 8 <= size) & (number < u64::from(self.count));
-        Holder { slot: if here { self.base + number as u32 } else { NO_SLOT }, inside, size }
+        // What lies before the first start only the object can have that reaches over from an earlier page.
+        let (spill, block) = spills[self.spill as usize];
+        let before = slot_if(word.wrapping_sub(block.start) < block.size, spill);
+        let behind = slot_if(here, self.base.wrapping_add(number as u32));
+        let behind = if self.reciprocal == 0 { ASK } else { behind };
+        if offset < u64::from(self.first) { before } else { behind }
     }
 
     /// Slot of `block`, one of the blocks `here` that start in this page.
@@ -76,20 +68,10 @@ impl Descriptor {
     }
 }
 
-/// The object that a word lies in.
-#[derive(Clone, Copy)]
-pub(in crate::scan) struct Holder {
-    /// [`NO_SLOT`] where there is none.
-    pub slot: u32,
-    /// Where in the object the word is.
-    pub inside: u64,
-    /// Of the object.
-    pub size: u64,
-}
-
-impl Holder {
-    /// No object.
-    pub const NONE: Self = Self { slot: NO_SLOT, inside: 0, size: 0 };
+/// The slot, or [`NO_SLOT`]: without a branch, which the processor would guess badly.
+#[inline(always)]
+fn slot_if(is: bool, slot: u32) -> u32 {
+    slot | (u32::from(!is) * NO_SLOT)
 }
 
 /// A page in which objects are, for who reads it from its start to its end.
@@ -102,47 +84,52 @@ pub(in crate::scan) struct Page<'i> {
 
 impl Page<'_> {
     /// The object that reaches into it from an earlier page.
-    pub fn spill(&self) -> Option<(u32, Block)> {
-        self.index.spills.get((self.descriptor.spill as usize).checked_sub(1)?).copied()
+    #[inline]
+    fn spill(&self) -> Option<&(u32, Block)> {
+        Some(&self.index.spills[self.descriptor.spill as usize]).filter(|_| self.descriptor.spill != 0)
     }
 
-    /// Slots of the objects that start in it.
-    pub fn slots(&self) -> Range<u32> {
-        self.descriptor.base..self.descriptor.base + u32::from(self.descriptor.count)
+    /// Behind the slots of all objects in it.
+    pub fn slots_end(&self) -> u32 {
+        self.descriptor.base + u32::from(self.descriptor.count)
     }
 
-    /// Offset of the first object that starts in it.
-    pub fn first(&self) -> u64 {
-        u64::from(self.descriptor.first)
-    }
-
-    /// From the first of its bytes that an object may have to the last.
-    pub fn span(&self) -> Range<u64> {
-        let Descriptor { count, reciprocal, stride, size, .. } = self.descriptor;
-        let start = if self.descriptor.spill == 0 { self.first() / 8 * 8 } else { 0 };
-        let last = u64::from(count.max(1) - 1);
-        let own = match (count, reciprocal) {
-            (0, _) => 0,
-            (_, 0) => self.index.lists[u64::from(size) as usize + last as usize].end() - self.address,
-            _ => self.first() + last * u64::from(stride) + u64::from(size),
-        };
-        let spill = self.spill().map_or(0, |(_, block)| block.end() - self.address);
-        start..own.max(spill).min(PAGE_SIZE)
-    }
-
-    /// How the objects that start in it lie; None where they do not on a grid.
-    pub fn grid(&self) -> Option<&Descriptor> {
-        Some(&self.descriptor).filter(|descriptor| descriptor.reciprocal != 0)
-    }
-
-    /// [`Descriptor::holder`] where there is no grid.
-    pub fn listed(&self, offset: u64) -> Holder {
-        let Descriptor { base, size, count, .. } = self.descriptor;
-        let list = &self.index.lists[size as usize..size as usize + usize::from(count)];
-        let word = self.address + offset;
-        match find_in_list(list, base, word).filter(|hit| word + 8 <= hit.block.end()) {
-            Some(Hit { slot, block }) => Holder { slot, inside: word - block.start, size: block.size },
-            None => Holder::NONE,
+    /// Calls `found` with the slot of each object in it, if the slot is taken, ascending; where it starts, which may be before
+    /// the page; and where in the page it ends.
+    #[inline(always)]
+    pub fn objects(&self, mut found: impl FnMut(u32, i64, u64)) {
+        let start = |block: &Block| block.start.wrapping_sub(self.address) as i64;
+        let end = |block: &Block| block.end().saturating_sub(self.address).min(PAGE_SIZE);
+        self.spill().into_iter().for_each(|(slot, block)| found(*slot, start(block), end(block)));
+        let Descriptor { base, size, count, first, stride, reciprocal, .. } = self.descriptor;
+        if reciprocal == 0 {
+            let list = &self.index.lists[size as usize..size as usize + usize::from(count)];
+            (base..).zip(list).for_each(|(slot, block)| found(slot, start(block), end(block)));
+        } else {
+            for number in 0..u32::from(count) {
+                let start = u64::from(u32::from(first) + number * u32::from(stride));
+                found(base + number, start as i64, (start + u64::from(size)).min(PAGE_SIZE));
+            }
         }
+    }
+
+    /// The part of it from the first byte that an object may have to the last, in whole groups of words.
+    pub fn span(&self) -> Block {
+        let (mut start, mut end) = (PAGE_SIZE, 0);
+        if let Some((_, block)) = self.spill() {
+            (start, end) = (0, block.end() - self.address);
+        }
+        let Descriptor { count, reciprocal, stride, size, .. } = self.descriptor;
+        let first = u64::from(self.descriptor.first);
+        if count > 0 {
+            let last = u64::from(count - 1);
+            start = start.min(first / LINE as u64 * LINE as u64);
+            end = end.max(match reciprocal {
+                0 => self.index.lists[u64::from(size) as usize + last as usize].end() - self.address,
+                _ => first + last * u64::from(stride) + u64::from(size),
+            });
+        }
+        let end = end.min(PAGE_SIZE).next_multiple_of(LINE as u64);
+        Block { start: self.address + start, size: end.saturating_sub(start) }
     }
 }
