@@ -412,10 +412,10 @@ fn what_any_cpus_copy_refers_to_is_reached() {
     }
     let (index, slots) = index(&blocks);
     for vectors in Vectors::all() {
-        for from in 0..copied.len() {
+        for (from, object) in copied.iter().enumerate() {
             let mut marker = Marker::new(&index, &memory, &slots, ());
             marker.use_vectors(vectors);
-            marker.root_word(copied[from].start);
+            marker.root_word(object.start);
             marker.run();
             let reached = |target: &Block| marker.is_reached(target.start);
             let found: Vec<usize> = (0..9).filter(|&number| reached(&targets[number])).collect();
