@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tests::{
-    Client, Exits, Guest, RUN_TIMEOUT, in_vmx, kernel, long_test, module, no_kernel_complaint, program, tail,
-    test,
+    Client, Exits, Guest, RUN_TIMEOUT, Session, in_vmx, kernel, long_test, module, no_kernel_complaint,
+    program, tail, test,
 };
 
 fn main() -> ExitCode {
@@ -125,13 +125,7 @@ fn storm(line: &str, exits: Exits) -> Result<()> {
     session.type_line("go")?;
     session.wait_for("\nGONE", guest.patience())?;
     compare(&mut client, &lost).with_context(told)?;
-    audit(&mut client)?;
-    end(&mut client)?;
-    drop(client);
-    session.type_line("go")?;
-    let finished = session.finish()?;
-    finished.expect_code(0)?;
-    no_kernel_complaint(&finished.stdout)
+    leave(client, session)
 }
 
 /// Storms one after the other on four vCPUs while everything else in the kernel is busy, too; pauses, scans and audits at
@@ -190,13 +184,7 @@ fn bustle(line: &str, seconds: u64) -> Result<()> {
         bail!("reported under load, and not lost, {told}: {leak:#}\nThe guest said of it: {told_of:#?}");
     }
     compare(&mut client, &lost).with_context(|| told.clone())?;
-    audit(&mut client)?;
-    end(&mut client)?;
-    drop(client);
-    session.type_line("go")?;
-    let finished = session.finish()?;
-    finished.expect_code(0)?;
-    no_kernel_complaint(&finished.stdout)
+    leave(client, session)
 }
 
 /// What a module holds is held while it comes and while it goes: also where its memory was another's that is still loaded, and
@@ -227,13 +215,7 @@ fn modules(line: &str) -> Result<()> {
     }
     session.type_line("go")?;
     session.wait_for("\nENDED", RUN_TIMEOUT)?;
-    audit(&mut client)?;
-    end(&mut client)?;
-    drop(client);
-    session.type_line("go")?;
-    let finished = session.finish()?;
-    finished.expect_code(0)?;
-    no_kernel_complaint(&finished.stdout)
+    leave(client, session)
 }
 
 fn audit(client: &mut Client) -> Result<()> {
@@ -244,6 +226,17 @@ fn audit(client: &mut Client) -> Result<()> {
         bail!("{reply}\nthen {again}\n{who}");
     }
     Ok(())
+}
+
+/// The last audit, and the end of a guest that waits for a line.
+fn leave(mut client: Client, mut session: Session) -> Result<()> {
+    audit(&mut client)?;
+    end(&mut client)?;
+    drop(client);
+    session.type_line("go")?;
+    let finished = session.finish()?;
+    finished.expect_code(0)?;
+    no_kernel_complaint(&finished.stdout)
 }
 
 /// Nothing was missed on the way.

@@ -8,6 +8,7 @@ use crate::arch::layout::STACK_SIZES;
 use crate::memory::{MemoryError, PhysicalMemory, Va};
 use anyhow::Context as _;
 use rustc_hash::FxHashSet;
+use std::ops::Range;
 
 /// Most tasks of any Linux machine (`PID_MAX_LIMIT`, include/linux/threads.h).
 const MAX_TASKS: usize = 4 << 20;
@@ -40,6 +41,11 @@ pub struct Task {
 }
 
 impl Task {
+    /// All of its kernel stack.
+    pub fn stack_range(&self) -> Range<Va> {
+        self.stack..self.stack + self.stack_size
+    }
+
     /// `comm` as text; what is not UTF-8 is replaced, and so are control characters: a task may call itself anything.
     pub fn name(&self) -> String {
         let end = self.comm.iter().position(|&b| b == 0).unwrap_or(self.comm.len());

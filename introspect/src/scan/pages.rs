@@ -172,7 +172,7 @@ fn others<M: FrozenMemory>(
     let areas = input.linux.vmalloc_areas(input.memory)?.into_iter();
     let areas = areas.map(|area| area.start..area.start + area.size);
     let stacks = input.linux.tasks(input.memory)?.into_iter();
-    for range in areas.chain(stacks.map(|task| task.stack..task.stack + task.stack_size)) {
+    for range in areas.chain(stacks.map(|task| task.stack_range())) {
         let va = range.start;
         for extent in guest.extents(range) {
             let what = "vmalloc areas and stacks are many times as large as RAM";

@@ -104,7 +104,7 @@ fn on_stack<M: FrozenMemory>(
 ) -> Result<Found, MemoryError> {
     let tasks = input.linux.tasks(input.memory)?;
     Ok(tasks.iter().filter(|t| t.stack != Va(0)).find_map(|task| {
-        let va = guest.address_in(task.stack..task.stack + task.stack_size, pa)?;
+        let va = guest.address_in(task.stack_range(), pa)?;
         Some((va, Some(Owner::Task { comm: task.name(), pid: task.pid })))
     }))
 }

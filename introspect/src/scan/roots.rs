@@ -219,9 +219,9 @@ impl Roots {
         let words = DeadWords::of(input.linux);
         let (mut live, mut idle, mut dead, mut registers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for task in tasks.iter().filter(|t| t.stack != Va(0)) {
-            claims.take(&guest.extents(task.stack..task.stack + task.stack_size));
+            claims.take(&guest.extents(task.stack_range()));
             self.stacks.push(task.stack);
-            let stack = stack_of(task);
+            let stack = task.stack_range();
             let part = live_part(task, &cpus).unwrap_or(stack.end..stack.end);
             let sleeping = words.as_ref().filter(|_| !task.on_cpu);
             let holes = sleeping.map_or_else(Vec::new, |words| words.of_task(memory, task));
@@ -304,7 +304,7 @@ impl Cpu {
         let sp = self.state.registers.sp();
         self.in_kernel()
             && !self.interrupt_stack.contains(&sp)
-            && !tasks.iter().any(|task| stack_of(task).contains(&sp))
+            && !tasks.iter().any(|task| task.stack_range().contains(&sp))
     }
 
     /// From the stack pointer up when the CPU is on its interrupt stack; all of it when the CPU is on a stack that is
@@ -312,7 +312,7 @@ impl Cpu {
     fn live_interrupt_stack(&self, tasks: &[Task]) -> Range<Va> {
         let sp = self.state.registers.sp();
         let Range { start, end } = self.interrupt_stack.clone();
-        if !self.in_kernel() || tasks.iter().any(|t| stack_of(t).contains(&sp)) {
+        if !self.in_kernel() || tasks.iter().any(|t| t.stack_range().contains(&sp)) {
             return end..end;
         }
         if (start..end).contains(&sp) { aligned(sp..end) } else { start..end }
@@ -325,7 +325,7 @@ impl Cpu {
 /// that CPU switched to its interrupt stack. A CPU in user mode has left its task's kernel stack empty. In doubt (an
 /// exception's stack, half a context switch) it is the whole stack.
 fn live_part(task: &Task, cpus: &[Cpu]) -> Option<Range<Va>> {
-    let stack = stack_of(task);
+    let stack = task.stack_range();
     let from = |sp: Va| Some(aligned(sp..stack.end));
     if !task.on_cpu {
         return from(if stack.contains(&task.saved_sp) { task.saved_sp } else { stack.start });
@@ -370,10 +370,6 @@ pub(super) fn without(range: Range<Va>, holes: &[Range<Va>]) -> Vec<Range<Va>> {
 fn within(range: &Range<Va>, holes: &[Range<Va>]) -> impl Iterator<Item = Range<Va>> {
     let cut = |hole: &Range<Va>| hole.start.max(range.start)..hole.end.min(range.end);
     holes.iter().map(cut).filter(|part| part.start < part.end)
-}
-
-fn stack_of(task: &Task) -> Range<Va> {
-    task.stack..task.stack + task.stack_size
 }
 
 /// Stacks of dead tasks that CPUs keep for new ones: what is on them is stale.

@@ -91,7 +91,7 @@ impl Allocator {
             look(sp, sp + CPU_STACK);
         }
         for task in linux.tasks(memory)?.iter().filter(|task| task.stack != Va(0)) {
-            let Range { start, end } = stack_of(task);
+            let Range { start, end } = task.stack_range();
             // Of a running task nobody knows how much is in use.
             look(if task.on_cpu { start } else { task.saved_sp.max(start) }, end);
         }
@@ -146,7 +146,7 @@ impl Allocator {
                 let sp = cpu.registers.sp();
                 // Below a stack of the CPU's own is the task's that was interrupted.
                 let task = tasks.iter().find(|candidate| candidate.va == *task);
-                let task = task.map(stack_of).filter(|stack| !stack.contains(&sp));
+                let task = task.map(Task::stack_range).filter(|stack| !stack.contains(&sp));
                 let parts = iter::once(sp..sp + CPU_STACK).chain(task).collect();
                 Chain { start: Start::running(&cpu.registers), parts }
             })
@@ -168,10 +168,6 @@ struct Chain {
     parts: Vec<Range<Va>>,
 }
 
-fn stack_of(task: &Task) -> Range<Va> {
-    task.stack..task.stack + task.stack_size
-}
-
 /// The words of a part of a stack, the one that it begins in included and the one that it ends in not, up to what cannot be read.
 fn words(part: Range<Va>, mut read: impl FnMut(Va) -> Option<u64>) -> impl Iterator<Item = Va> {
     (part.start.0 & !7..part.end.0 & !7).step_by(8).map_while(move |at| read(Va(at)).map(Va))
@@ -188,7 +184,8 @@ fn running<'c>(
     let online = cpus.iter().filter(|cpu| cpu.online);
     online
         .map(|cpu| {
-            let is_on_stack = |task: &&Task| !cpu.user_mode && stack_of(task).contains(&cpu.registers.sp());
+            let is_on_stack =
+                |task: &&Task| !cpu.user_mode && task.stack_range().contains(&cpu.registers.sp());
             let task = match tasks.iter().find(is_on_stack) {
                 Some(task) => task.va,
                 None => linux.current(memory, cpu.index)?,

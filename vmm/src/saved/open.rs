@@ -219,7 +219,7 @@ fn numbered(linux: &Linux, memory: &GuestRam, mut cpus: Vec<CpuState>) -> Vec<Cp
         .filter_map(|cpu| {
             let current = linux.current(memory, cpu).ok()?;
             let task = tasks.iter().find(|task| task.va == current)?;
-            Some((cpu, task.stack..task.stack + task.stack_size))
+            Some((cpu, task.stack_range()))
         })
         .collect();
     for cpu in cpus.iter_mut().filter(|cpu| !cpu.user_mode) {

@@ -190,6 +190,7 @@ mod tests {
         let read = |va: u64| Record::new(&slot, |_| true).stack(Va(va));
         assert_eq!([0x1ff8, 0x8000, 0x8008].map(read), [Some(0x8000), Some(0x22), Some(0x33)]);
         assert_eq!([0x2000, 0x8010, 0x7ff8].map(read), [None; 3]);
+        assert_eq!(Record::new(&slot, |_| true).words(), 3);
     }
 
     #[test]
