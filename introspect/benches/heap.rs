@@ -4,7 +4,7 @@
 //! word of eight is one.
 
 use introspect::memory::Va;
-use introspect::registry::{AllocEvent, Kind, MAX_FRAMES, Registry};
+use introspect::registry::{AllocEvent, Backtrace, Kind, MAX_FRAMES, Registry};
 use introspect::scan::index::{Block, Index};
 use introspect::scan::mark::{Contents, Marker};
 use std::collections::VecDeque;
@@ -245,7 +245,7 @@ fn registry() {
         comm: *b"bench\0\0\0\0\0\0\0\0\0\0\0",
         pid: 1,
         jiffies: 4_294_892_296,
-        stack: &stacks[stack],
+        stack: Backtrace::Frames(&stacks[stack]),
     };
     let place = |numbers: &mut Numbers| {
         let rare = numbers.next().is_multiple_of(10);

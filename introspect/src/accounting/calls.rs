@@ -233,7 +233,7 @@ pub fn caches(registry: &Registry, name: impl Fn(Va) -> String) -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::AllocEvent;
+    use crate::registry::{AllocEvent, Backtrace};
 
     const CACHES: [Va; 2] = [Va(0x1000), Va(0x2000)];
 
@@ -248,7 +248,7 @@ mod tests {
                 comm: [0; 16],
                 pid,
                 jiffies,
-                stack,
+                stack: Backtrace::Frames(stack),
             });
         };
         alloc(0x100, 32, Kind::Slab, CACHES[0], 7, 100, &[Va(1), Va(2), Va(3)]);

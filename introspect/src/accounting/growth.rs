@@ -370,7 +370,7 @@ impl FreedBy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::AllocEvent;
+    use crate::registry::{AllocEvent, Backtrace};
     use proptest::prelude::*;
 
     #[test]
@@ -452,7 +452,7 @@ mod tests {
                 comm: [0; 16],
                 pid: 1,
                 jiffies: 0,
-                stack: &[Va(0x42)],
+                stack: Backtrace::Frames(&[Va(0x42)]),
             });
         }
         registry

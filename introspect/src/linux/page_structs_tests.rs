@@ -3,7 +3,7 @@
 use super::synthetic::*;
 use crate::linux::ModuleMap;
 use crate::memory::{PAGE_SIZE, Va};
-use crate::registry::{AllocEvent, Kind, Registry};
+use crate::registry::{AllocEvent, Backtrace, Kind, Registry};
 use crate::scan::{CacheTypes, ScanInput, Treatments, path, scan};
 
 /// A large kmalloc of three pages, which has four.
@@ -49,7 +49,7 @@ fn leaks_of(guest: Guest) -> Vec<u64> {
         comm: [0; 16],
         pid: 1,
         jiffies: 0,
-        stack: &[],
+        stack: Backtrace::Frames(&[]),
     });
     let memory = guest.memory();
     let input = ScanInput {

@@ -73,7 +73,7 @@ impl Blocks {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{AllocEvent, Kind, Registry};
+    use super::super::{AllocEvent, Backtrace, Kind, Registry};
     use super::*;
     use proptest::prelude::*;
 
@@ -96,7 +96,7 @@ mod tests {
             comm: [0; 16],
             pid: 1,
             jiffies: 0,
-            stack: &[Va(page)],
+            stack: Backtrace::Frames(&[Va(page)]),
         });
     }
 
@@ -131,7 +131,7 @@ mod tests {
             comm: [0; 16],
             pid: 1,
             jiffies: 0,
-            stack: &[],
+            stack: Backtrace::Frames(&[]),
         };
         registry.alloc(&slab);
         assert_eq!(registry.counters.overwrites, 0);

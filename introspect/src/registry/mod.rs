@@ -112,8 +112,17 @@ pub struct AllocEvent<'a> {
     pub pid: i32,
     /// `jiffies` at the allocation.
     pub jiffies: u64,
+    /// Who allocated.
+    pub stack: Backtrace<'a>,
+}
+
+/// A backtrace that an event has.
+#[derive(Debug, Clone, Copy)]
+pub enum Backtrace<'a> {
     /// Return addresses, innermost first, at most [`MAX_FRAMES`].
-    pub stack: &'a [Va],
+    Frames(&'a [Va]),
+    /// One that [`Registry::stacks`] has already.
+    Stored(StackId),
 }
 
 /// How an object is treated by scans.
@@ -195,11 +204,14 @@ impl Registry {
     pub fn alloc(&mut self, event: &AllocEvent<'_>) {
         self.counters.allocs += 1;
         self.sequence += 1;
-        let stack = &event.stack[..event.stack.len().min(MAX_FRAMES)];
+        let stack = match event.stack {
+            Backtrace::Frames(frames) => self.stacks.intern(&frames[..frames.len().min(MAX_FRAMES)]),
+            Backtrace::Stored(stack) => stack,
+        };
         let record = Record::new(&New {
             address: event.address,
             kind: event.kind,
-            stack: self.stacks.intern(stack),
+            stack,
             sequence: self.sequence,
             pid: event.pid,
             jiffies: event.jiffies,

@@ -48,6 +48,7 @@ impl Registry {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Backtrace;
     use super::*;
 
     fn event(address: u64, kind: Kind, cache: u64) -> AllocEvent<'static> {
@@ -60,7 +61,7 @@ mod tests {
             comm: [0; 16],
             pid: 1,
             jiffies: 0,
-            stack,
+            stack: Backtrace::Frames(stack),
         }
     }
 

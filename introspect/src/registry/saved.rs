@@ -95,7 +95,7 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::super::record::KINDS;
-    use super::super::{AllocEvent, Paint};
+    use super::super::{AllocEvent, Backtrace, Paint};
     use super::*;
     use proptest::prelude::*;
 
@@ -111,7 +111,7 @@ mod tests {
             comm: [size as u8; 16],
             pid: 7,
             jiffies: 99,
-            stack,
+            stack: Backtrace::Frames(stack),
         }
     }
 

@@ -18,7 +18,7 @@ fn event(address: u64, size: u64, stack: &[Va]) -> AllocEvent<'_> {
         comm: *b"insmod\0\0\0\0\0\0\0\0\0\0",
         pid: 77,
         jiffies: 4_294_892_296,
-        stack,
+        stack: Backtrace::Frames(stack),
     }
 }
 
@@ -109,7 +109,7 @@ fn apply(registry: &mut Registry, twin: &mut BTreeMap<Va, Naive>, counters: &mut
                 comm: [*comm; 16],
                 pid: *pid,
                 jiffies: *jiffies,
-                stack: &stack,
+                stack: Backtrace::Frames(&stack),
             });
             counters.allocs += 1;
             let stack = stack[..stack.len().min(MAX_FRAMES)].to_vec();
@@ -357,7 +357,7 @@ fn scan_areas_end_with_their_object_and_stay_inside() {
         comm: [0; 16],
         pid: 0,
         jiffies: 0,
-        stack: &[],
+        stack: Backtrace::Frames(&[]),
     };
     registry.alloc(&event(0x1000, 64));
     registry.add_scan_area(Va(0x1008), 16);

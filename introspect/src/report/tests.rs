@@ -1,7 +1,7 @@
 //! Reports, byte for byte.
 
 use super::*;
-use crate::registry::{AllocEvent, Registry};
+use crate::registry::{AllocEvent, Backtrace, Registry};
 use crate::scan::{self, ScanResult};
 use crate::symbols::Resolved;
 use guest_profiles::annotations::{Suppression, parse};
@@ -31,7 +31,7 @@ fn scanned() -> (Registry, ScanResult) {
         comm: *b"ins\x1bmod\0garbage\0",
         pid: 77,
         jiffies: 4_294_892_296,
-        stack: &[LEAF, CALLER, NOWHERE],
+        stack: Backtrace::Frames(&[LEAF, CALLER, NOWHERE]),
     };
     registry.alloc(&event);
     let second = AllocEvent { address: Va(0xffff_8880_0123_4600), size: 20, kind: Kind::Large, ..event };

@@ -25,7 +25,7 @@ use crate::symbols::SymbolTable;
 use aarch64 as platform;
 pub use detours::{Detour, Detours};
 use platform::MODULE_SPACE;
-pub use platform::{HAS_TABLES, OrcTable, SleepingFrame, Start};
+pub use platform::{HAS_TABLES, Memo, OrcTable, SleepingFrame, Start};
 #[cfg(target_arch = "x86_64")]
 use x86_64 as platform;
 

@@ -30,7 +30,7 @@ use introspect::linux::percpu::PercpuChunk;
 use introspect::linux::slab::SlabMap;
 use introspect::linux::vmalloc::{Area, Made};
 use introspect::memory::{PAGE_SHIFT, PAGE_SIZE, Va};
-use introspect::registry::{AllocEvent, Audit, Gap, Kind, Object, Paint, Truth, is_vmap};
+use introspect::registry::{AllocEvent, Audit, Backtrace, Gap, Kind, Object, Paint, Truth, is_vmap};
 use introspect::report::Order;
 use introspect::scan::{CacheTypes, ScanInput, ScanResult, Treatments, scan};
 use quiet::Allocator;
@@ -481,7 +481,7 @@ impl Detector {
                 comm: [0; 16],
                 pid: 0,
                 jiffies,
-                stack: &[],
+                stack: Backtrace::Frames(&[]),
             });
         };
         let used = |usage: Use| matches!(usage, Use::Slab | Use::User | Use::PageTable | Use::Kernel);

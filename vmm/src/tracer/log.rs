@@ -86,14 +86,15 @@ impl<W: Write> Writing<W> {
         this
     }
 
-    /// An allocation, from a slab cache of this name.
+    /// An allocation with this backtrace, from a slab cache of this name.
     pub fn alloc(
         &mut self,
         event: &AllocEvent<'_>,
+        frames: &[Va],
         cache: Option<String>,
         name: impl Fn(Va) -> Option<String>,
     ) {
-        let stack = self.stack(event.stack, name);
+        let stack = self.stack(frames, name);
         let (comm, pid, jiffies) = (comm_text(&event.comm), event.pid, event.jiffies);
         self.line(&Line {
             event: "alloc",
@@ -173,7 +174,7 @@ impl<W: Write> Writing<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use introspect::registry::Kind;
+    use introspect::registry::{Backtrace, Kind};
 
     const STACK: [Va; 2] = [Va(0x1000), Va(0x2000)];
 
@@ -186,7 +187,7 @@ mod tests {
             comm: *b"churn/0\0\0\0\0\0\0\0\0\0",
             pid: 7,
             jiffies: 9,
-            stack: &STACK,
+            stack: Backtrace::Frames(&STACK),
         }
     }
 
@@ -201,7 +202,8 @@ mod tests {
     #[test]
     fn a_backtrace_is_written_once_until_names_change() {
         fn alloc(writing: &mut Writing<&mut Vec<u8>>) {
-            writing.alloc(&event(), Some("kmalloc-64".to_owned()), |ip| Some(format!("f+{:#x}", ip.0)));
+            writing
+                .alloc(&event(), &STACK, Some("kmalloc-64".to_owned()), |ip| Some(format!("f+{:#x}", ip.0)));
         }
         let lines = written(MAX_BYTES, |writing| {
             alloc(writing);

@@ -14,8 +14,10 @@ use introspect::hooks::record::Record;
 use introspect::linux::vmalloc::VM_MAP;
 use introspect::linux::{Linux, ModuleMap, PagePlaces, pages, percpu};
 use introspect::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
-use introspect::registry::{AllocEvent, Kind, MAX_DEVICE, MAX_FRAMES, Object, Paint, Registry};
-use introspect::unwind::{Start, Text, Unwinder};
+use introspect::registry::{
+    AllocEvent, Backtrace, Kind, MAX_DEVICE, MAX_FRAMES, Object, Paint, Registry, StackId,
+};
+use introspect::unwind::{Memo, Start, Text, Unwinder};
 use rustc_hash::FxHashMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -84,6 +86,8 @@ pub struct Recorder {
     /// Modules seen so far.
     pub modules: RwLock<ModuleMap>,
     state: Mutex<State>,
+    /// Numbers of the backtraces seen, while the modules are the same.
+    memo: Mutex<Memo<StackId>>,
     enabled: AtomicBool,
     log: Option<EventLog>,
     /// The page allocator's bulk call takes a list, too, as before 6.14.
@@ -105,6 +109,7 @@ impl Recorder {
             text,
             modules: RwLock::default(),
             state: Mutex::default(),
+            memo: Mutex::new(Memo::new(MAX_FRAMES)),
             enabled: AtomicBool::new(true),
             log: None,
             bulk_list: parameters.is_none_or(|parameters| parameters.len() > 5),
@@ -255,7 +260,11 @@ impl Recorder {
         }
         if let Some(mut log) = turn {
             let cache = (event.kind == Kind::Slab).then(|| self.linux.cache(&self.ram, event.cache).ok());
-            log.alloc(event, cache.flatten().map(|cache| cache.name), |ip| self.name(ip));
+            let frames = match event.stack {
+                Backtrace::Frames(frames) => frames.to_vec(),
+                Backtrace::Stored(stack) => self.state().registry.stacks.get(stack).to_vec(),
+            };
+            log.alloc(event, &frames, cache.flatten().map(|cache| cache.name), |ip| self.name(ip));
         }
     }
 
@@ -419,7 +428,7 @@ impl Recorder {
         match self.linux.module(&self.ram, va) {
             Ok(module) => {
                 let now = self.state().registry.sequence();
-                self.modules.write().unwrap_or_else(PoisonError::into_inner).load(module, now);
+                self.change_modules(|modules| modules.load(module, now));
                 if let Some(mut log) = self.turn() {
                     log.names_change();
                 }
@@ -430,7 +439,13 @@ impl Recorder {
 
     fn module_unloaded(&self, va: Va) {
         let now = self.state().registry.sequence();
-        self.modules.write().unwrap_or_else(PoisonError::into_inner).unload(va, now);
+        self.change_modules(|modules| modules.unload(va, now));
+    }
+
+    fn change_modules(&self, change: impl FnOnce(&mut ModuleMap)) {
+        let mut modules = self.modules.write().unwrap_or_else(PoisonError::into_inner);
+        change(&mut modules);
+        self.memo().clear();
     }
 
     /// An event whose guest data makes no sense or cannot be read, and which is therefore not in the registry.
@@ -447,15 +462,31 @@ impl Recorder {
             }
             Moment::Past(record) => (linux.recorded_comm_and_pid(record), record.jiffies()),
         };
-        let mut origin = Origin { comm, pid, jiffies, stack: [Va(0); MAX_FRAMES], depth: 0 };
-        let modules = self.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let (unwinder, start, stack) = (self.unwinder(), Start::at_boundary(registers), &mut origin.stack);
-        let trace = match moment {
-            Moment::Now { .. } => unwinder.unwind(&*modules, &start, linux.word_reader(ram), stack),
-            Moment::Past(record) => unwinder.unwind(&*modules, &start, |va| record.stack(va), stack),
+        let start = Start::at_boundary(registers);
+        let stack = match moment {
+            Moment::Now { .. } => self.backtrace(&start, linux.word_reader(ram)),
+            Moment::Past(record) => self.backtrace(&start, |va| record.stack(va)),
         };
-        origin.depth = trace.len;
-        origin
+        Origin { comm, pid, jiffies, stack }
+    }
+
+    /// The number of the backtrace from `start` on.
+    fn backtrace(&self, start: &Start, mut read: impl FnMut(Va) -> Option<u64>) -> StackId {
+        if let Some(stack) = self.memo().find(start, &mut read) {
+            return stack;
+        }
+        let modules = self.modules.read().unwrap_or_else(PoisonError::into_inner);
+        let (unwinder, mut frames) = (self.unwinder(), [Va(0); MAX_FRAMES]);
+        let trace = unwinder.unwind(&*modules, start, read, &mut frames);
+        let frames = &frames[..trace.len];
+        let stack = self.state().registry.stacks.intern(frames);
+        self.memo().keep(&unwinder, &*modules, start, frames, stack);
+        stack
+    }
+
+    /// What is kept of modules' code is forgotten while they are locked for the change.
+    fn memo(&self) -> MutexGuard<'_, Memo<StackId>> {
+        self.memo.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -493,12 +524,11 @@ struct Origin {
     comm: [u8; 16],
     pid: i32,
     jiffies: u64,
-    stack: [Va; MAX_FRAMES],
-    depth: usize,
+    stack: StackId,
 }
 
 impl Origin {
-    fn event(&self, address: Va, size: u64, kind: Kind, cache: Va) -> AllocEvent<'_> {
+    fn event(&self, address: Va, size: u64, kind: Kind, cache: Va) -> AllocEvent<'static> {
         AllocEvent {
             address,
             size,
@@ -507,7 +537,7 @@ impl Origin {
             comm: self.comm,
             pid: self.pid,
             jiffies: self.jiffies,
-            stack: &self.stack[..self.depth],
+            stack: Backtrace::Stored(self.stack),
         }
     }
 }

@@ -6,12 +6,14 @@ mod sleeping;
 mod tests;
 mod walk;
 
+use super::{ModuleTables, Unwinder};
 use crate::arch::Registers;
 use crate::image::KernelImage;
 use crate::memory::Va;
 use crate::symbols::SymbolTable;
 use crate::types::Btf;
 pub use sleeping::SleepingFrame;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Where the image, modules and generated code (BPF) live (Documentation/arch/arm64/memory.rst): above the linear map, whatever
@@ -52,6 +54,27 @@ impl OrcTable {
     pub fn is_empty(&self) -> bool {
         match *self {}
     }
+}
+
+/// Backtraces that were seen before: none, for nothing is shorter than to follow frame records.
+pub struct Memo<T>(PhantomData<T>);
+
+impl<T> Memo<T> {
+    /// An empty one.
+    pub fn new(_depth: usize) -> Self {
+        Self(PhantomData)
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {}
+
+    /// What was kept of a backtrace.
+    pub fn find(&mut self, _: &Start, _: impl FnMut(Va) -> Option<u64>) -> Option<T> {
+        None
+    }
+
+    /// Keeps something of a backtrace.
+    pub fn keep(&mut self, _: &Unwinder<'_>, _: &impl ModuleTables, _: &Start, _: &[Va], _: T) {}
 }
 
 /// The link register at the start of an unwind.

@@ -2,6 +2,7 @@
 
 mod format;
 mod frame_pointer;
+mod memo;
 mod orc;
 mod sleeping;
 #[cfg(test)]
@@ -11,6 +12,7 @@ mod walk;
 use super::{End, ModuleTables, StackFrame, Unwinder};
 use crate::arch::Registers;
 use crate::memory::Va;
+pub use memo::Memo;
 pub use orc::OrcTable;
 pub use sleeping::SleepingFrame;
 use std::ops::Range;

@@ -75,7 +75,7 @@ impl Unwinder<'_> {
     }
 
     #[inline]
-    fn entry(&self, orc: &OrcTable, modules: &impl ModuleTables, ip: Va) -> Option<Entry> {
+    pub(super) fn entry(&self, orc: &OrcTable, modules: &impl ModuleTables, ip: Va) -> Option<Entry> {
         if self.is_kernel_text(ip) {
             orc.find(ip - self.slide).copied()
         } else if let Some(table) = modules.table(ip) {

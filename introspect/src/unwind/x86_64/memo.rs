@@ -1,0 +1,216 @@
+//! Backtraces that were seen before, found again without looking into the tables.
+//!
+//! Most events come from where others came from. A tree holds the return addresses seen: a node is one of them with all
+//! that lie below it on the stack, and knows what the tables say of how to go on from there. So a backtrace that was seen
+//! before costs a comparison for each of its frames.
+//!
+//! What hangs on more than the stack and the frame pointer, as across an interrupt, is not kept: such backtraces are
+//! unwound each time.
+
+use super::format::{Base, Entry, Frame};
+use super::walk::{end_at_user_code, pt_regs};
+use super::{ModuleTables, Start, Unwinder};
+use crate::memory::Va;
+use hashbrown::HashTable;
+use rustc_hash::FxBuildHasher;
+use std::hash::BuildHasher;
+
+/// Nodes at which the tree is begun anew: many times what a kernel has, and a bound for one that invents backtraces.
+const MAX_NODES: usize = 1 << 20;
+/// No node.
+const NONE: u32 = u32::MAX;
+/// Bytes of a return address.
+const WORD: u64 = 8;
+
+/// Finds what was kept of a backtrace, such as its number.
+pub struct Memo<T> {
+    nodes: Vec<Node<T>>,
+    /// Nodes, by the node before them and their return address.
+    children: HashTable<u32>,
+    /// Frames of a whole backtrace.
+    depth: usize,
+}
+
+struct Node<T> {
+    ip: Va,
+    parent: u32,
+    /// The child found last: most often it is the next, too.
+    last: u32,
+    step: Step,
+    /// Of the backtrace that ends here.
+    kept: Option<T>,
+}
+
+/// How to go on from a frame to its caller's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// There is none.
+    End,
+    /// The frame ends so far above its base, the return address last; the caller's frame pointer may lie so far from there.
+    Call(From, i16, Option<i16>),
+    /// User code entered the kernel here, if the `struct pt_regs` so far above the stack pointer says so.
+    User(i16),
+    /// By other registers, or somewhere else.
+    Unknown,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum From {
+    StackPointer,
+    FramePointer,
+}
+
+/// What comes after a frame.
+enum Next {
+    Caller(Va),
+    Nothing,
+    Unknown,
+}
+
+impl<T: Copy> Memo<T> {
+    /// An empty one for backtraces of at most `depth` frames.
+    pub fn new(depth: usize) -> Self {
+        Self { nodes: Vec::new(), children: HashTable::new(), depth }
+    }
+
+    /// Forgets everything, as it must when modules come or go.
+    pub fn clear(&mut self) {
+        self.nodes.clear();
+        self.children.clear();
+    }
+
+    /// What was kept of the backtrace from `start`, if it was seen before.
+    #[inline]
+    pub fn find(&mut self, start: &Start, mut read: impl FnMut(Va) -> Option<u64>) -> Option<T> {
+        if !start.exact {
+            return None;
+        }
+        let (mut sp, mut bp) = (start.sp, start.bp);
+        let mut node = self.child(NONE, start.ip)?;
+        for _ in 1..self.depth {
+            match self.nodes[node as usize].step.take(&mut sp, &mut bp, &mut read) {
+                Next::Caller(ip) => node = self.child(node, ip)?,
+                Next::Nothing => break,
+                Next::Unknown => return None,
+            }
+        }
+        self.nodes[node as usize].kept
+    }
+
+    /// Keeps something of the backtrace that `unwinder` found to have these frames.
+    pub fn keep(
+        &mut self,
+        unwinder: &Unwinder<'_>,
+        modules: &impl ModuleTables,
+        start: &Start,
+        frames: &[Va],
+        what: T,
+    ) {
+        if !start.exact || frames.first() != Some(&start.ip) || frames.len() > self.depth {
+            return;
+        }
+        if self.nodes.len() + frames.len() > MAX_NODES {
+            self.clear();
+        }
+        let mut node = NONE;
+        for (n, &ip) in frames.iter().enumerate() {
+            if node != NONE && !matches!(self.nodes[node as usize].step, Step::Call(..)) {
+                return;
+            }
+            node = match self.child(node, ip) {
+                Some(node) => node,
+                None => self.add(node, ip, unwinder.step(modules, if n == 0 { ip } else { ip - 1 })),
+            };
+        }
+        if node != NONE {
+            self.nodes[node as usize].kept = Some(what);
+        }
+    }
+
+    #[inline]
+    fn child(&mut self, parent: u32, ip: Va) -> Option<u32> {
+        let last = self.nodes.get(parent as usize).map_or(NONE, |node| node.last);
+        if self.nodes.get(last as usize).is_some_and(|node| node.ip == ip) {
+            return Some(last);
+        }
+        let is = |&node: &u32| {
+            let node = &self.nodes[node as usize];
+            node.ip == ip && node.parent == parent
+        };
+        let found = *self.children.find(hash(parent, ip), is)?;
+        if let Some(node) = self.nodes.get_mut(parent as usize) {
+            node.last = found;
+        }
+        Some(found)
+    }
+
+    fn add(&mut self, parent: u32, ip: Va, step: Step) -> u32 {
+        let Self { nodes, children, .. } = self;
+        let number = nodes.len() as u32;
+        nodes.push(Node { ip, parent, last: NONE, step, kept: None });
+        let rehash = |&node: &u32| hash(nodes[node as usize].parent, nodes[node as usize].ip);
+        children.insert_unique(hash(parent, ip), number, rehash);
+        number
+    }
+}
+
+fn hash(parent: u32, ip: Va) -> u64 {
+    FxBuildHasher.hash_one((parent, ip))
+}
+
+impl Unwinder<'_> {
+    /// What the tables say of code at `ip`.
+    fn step(&self, modules: &impl ModuleTables, ip: Va) -> Step {
+        let entry = self.orc.and_then(|orc| self.entry(orc, modules, ip));
+        entry.map_or(Step::Unknown, |entry| Step::of(&entry))
+    }
+}
+
+impl Step {
+    fn of(entry: &Entry) -> Self {
+        let from = match entry.sp {
+            Base::Sp => From::StackPointer,
+            Base::Bp => From::FramePointer,
+            _ if entry.frame == Frame::End => return Self::End,
+            _ => return Self::Unknown,
+        };
+        let bp = match entry.bp {
+            Base::Undefined => None,
+            Base::PreviousSp => Some(entry.bp_offset),
+            _ => return Self::Unknown,
+        };
+        match (entry.frame, from) {
+            (Frame::End, _) => Self::End,
+            (Frame::Call, _) if !entry.signal => Self::Call(from, entry.sp_offset, bp),
+            (Frame::Registers, From::StackPointer) => Self::User(entry.sp_offset),
+            _ => Self::Unknown,
+        }
+    }
+
+    #[inline]
+    fn take(self, sp: &mut Va, bp: &mut Va, read: &mut impl FnMut(Va) -> Option<u64>) -> Next {
+        let distance = |offset: i16| i64::from(offset) as u64;
+        match self {
+            Self::End => Next::Nothing,
+            Self::Unknown => Next::Unknown,
+            Self::User(offset) => match read(*sp + distance(offset) + pt_regs::CS) {
+                Some(cs) if end_at_user_code(cs).is_ok() => Next::Unknown,
+                _ => Next::Nothing,
+            },
+            Self::Call(from, offset, saved_bp) => {
+                let base = if from == From::StackPointer { *sp } else { *bp };
+                let top = base + distance(offset);
+                let Some(ip) = read(top - WORD) else { return Next::Nothing };
+                if let Some(offset) = saved_bp {
+                    let Some(saved) = read(top + distance(offset)) else { return Next::Nothing };
+                    *bp = Va(saved);
+                }
+                if top <= *sp {
+                    return Next::Unknown;
+                }
+                *sp = top;
+                Next::Caller(Va(ip))
+            }
+        }
+    }
+}
