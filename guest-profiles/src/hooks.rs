@@ -51,6 +51,8 @@ pub enum Role {
     /// Of the object that `argument` points into only the bytes from there on are read, and those of other such calls; how
     /// many in the next argument, all when that is -1 (`kmemleak_scan_area`).
     ScanArea,
+    /// The kernel is about to change its own text, returns among it, for the processor it runs on.
+    Patching,
     /// The kernel has changed its text.
     Patched,
     /// A module is about to start; `struct module` in `argument`.
@@ -197,7 +199,7 @@ mod tests {
         let mut always: Vec<Role> = always.map(|h| h.role).collect();
         always.dedup();
         let annotations = [Role::NotLeak, Role::Ignore, Role::NoScan, Role::ScanArea];
-        let others = [Role::Patched, Role::ModuleLoad, Role::ModuleUnload];
+        let others = [Role::Patching, Role::Patched, Role::ModuleLoad, Role::ModuleUnload];
         assert_eq!(
             always,
             [&annotations[..], &others].concat(),

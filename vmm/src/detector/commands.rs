@@ -129,7 +129,7 @@ impl Target for Detector {
             let status = ring.status();
             say("hooks_by_ring", json!(parts.traps.moved()));
             say("hooks_to_move", json!(parts.traps.to_move()));
-            say("hooks_stuck", json!(parts.traps.stuck().collect::<Vec<_>>()));
+            say("hooks_stuck", json!(parts.traps.stuck()));
             say("ring_events", json!(status.events));
             say("ring_lag", json!(status.lag));
             say("ring_waits", json!(status.waits));

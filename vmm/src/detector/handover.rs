@@ -6,13 +6,14 @@ use introspect::memory::Va;
 use std::ops::Range;
 use std::time::Duration;
 
-/// How often the ring is read while little happens, and while much does.
+/// How often the ring is read while little happens, and while much does or is awaited.
 const IDLE: Duration = Duration::from_millis(10);
 const BUSY: Duration = Duration::from_millis(1);
 /// So many events in one step are much.
 const MUCH: u64 = 1000;
-/// Between two attempts to hand hooks over, for as long as the guest stands in some of them: each pauses it.
-const FIRST_RETRY: Duration = Duration::from_millis(50);
+/// Between two attempts to hand hooks over, for as long as the guest stands in some of them: each pauses it. It begins
+/// anew when the kernel has taken the jumps back.
+const FIRST_RETRY: Duration = Duration::from_millis(5);
 const LAST_RETRY: Duration = Duration::from_secs(10);
 /// So many attempts may fail: the guest's lists may be half changed when it is paused.
 const MAX_FAILURES: u32 = 5;
@@ -25,6 +26,14 @@ struct Attempts {
 }
 
 impl Attempts {
+    fn new() -> Self {
+        Self { wait: Duration::ZERO, retry: FIRST_RETRY, failures: 0 }
+    }
+
+    fn is_first(&self) -> bool {
+        self.retry == FIRST_RETRY
+    }
+
     fn are_due(&self) -> bool {
         self.wait.is_zero() && self.are_possible()
     }
@@ -40,19 +49,24 @@ impl Attempts {
 }
 
 impl Detector {
-    /// Hands hooks over to the ring when the guest's text is final, and reads the ring, until the machine has ended. For a
-    /// thread of its own. `verbose`: says how far it got.
+    /// Hands hooks over to the ring when the guest allows, and reads the ring, until the machine has ended. For a thread of
+    /// its own. `verbose`: says how far it got.
     pub fn serve_ring(&self, verbose: bool) {
         let Some(ring) = self.parts.traps.ring() else { return };
-        let mut attempts = Attempts { wait: Duration::ZERO, retry: FIRST_RETRY, failures: 0 };
-        let mut events = 0;
+        let traps = &self.parts.traps;
+        let mut attempts = Attempts::new();
+        let (mut events, mut early) = (0, true);
         while self.parts.guest.outcome().is_none() {
-            if attempts.are_due() && self.parts.traps.to_move() > 0 {
+            if std::mem::replace(&mut early, traps.is_early()) != early {
+                attempts = Attempts::new();
+            }
+            if attempts.are_due() && traps.to_move() > 0 {
                 self.attempt(&mut attempts, verbose);
             }
             ring.drain();
             let before = std::mem::replace(&mut events, ring.status().events);
-            let step = if events - before > MUCH { BUSY } else { IDLE };
+            let eager = early || attempts.is_first() || events - before > MUCH;
+            let step = if eager { BUSY } else { IDLE };
             std::thread::sleep(step);
             attempts.wait = attempts.wait.saturating_sub(step);
         }
@@ -71,7 +85,7 @@ impl Detector {
             Err(error) => {
                 attempts.failures += 1;
                 attempts.later();
-                if !attempts.are_possible() {
+                if !attempts.are_possible() && !self.parts.traps.is_early() {
                     eprintln!("kleak-vmm: warning: Hooks that are traps stay traps: {error:#}");
                 }
             }
@@ -81,7 +95,7 @@ impl Detector {
     /// Hands over what can be; false while it is too early.
     fn hand_over(&self) -> Result<bool> {
         let parts = &self.parts;
-        if !parts.linux.is_final(parts.guest.ram())? {
+        if !parts.traps.prepare()? {
             return Ok(false);
         }
         let mut paused = parts.guest.pause()?;

@@ -142,7 +142,7 @@ impl Detector {
 }
 
 /// `bytes` of memory at `start` with what lies in them replaced.
-fn patched<'a>(bytes: &[u8], start: Pa, patches: impl Iterator<Item = &'a (Pa, &'a [u8])>) -> Vec<u8> {
+fn patched<'a>(bytes: &[u8], start: Pa, patches: impl Iterator<Item = &'a (Pa, Vec<u8>)>) -> Vec<u8> {
     let mut out = bytes.to_vec();
     for (at, patch) in patches {
         for (k, &byte) in patch.iter().enumerate() {
@@ -161,7 +161,7 @@ mod tests {
 
     #[test]
     fn patches_are_cut_at_the_edges_of_a_chunk() {
-        let patches: [(Pa, &[u8]); 3] = [(Pa(99), &[1, 2]), (Pa(103), &[3]), (Pa(107), &[4, 5])];
+        let patches = [(Pa(99), vec![1, 2]), (Pa(103), vec![3]), (Pa(107), vec![4, 5])];
         assert_eq!(patched(&[0; 8], Pa(100), patches.iter()), [2, 0, 0, 3, 0, 0, 0, 4]);
     }
 }

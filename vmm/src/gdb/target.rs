@@ -95,8 +95,7 @@ impl Target {
     /// What memory holds that gdb is not to see: where, and what belongs there.
     pub fn hidden(&self) -> Result<Vec<(Pa, Vec<u8>)>> {
         let own = self.planted.values().map(|planted| (planted.at, planted.original.clone()));
-        let of_tracer = self.parts.traps.originals()?.into_iter().map(|(at, bytes)| (at, bytes.to_vec()));
-        Ok(own.chain(of_tracer).collect())
+        Ok(own.chain(self.parts.traps.originals()?).collect())
     }
 
     /// Reads memory as if there were no traps; the bytes up to the first that is not there.

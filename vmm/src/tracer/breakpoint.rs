@@ -3,7 +3,7 @@
 //! The traps are written into guest memory before the kernel allocates anything and stay: the displaced
 //! instructions are carried out on the vCPU's registers, so no other vCPU can slip past a lifted trap.
 
-use super::handover::Moved;
+use super::handover::Place;
 use super::recorder::{Moment, Recorder};
 use super::ring::Ring;
 use crate::arch::synchronise_code;
@@ -36,10 +36,16 @@ pub(super) struct Trap {
     pub original: Vec<u8>,
     /// Where a jump can take its place.
     pub jump: Result<Jump, SiteError>,
-    /// The jump that did.
-    pub moved: OnceLock<Moved>,
-    /// Why none can after all.
-    pub stuck: OnceLock<String>,
+    /// Whether one has.
+    pub place: Mutex<Place>,
+}
+
+/// What stands in the guest's text.
+struct Planted {
+    at: Pa,
+    there: Vec<u8>,
+    /// What belongs there instead.
+    original: Vec<u8>,
 }
 
 /// The tracer.
@@ -50,6 +56,8 @@ pub struct Breakpoints {
     pub(super) instruction: TrapInstruction,
     pub(super) traps: FxHashMap<u64, Trap>,
     ring: OnceLock<Arc<Ring>>,
+    /// Until the kernel begins to patch its text: jumps can be taken back then. Locked while stubs are made.
+    pub(super) early: Mutex<bool>,
     hits: AtomicU64,
     rearmed: AtomicU64,
     patches: Patches,
@@ -113,8 +121,7 @@ impl Breakpoints {
                     at,
                     original: planned.site.original.clone(),
                     jump: planned.jump.clone(),
-                    moved: OnceLock::new(),
-                    stuck: OnceLock::new(),
+                    place: Mutex::default(),
                 },
             );
         }
@@ -125,6 +132,7 @@ impl Breakpoints {
             instruction,
             traps,
             ring: OnceLock::new(),
+            early: Mutex::new(plan.count(Role::Patching) > 0),
             hits: AtomicU64::new(0),
             rearmed: AtomicU64::new(0),
             patches: Patches::default(),
@@ -184,26 +192,32 @@ impl Breakpoints {
     ///
     /// # Errors
     /// Guest memory cannot be read.
-    pub fn originals(&self) -> Result<Vec<(Pa, &[u8])>> {
+    pub fn originals(&self) -> Result<Vec<(Pa, Vec<u8>)>> {
         let mut originals = Vec::new();
         for trap in self.traps.values() {
-            let (at, planted, original) = self.planted(trap);
-            if self.holds(at, planted)? {
-                originals.push((at, &original[..planted.len()]));
+            let planted = self.planted(trap);
+            if self.holds(planted.at, &planted.there)? {
+                originals.push((planted.at, planted.original));
             }
         }
         originals.sort_unstable();
         Ok(originals)
     }
 
-    /// Where the trap, or the jump in its place, is; what is there, and what belongs there instead.
-    fn planted<'a>(&self, trap: &'a Trap) -> (Pa, &'a [u8], &'a [u8])
-    where
-        Self: 'a,
-    {
-        match trap.moved.get() {
-            Some(moved) => (moved.at, &moved.jump, &moved.original),
-            None => (trap.at, self.instruction.bytes(), &trap.original),
+    /// The trap, or the jump in its place.
+    fn planted(&self, trap: &Trap) -> Planted {
+        let there = self.instruction.bytes();
+        match &*trap.place() {
+            Place::Jump(stub) => Planted {
+                at: stub.at,
+                there: stub.jump.to_vec(),
+                original: stub.live[..stub.jump.len()].to_vec(),
+            },
+            _ => Planted {
+                at: trap.at,
+                there: there.to_vec(),
+                original: trap.original[..there.len()].to_vec(),
+            },
         }
     }
 
@@ -221,8 +235,8 @@ impl Breakpoints {
     pub fn lost(&self) -> Result<Vec<Va>> {
         let mut lost = Vec::new();
         for (&va, trap) in &self.traps {
-            let (at, planted, _) = self.planted(trap);
-            if !self.holds(at, planted)? {
+            let planted = self.planted(trap);
+            if !self.holds(planted.at, &planted.there)? {
                 lost.push(Va(va));
             }
         }
@@ -241,14 +255,14 @@ impl Breakpoints {
     ) -> Result<()> {
         for va in lost {
             let Some(trap) = self.traps.get(&va.0) else { continue };
-            let (at, planted, _) = self.planted(trap);
-            let start = match (trap.moved.get(), &trap.jump) {
-                (Some(_), Ok(jump)) => jump.va() + self.linux.placement.slide,
+            let Planted { at, there, .. } = self.planted(trap);
+            let start = match (trap.is_moved(), &trap.jump) {
+                (true, Ok(jump)) => jump.va() + self.linux.placement.slide,
                 _ => *va,
             };
-            if !is_inside(&(start..start + planted.len() as u64)) {
-                paused.write(at, planted)?;
-                synchronise_code(&self.ram, at, planted.len());
+            if !is_inside(&(start..start + there.len() as u64)) {
+                paused.write(at, &there)?;
+                synchronise_code(&self.ram, at, there.len());
                 self.rearmed.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -302,8 +316,10 @@ impl TrapHandler for Breakpoints {
             // What happened before comes first.
             ring.drain();
         }
-        if matches!(trap.role, Role::Patched | Role::ModuleLoad) {
-            self.patched();
+        match trap.role {
+            Role::Patching => self.take_back(),
+            Role::Patched | Role::ModuleLoad => self.patched(),
+            _ => {}
         }
         let moment = Moment::Now { cpu };
         if trap.entry {

@@ -197,7 +197,12 @@ impl Recorder {
             Role::NotLeak | Role::Ignore | Role::NoScan | Role::ScanArea => {
                 self.annotated(role, Va(value), registers.argument(argument + 1));
             }
-            Role::SlabAlloc | Role::Kmalloc | Role::Patched | Role::ModuleLoad | Role::ModuleUnload => {}
+            Role::SlabAlloc
+            | Role::Kmalloc
+            | Role::Patching
+            | Role::Patched
+            | Role::ModuleLoad
+            | Role::ModuleUnload => {}
         }
     }
 

@@ -112,6 +112,7 @@ pub(super) fn needs_memory(role: Role) -> bool {
         | Role::Ignore
         | Role::NoScan
         | Role::ScanArea
+        | Role::Patching
         | Role::Patched
         | Role::ModuleLoad
         | Role::ModuleUnload => true,

@@ -12,6 +12,7 @@ use introspect::hooks::record::{self, Record};
 use introspect::hooks::{Instruction, JUMP_LEN, Jump, Plan, Stub, StubPoint, Writer};
 use introspect::linux::Linux;
 use introspect::memory::Va;
+use introspect::unwind::Detours;
 use rustc_hash::FxHashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -150,6 +151,14 @@ impl Ring {
         let mut modules = self.recorder.modules.write().unwrap_or_else(PoisonError::into_inner);
         modules.detours.add(&stub.detours, stub.start + stub.code.len() as u64);
         Ok(stub)
+    }
+
+    /// Forgets all stubs: no jump leads there any more, and nobody is there.
+    pub(in crate::tracer) fn forget_stubs(&self) {
+        lock(&self.written).len = 0;
+        self.requests.write().unwrap_or_else(PoisonError::into_inner).clear();
+        let mut modules = self.recorder.modules.write().unwrap_or_else(PoisonError::into_inner);
+        modules.detours = Detours::default();
     }
 
     /// True for the trap of a stub that has no free slot.
