@@ -30,7 +30,9 @@ fn piles_up(line: &str) -> Result<()> {
     let kernel = kernel(line)?;
     let mut guest = Guest::new(&kernel, 1)?;
     guest.file(&module(&kernel, "growing")?, "/growing.ko").script(&format!(
-        "insmod /growing.ko
+        "# No message of the kernel's may stand in the middle of a reply; they come at the end.
+         echo 1 > /proc/sys/kernel/printk
+         insmod /growing.ko
          echo growth > /dev/ttyS1; echo first: $(cat /dev/ttyS1)
          i=0; while [ $i -lt {STEPS} ]; do
              echo 1 > /sys/module/growing/parameters/step
@@ -39,7 +41,7 @@ fn piles_up(line: &str) -> Result<()> {
          : > /tmp/held; echo /tmp/held > /sys/module/growing/parameters/hold
          echo json refs=dentry > /dev/ttyS1; echo REFS; cat /dev/ttyS1; echo; echo END
          for c in /sys/kernel/slab/*; do echo \"ALIASES ${{c##*/}} $(cat $c/aliases)\"; done
-         echo HELD; read -r go; rmmod growing"
+         echo HELD; read -r go; rmmod growing; dmesg"
     ))?;
     let mut session = guest.start()?;
     session.wait_for("\nHELD", RUN_TIMEOUT)?;
