@@ -18,25 +18,37 @@ const FILLING: &str = "mkdir -p /tmp/work/0; cd /tmp/work
     dd if=/dev/zero of=/tmp/large bs=1M count=200
     n=0; while [ $n -lt 100 ]; do sleep 100000 & n=$((n + 1)); done
     echo READY; read -r go; kill $(jobs -p)";
-/// Changes whenever the saved machine is to be made anew.
+/// The same on a smaller scale: some ten thousand files, and processes.
+const SMALL_FILLING: &str = "mkdir -p /tmp/work/0; cd /tmp/work
+    n=0; while [ $n -lt 250 ]; do echo text > 0/$n; : > 0/empty$n; n=$((n + 1)); done
+    n=1; while [ $n -lt 40 ]; do cp -r 0 $n; [ $((n % 4)) -eq 3 ] && rm -r $n; n=$((n + 1)); done
+    find . -name '1*' | sort | tail -n 1
+    dd if=/dev/zero of=/tmp/large bs=1M count=50
+    n=0; while [ $n -lt 50 ]; do sleep 100000 & n=$((n + 1)); done
+    echo READY; read -r go; kill $(jobs -p)";
+/// Changes whenever the saved machines are to be made anew.
 const FILLED: u32 = 1;
 
 fn main() -> ExitCode {
     // To fill it takes the lab ten minutes and more.
-    let saved = long_test("a_machine_of_2_gib_is_saved_6.1-cloud", saved_machine);
-    let saved = match env::var_os("KLEAK_BENCH") {
-        Some(_) => saved,
-        None => saved.with_kind("needs xtask bench").with_ignored_flag(true),
-    };
+    let saved = [("2-gib", "2G", FILLING), ("512-mib", "512M", SMALL_FILLING)].map(|(size, mem, filling)| {
+        let name = format!("a_machine_of_{}_is_saved_6.1-cloud", size.replace('-', "_"));
+        let saved = long_test(name, move || saved_machine(&format!("machine-of-{size}"), mem, filling));
+        match env::var_os("KLEAK_BENCH") {
+            Some(_) => saved,
+            None => saved.with_kind("needs xtask bench").with_ignored_flag(true),
+        }
+    });
     let in_instructions = in_vmx("instructions_by_tracer_6.1-cloud", instructions);
-    tests::main(vec![long_test("slowdown_of_tracers_6.1-cloud", slowdown), in_instructions, saved])
+    let slowdown = long_test("slowdown_of_tracers_6.1-cloud", slowdown);
+    tests::main([slowdown, in_instructions].into_iter().chain(saved).collect())
 }
 
 /// The file's name goes where `KLEAK_BENCH` says. It is made once; again when it cannot be read any more.
-fn saved_machine() -> Result<()> {
+fn saved_machine(name: &str, mem: &str, filling: &str) -> Result<()> {
     let kernel = kernel("6.1-cloud")?;
     let cache = Cache::of_workspace();
-    let (name, key) = ("machine-of-2-gib", (FILLED, FILLING, &kernel.release));
+    let key = (FILLED, filling, &kernel.release);
     let readable = |file: &Path| {
         let looked = run([Path::new("analyze"), file, Path::new("-c"), Path::new("status")])?;
         Ok::<_, anyhow::Error>(looked.code == Some(0))
@@ -46,7 +58,8 @@ fn saved_machine() -> Result<()> {
     {
         fs::remove_dir_all(&folder).with_context(|| format!("Cannot remove {}", folder.display()))?;
     }
-    let file = cache.entry(name, key, |folder| save_filled(&kernel, &folder.join("machine.snap")))?;
+    let file =
+        cache.entry(name, key, |folder| save_filled(&kernel, mem, filling, &folder.join("machine.snap")))?;
     let file = file.join("machine.snap");
     ensure!(readable(&file)?, "{} cannot be analyzed", file.display());
     match env::var_os("KLEAK_BENCH") {
@@ -56,9 +69,9 @@ fn saved_machine() -> Result<()> {
     }
 }
 
-fn save_filled(kernel: &KernelPackage, file: &Path) -> Result<()> {
+fn save_filled(kernel: &KernelPackage, mem: &str, filling: &str, file: &Path) -> Result<()> {
     let mut guest = Guest::new(kernel, 1)?;
-    guest.option("--mem", "2G").option("--scan-at-exit", "no").timeout(3000).script(FILLING)?;
+    guest.option("--mem", mem).option("--scan-at-exit", "no").timeout(3000).script(filling)?;
     let mut session = guest.start()?;
     session.wait_for("\nREADY", std::time::Duration::from_secs(2500))?;
     guest.ctl("pause")?;

@@ -15,7 +15,7 @@ const HEAD: &str = "# Performance\n\n\
     guests run in the lab, slow-downs are those of its emulation, in which an exit costs tens of microseconds.\n\n";
 
 /// What the figures are of, by the beginning of their names.
-const MEANINGS: [(&str, &str); 30] = [
+const MEANINGS: [(&str, &str); 34] = [
     ("read_bandwidth", "plain reading of the heap below, one thread"),
     ("index_freeze", "the index of a scan over a million objects"),
     ("scan_bandwidth_over_read", "`scan_bandwidth` over `read_bandwidth`"),
@@ -54,8 +54,18 @@ const MEANINGS: [(&str, &str); 30] = [
     ),
     ("machine, scan_bandwidth", "bytes of roots and objects that were read, over the time to mark"),
     ("machine, scan_speedup", "all threads over one"),
+    ("machine, read_speedup", "the same of plain reading: what this machine's memory and CPUs have to give"),
+    (
+        "pause, 512 MiB",
+        "how long a saved guest of that size, with files and processes, would stand still for a scan",
+    ),
     ("machine, mark", "time to mark"),
     ("machine, scan", "a scan from end to end: roots, index, treatment of each object, marking, leak graph"),
+    (
+        "event_cost, allocation by the ring",
+        "time of ours for an allocation by the ring: backtrace, record; on the same stacks as by traps",
+    ),
+    ("event_cost, free by the ring", "the same for a free"),
     (
         "event_cost, allocation",
         "time of ours for a traced allocation: guest structures, backtrace, record; on stacks of its sleeping tasks",
@@ -63,6 +73,9 @@ const MEANINGS: [(&str, &str); 30] = [
     ("event_cost, free", "the same for a free"),
     ("event_cost, frames", "frames of those backtraces, on average"),
 ];
+
+/// Scans of which the shortest pause counts.
+const PAUSES: usize = 7;
 
 /// Options of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
@@ -85,6 +98,7 @@ pub fn run(options: &Options) -> Result<()> {
     let mut lines = printed(heap.current_dir(images::cache::workspace()))?;
     let machine = measured("a_machine_of_2_gib_is_saved")?;
     lines += &printed(Command::new(build::example("saved")?).arg(machine.trim()))?;
+    lines += &pause(measured("a_machine_of_512_mib_is_saved")?.trim())?;
     lines += &measured("slowdown_of_tracers")?;
     lines += &measured_by("speed", "instructions_by_tracer", &[Purpose::Guests, Purpose::LongTests])?;
     lines += &measured_by("oracle", "what_kmemleak_costs", &[Purpose::Guests, Purpose::Oracle])?;
@@ -112,6 +126,20 @@ fn printed(command: &mut Command) -> Result<String> {
     let output = output.with_context(|| format!("Cannot run {}", command.get_program().display()))?;
     ensure!(output.status.success(), "A benchmark failed");
     String::from_utf8(output.stdout).context("A benchmark's output is no text")
+}
+
+/// How long a guest of 512 MiB stands still for a scan, as `status` has it: the shortest of some.
+fn pause(file: &str) -> Result<String> {
+    let mut analyze = Command::new(build::binary()?);
+    analyze.args(["analyze", file]);
+    (0..PAUSES).for_each(|_| {
+        analyze.args(["-c", "scan", "-c", "json status"]);
+    });
+    let said = printed(&mut analyze)?;
+    let replies = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let pause = replies.filter_map(|status| status["last_scan_pause_ms"].as_u64()).min();
+    let pause = pause.with_context(|| format!("No pause: {said}"))?;
+    Ok(format!("{}\n", json!({ "name": "pause, 512 MiB", "value": pause, "unit": "ms" })))
 }
 
 /// What a test of `tests/speed.rs` that boots guests leaves.

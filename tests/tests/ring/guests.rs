@@ -60,7 +60,8 @@ pub fn clean(line: &str, cpus: u32, words: &str) -> Result<()> {
     let finished = guest.boot(0)?;
     check(&finished.stdout)?;
     // A tenth of a boot's events come before the kernel patches its text, and few of those before the ring is there.
-    let (traps, events) = (status(&finished.stdout, "traps_taken")?, status(&finished.stdout, "ring_events")?);
+    let (traps, events) =
+        (status(&finished.stdout, "traps_taken")?, status(&finished.stdout, "ring_events")?);
     ensure!(traps < events / 20, "{traps} traps beside {events} events by the ring");
     Ok(())
 }

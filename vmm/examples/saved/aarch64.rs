@@ -1,7 +1,10 @@
 //! Registers of arm64.
 
+use anyhow::Result;
 use introspect::arch::Registers;
+use introspect::registry::Object;
 use introspect::unwind::Start;
+use kleak_vmm::detector::Detector;
 
 /// Those of a CPU that would be where a task sleeps.
 pub fn asleep(start: &Start) -> Registers {
@@ -21,4 +24,9 @@ pub fn with_result(registers: &Registers, result: u64) -> Registers {
     let mut registers = *registers;
     registers.x[0] = result;
     registers
+}
+
+/// arm64 has no ring.
+pub fn by_ring(_: &Detector, _: &[Object]) -> Result<Vec<(&'static str, f64)>> {
+    Ok(Vec::new())
 }

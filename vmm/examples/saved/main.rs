@@ -16,7 +16,7 @@ use guest_profiles::hooks::Role;
 use introspect::arch::Registers;
 use introspect::linux::tasks::Task;
 use introspect::memory::{FrozenMemory, PhysicalMemory, Va};
-use introspect::registry::{Kind, Registry};
+use introspect::registry::{Kind, Object, Registry};
 use introspect::scan::{ScanInput, ScanResult, scan};
 use introspect::unwind::SleepingFrame;
 use kleak_vmm::detector::Detector;
@@ -35,7 +35,11 @@ fn main() -> Result<()> {
     let file = file.context("Name a file that snapshot=FILE saved")?;
     let opened = open(file.as_ref(), &Opening::default()).with_context(|| format!("Cannot open {file}"))?;
     scans(&opened.detector)?;
-    events(&opened.detector)
+    let chosen = events(&opened.detector)?;
+    for (name, seconds) in platform::by_ring(&opened.detector, &chosen)? {
+        say(&format!("event_cost, {name}"), seconds / EVENTS as f64 * 1e9, "ns");
+    }
+    Ok(())
 }
 
 fn say(name: &str, value: f64, unit: &str) {
@@ -80,6 +84,12 @@ fn scans(detector: &Detector) -> Result<()> {
         }
         if let [one, many] = bandwidth[..] {
             say("machine, scan_speedup", many / one, "ratio");
+            let shared = fastest((0..ROUNDS).map(|_| {
+                let start = Instant::now();
+                black_box(sum_by(input.memory, all));
+                start.elapsed()
+            }));
+            say("machine, read_speedup", read / shared, "ratio");
         }
         Ok(())
     })
@@ -93,13 +103,29 @@ fn sum(memory: &impl FrozenMemory) -> u64 {
     words.fold(0, |sum, word| sum.wrapping_add(u64::from_le_bytes(*word)))
 }
 
+/// The same by so many threads, each a part of it.
+fn sum_by(memory: &(impl FrozenMemory + Sync), threads: usize) -> u64 {
+    let ranges = memory.ranges().iter().filter_map(|r| memory.slice(r.start, r.len as usize).ok());
+    let all: Vec<&[[u8; 8]]> = ranges.map(|bytes| bytes.as_chunks::<8>().0).collect();
+    let part = |n: usize| {
+        let words =
+            all.iter().flat_map(|words| &words[words.len() * n / threads..words.len() * (n + 1) / threads]);
+        words.fold(0_u64, |sum, word| sum.wrapping_add(u64::from_le_bytes(*word)))
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|n| scope.spawn(move || part(n))).collect();
+        threads.into_iter().filter_map(|thread| thread.join().ok()).fold(0, u64::wrapping_add)
+    })
+}
+
 /// What a free and an allocation cost the machine monitor from the vCPU's exit on, on stacks that tasks really had.
-fn events(detector: &Detector) -> Result<()> {
+fn events(detector: &Detector) -> Result<Vec<Object>> {
     let (stacks, objects) = detector.look(|input| Ok((stacks(input)?, objects(input.registry))))?;
     ensure!(!stacks.is_empty() && !objects.is_empty(), "nobody sleeps, or nothing is allocated");
     let recorder = &detector.parts().recorder;
     let step = (objects.len() / 2 + 1) | 1;
-    let victims: Vec<Va> = (0..EVENTS).map(|n| objects[n * step % objects.len()]).collect();
+    let chosen: Vec<Object> = (0..EVENTS).map(|n| objects[n * step % objects.len()]).collect();
+    let victims: Vec<Va> = chosen.iter().map(|object| object.address).collect();
     let (mut free, mut alloc) = (f64::INFINITY, f64::INFINITY);
     for _ in 0..ROUNDS {
         let start = Instant::now();
@@ -115,7 +141,8 @@ fn events(detector: &Detector) -> Result<()> {
         free = free.min(freed.as_secs_f64());
         alloc = alloc.min((start.elapsed() - freed).as_secs_f64());
     }
-    let registry = &recorder.state().registry;
+    let state = recorder.state();
+    let registry = &state.registry;
     let depths =
         victims.iter().filter_map(|&victim| Some(registry.stacks.get(registry.get(victim)?.stack).len()));
     let (count, frames) = depths.fold((0, 0), |(count, frames), depth| (count + 1, frames + depth));
@@ -123,7 +150,7 @@ fn events(detector: &Detector) -> Result<()> {
     say("event_cost, allocation", alloc / EVENTS as f64 * 1e9, "ns");
     say("event_cost, free", free / EVENTS as f64 * 1e9, "ns");
     say("event_cost, frames", frames as f64 / EVENTS as f64, "count");
-    Ok(())
+    Ok(chosen)
 }
 
 /// Registers of CPUs that would be where tasks sleep.
@@ -138,6 +165,6 @@ fn stacks<M: FrozenMemory>(input: &ScanInput<'_, M>) -> Result<Vec<Registers>> {
     Ok(starts.map(|start| platform::asleep(&start)).collect())
 }
 
-fn objects(registry: &Registry) -> Vec<Va> {
-    registry.objects().filter(|object| object.kind == Kind::Slab).map(|object| object.address).collect()
+fn objects(registry: &Registry) -> Vec<Object> {
+    registry.objects().filter(|object| object.kind == Kind::Slab).collect()
 }
