@@ -9,10 +9,13 @@ use crate::unwind::Detour;
 use anyhow::{Context, ensure};
 use iced_x86::code_asm::{
     AsmMemoryOperand, CodeAssembler, byte_ptr, dword_ptr, eax, ecx, edi, edx, ptr, qword_ptr, r8, r8d, r9,
-    rax, rbp, rcx, rdi, rdx, rsi, rsp,
+    r10, rax, rbp, rcx, rdi, rdx, rsi, rsp,
 };
 use iced_x86::{BlockEncoderOptions, IcedError, Instruction};
 use std::iter;
+
+/// Words of the stack that are copied without a look at how many are left.
+const BLOCK: i32 = 8;
 
 /// What stubs read of where an event happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,7 +144,7 @@ impl Writer {
         a.cli()?;
         let mut saved = vec![rax, rcx, rdx];
         if is_return {
-            saved.extend([rdi, rsi, r8, r9]);
+            saved.extend([rdi, rsi, r8, r9, r10]);
         }
         for &register in &saved {
             a.push(register)?;
@@ -310,7 +313,7 @@ impl Writer {
         a.mov(rsi, rcx)?;
         a.mov(ecx, edi)?;
         a.lea(rdi, ptr(rdx + slot::STACK as i32))?;
-        a.rep().movsq()?;
+        copy(a)?;
 
         a.mov(rsi, r8)?;
         a.sub(r8, rax)?;
@@ -329,6 +332,26 @@ impl Writer {
         a.rep().movsq()?;
         a.set_label(&mut done)
     }
+}
+
+/// Copies ecx words from rsi to rdi and leaves both behind them: by blocks, for an emulated processor is at work on each word
+/// of a string instruction for longer than on two moves.
+fn copy(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let (mut block, mut rest) = (a.create_label(), a.create_label());
+    a.sub(ecx, BLOCK)?;
+    a.jb(rest)?;
+    a.set_label(&mut block)?;
+    for offset in (0..8 * BLOCK).step_by(8) {
+        a.mov(r10, qword_ptr(rsi + offset))?;
+        a.mov(qword_ptr(rdi + offset), r10)?;
+    }
+    a.add(rsi, 8 * BLOCK)?;
+    a.add(rdi, 8 * BLOCK)?;
+    a.sub(ecx, BLOCK)?;
+    a.jae(block)?;
+    a.set_label(&mut rest)?;
+    a.add(ecx, BLOCK)?;
+    a.rep().movsq()
 }
 
 /// What the instructions at `addresses` stand for: first the stub's `own`, then those that stand for others at `places`, and

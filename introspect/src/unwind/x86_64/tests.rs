@@ -606,7 +606,7 @@ proptest! {
             let mut out = [Va(0); 6];
             let len = unwinder.unwind(&(), &start, read, &mut out).len;
             match memo.find(&start, read) {
-                Some(number) => prop_assert_eq!(&kept[number as usize], &out[..len]),
+                Some(number) => prop_assert_eq!(&kept[number], &out[..len]),
                 None => {
                     memo.keep(&unwinder, &(), &start, &out[..len], kept.len());
                     kept.push(out[..len].to_vec());
