@@ -8,32 +8,15 @@ use std::process::ExitCode;
 use std::{env, fs};
 use tests::{Exits, Guest, in_vmx, kernel, long_test, module, no_kernel_complaint, run, work};
 
-/// What fills the memory of the machine that is saved: 120,000 files of which half have contents, those of every fourth
-/// folder removed again; a find over all, and a hundred processes that stay.
-const FILLING: &str = "mkdir -p /tmp/work/0; cd /tmp/work
-    n=0; while [ $n -lt 250 ]; do echo text > 0/$n; : > 0/empty$n; n=$((n + 1)); done
-    n=1; while [ $n -lt 240 ]; do cp -r 0 $n; [ $((n % 4)) -eq 3 ] && rm -r $n; [ $((n % 40)) -eq 0 ] && echo \"@copied $n\"; n=$((n + 1)); done
-    n=240; while [ $n -lt 320 ]; do cp -r 0 $n; n=$((n + 1)); done
-    find . -name '1*' | sort | tail -n 1
-    dd if=/dev/zero of=/tmp/large bs=1M count=200
-    n=0; while [ $n -lt 100 ]; do sleep 100000 & n=$((n + 1)); done
-    echo READY; read -r go; kill $(jobs -p)";
-/// The same on a smaller scale: some ten thousand files, and processes.
-const SMALL_FILLING: &str = "mkdir -p /tmp/work/0; cd /tmp/work
-    n=0; while [ $n -lt 250 ]; do echo text > 0/$n; : > 0/empty$n; n=$((n + 1)); done
-    n=1; while [ $n -lt 40 ]; do cp -r 0 $n; [ $((n % 4)) -eq 3 ] && rm -r $n; n=$((n + 1)); done
-    find . -name '1*' | sort | tail -n 1
-    dd if=/dev/zero of=/tmp/large bs=1M count=50
-    n=0; while [ $n -lt 50 ]; do sleep 100000 & n=$((n + 1)); done
-    echo READY; read -r go; kill $(jobs -p)";
 /// Changes whenever the saved machines are to be made anew.
 const FILLED: u32 = 1;
 
 fn main() -> ExitCode {
     // To fill it takes the lab ten minutes and more.
-    let saved = [("2-gib", "2G", FILLING), ("512-mib", "512M", SMALL_FILLING)].map(|(size, mem, filling)| {
+    let sizes = [("2-gib", "2G", filling(240, 320, 200, 100)), ("512-mib", "512M", filling(40, 50, 50, 50))];
+    let saved = sizes.map(|(size, mem, filling)| {
         let name = format!("a_machine_of_{}_is_saved_6.1-cloud", size.replace('-', "_"));
-        let saved = long_test(name, move || saved_machine(&format!("machine-of-{size}"), mem, filling));
+        let saved = long_test(name, move || saved_machine(&format!("machine-of-{size}"), mem, &filling));
         match env::var_os("KLEAK_BENCH") {
             Some(_) => saved,
             None => saved.with_kind("needs xtask bench").with_ignored_flag(true),
@@ -42,6 +25,21 @@ fn main() -> ExitCode {
     let in_instructions = in_vmx("instructions_by_tracer_6.1-cloud", instructions);
     let slowdown = long_test("slowdown_of_tracers_6.1-cloud", slowdown);
     tests::main([slowdown, in_instructions].into_iter().chain(saved).collect())
+}
+
+/// What fills the memory of a machine that is saved: folders of 500 files of which half have contents, of which every fourth
+/// is removed again up to number `thinned`; a find over all; a file of so many MiB, and processes that stay.
+fn filling(thinned: u32, folders: u32, mib: u32, processes: u32) -> String {
+    format!(
+        "mkdir -p /tmp/work/0; cd /tmp/work
+    n=0; while [ $n -lt 250 ]; do echo text > 0/$n; : > 0/empty$n; n=$((n + 1)); done
+    n=1; while [ $n -lt {thinned} ]; do cp -r 0 $n; [ $((n % 4)) -eq 3 ] && rm -r $n; [ $((n % 40)) -eq 0 ] && echo \"@copied $n\"; n=$((n + 1)); done
+    n={thinned}; while [ $n -lt {folders} ]; do cp -r 0 $n; n=$((n + 1)); done
+    find . -name '1*' | sort | tail -n 1
+    dd if=/dev/zero of=/tmp/large bs=1M count={mib}
+    n=0; while [ $n -lt {processes} ]; do sleep 100000 & n=$((n + 1)); done
+    echo READY; read -r go; kill $(jobs -p)"
+    )
 }
 
 /// The file's name goes where `KLEAK_BENCH` says. It is made once; again when it cannot be read any more.

@@ -132,9 +132,9 @@ fn printed(command: &mut Command) -> Result<String> {
 fn pause(file: &str) -> Result<String> {
     let mut analyze = Command::new(build::binary()?);
     analyze.args(["analyze", file]);
-    (0..PAUSES).for_each(|_| {
+    for _ in 0..PAUSES {
         analyze.args(["-c", "scan", "-c", "json status"]);
-    });
+    }
     let said = printed(&mut analyze)?;
     let replies = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let pause = replies.filter_map(|status| status["last_scan_pause_ms"].as_u64()).min();

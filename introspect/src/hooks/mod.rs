@@ -40,7 +40,7 @@ pub struct Planned {
     pub argument: u8,
     /// Place and displaced instructions, link addresses.
     pub site: Site,
-    /// Where a jump can take its place once the kernel's text is final.
+    /// Where a jump can take its place while the kernel does not patch its text.
     pub jump: Result<Jump, SiteError>,
 }
 

@@ -226,6 +226,14 @@ impl Registry {
         self.counters.overwrites += u64::from(replaced);
     }
 
+    /// Return addresses, innermost first.
+    pub fn frames<'a>(&'a self, backtrace: &Backtrace<'a>) -> &'a [Va] {
+        match *backtrace {
+            Backtrace::Frames(frames) => frames,
+            Backtrace::Stored(stack) => self.stacks.get(stack),
+        }
+    }
+
     /// Records a free by start address; returns what it was.
     pub fn free(&mut self, address: Va) -> Option<Object> {
         self.sequence += 1;

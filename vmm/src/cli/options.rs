@@ -14,7 +14,7 @@ pub enum TracerChoice {
     Auto,
     /// Trap instructions in the guest's allocator.
     Breakpoint,
-    /// Those until the kernel has patched its text, then stubs that write events to a ring, without an exit.
+    /// Those early in the boot, then stubs that write events to a ring, without an exit.
     Ring,
     /// None: a plain virtual machine.
     Off,

@@ -55,7 +55,7 @@ impl Detector {
         let Some(ring) = self.parts.traps.ring() else { return };
         let traps = &self.parts.traps;
         let mut attempts = Attempts::new();
-        let (mut events, mut early) = (0, true);
+        let (mut events, mut early) = (0, traps.is_early());
         while self.parts.guest.outcome().is_none() {
             if std::mem::replace(&mut early, traps.is_early()) != early {
                 attempts = Attempts::new();
@@ -65,7 +65,8 @@ impl Detector {
             }
             ring.drain();
             let before = std::mem::replace(&mut events, ring.status().events);
-            let eager = early || attempts.is_first() || events - before > MUCH;
+            let awaited = early || attempts.is_first() && traps.to_move() > 0;
+            let eager = awaited || events - before > MUCH;
             let step = if eager { BUSY } else { IDLE };
             std::thread::sleep(step);
             attempts.wait = attempts.wait.saturating_sub(step);
@@ -104,8 +105,7 @@ impl Detector {
         // Whoever was interrupted between the bytes of a jump to be has that address on a stack, however it is unwound.
         let standing = self.allocator.standing(&parts.linux, memory, paused.cpus())?;
         let free = |function: &str, bytes: Range<Va>| !busy.contains(function) && !standing.is_inside(&bytes);
-        parts.traps.hand_over(&mut paused, free)?;
-        Ok(true)
+        parts.traps.hand_over(&mut paused, free)
     }
 
     fn say_handed_over(&self) {

@@ -94,7 +94,9 @@ impl Breakpoints {
     /// Guest memory cannot be read.
     pub fn prepare(&self) -> Result<bool> {
         let Some(ring) = self.ring() else { return Ok(false) };
-        let early = self.early();
+        let mut early = self.early();
+        // However that came about unnoticed.
+        *early &= !self.linux.is_final(&self.ram)?;
         if !self.is_time(*early)? {
             return Ok(false);
         }
@@ -113,19 +115,19 @@ impl Breakpoints {
     }
 
     /// Lets jumps to the stubs that are there take the place of traps in functions that nobody is in, as `is_free` says by
-    /// their names and by the bytes that a jump displaces.
+    /// their names and by the bytes that a jump displaces. False when the kernel has begun to patch its text since they were
+    /// made.
     ///
     /// # Errors
-    /// The page tables have no room.
+    /// The page tables have no room, or guest memory cannot be read or written.
     pub fn hand_over(
         &self,
         paused: &mut Paused<'_>,
         is_free: impl Fn(&str, Range<Va>) -> bool,
-    ) -> Result<()> {
-        let Some(ring) = self.ring() else { return Ok(()) };
-        // The kernel may have come farther in between.
+    ) -> Result<bool> {
+        let Some(ring) = self.ring() else { return Ok(false) };
         if !self.is_time(*self.early())? {
-            return Ok(());
+            return Ok(false);
         }
         ring.map(&self.linux, paused).context("Cannot map the tracer's ring")?;
         for trap in self.traps.values() {
@@ -135,23 +137,38 @@ impl Breakpoints {
                 self.hand_over_one(paused, trap)?;
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// The kernel is about to patch its text: puts traps where jumps are. For the vCPU that is in a trap there, while it is
     /// the only one that runs.
     pub(super) fn take_back(&self) {
         let mut early = self.early();
-        let Some(ring) = self.ring().filter(|_| std::mem::take(&mut *early)) else { return };
+        // Modules are patched, too, and much later.
+        let was_early = std::mem::take(&mut *early) && self.linux.is_final(&self.ram).is_ok_and(|is| !is);
+        let Some(ring) = self.ring().filter(|_| was_early) else { return };
+        let mut all = true;
         for trap in self.traps.values() {
-            if let Place::Jump(stub) = std::mem::take(&mut *trap.place()) {
-                let planted = self.instruction.bytes();
-                // Where a moment ago the jump was written memory is.
-                let _ = self.ram.write(stub.at, &stub.live).and_then(|()| self.ram.write(trap.at, planted));
-                synchronise_code(&self.ram, stub.at, stub.live.len());
+            let mut place = trap.place();
+            let written = match &*place {
+                Place::Jump(stub) => self.plant_trap_for(trap, stub),
+                _ => Ok(()),
+            };
+            match written {
+                Ok(()) => *place = Place::Trap,
+                Err(_) => all = false,
             }
         }
-        ring.forget_stubs();
+        if all {
+            ring.forget_stubs();
+        }
+    }
+
+    fn plant_trap_for(&self, trap: &Trap, stub: &Stub) -> Result<()> {
+        self.ram.write(stub.at, &stub.live[..stub.jump.len()])?;
+        self.ram.write(trap.at, self.instruction.bytes())?;
+        synchronise_code(&self.ram, stub.at, stub.live.len());
+        Ok(())
     }
 
     /// True until the kernel begins to patch its text, where it can be told.
@@ -159,8 +176,7 @@ impl Breakpoints {
         *self.early()
     }
 
-    /// True until the kernel begins to patch its text. A thread that pauses the machine locks it
-    /// afterwards: a vCPU may wait for it in a trap.
+    /// That, locked. A thread that pauses the machine locks it afterwards: a vCPU may wait for it in a trap.
     fn early(&self) -> MutexGuard<'_, bool> {
         self.early.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -190,7 +206,7 @@ impl Breakpoints {
     fn hand_over_one(&self, paused: &mut Paused<'_>, trap: &Trap) -> Result<()> {
         let mut place = trap.place();
         *place = match std::mem::take(&mut *place) {
-            // The guest has changed it since: another stub is made.
+            // The guest has changed it since: another stub is made, behind the first.
             Place::Ready(stub) if self.live(trap, stub.at, stub.live.len())? != stub.live => Place::Trap,
             Place::Ready(stub) => {
                 paused.write(trap.at, &trap.original[..self.instruction.len()])?;

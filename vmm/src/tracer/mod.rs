@@ -1,7 +1,7 @@
 //! Tracers: how the guest's allocator events come out of the guest.
 //!
-//! [`breakpoint`] plants traps in the guest's text, one exit each; [`ring`] has jumps take their places once that text is
-//! final, to stubs that write events down without an exit. Whatever the mechanism, events end in the [`Recorder`], which
+//! [`breakpoint`] plants traps in the guest's text, one exit each; [`ring`] has jumps take their places while the kernel
+//! does not patch that text, to stubs that write events down without an exit. Whatever the mechanism, events end in the [`Recorder`], which
 //! knows what a hook's registers mean and keeps the registry.
 
 #[cfg(target_arch = "aarch64")]

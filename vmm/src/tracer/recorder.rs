@@ -256,19 +256,16 @@ impl Recorder {
     /// Records an allocation that is one, as the registry says.
     fn alloc(&self, event: &AllocEvent<'_>, is_one: impl FnOnce(&Registry) -> bool) {
         let turn = self.turn();
-        {
+        let frames = {
             let registry = &mut self.state().registry;
             if !is_one(registry) {
                 return;
             }
             registry.alloc(event);
-        }
-        if let Some(mut log) = turn {
+            turn.as_ref().map(|_| registry.frames(&event.stack).to_vec())
+        };
+        if let (Some(mut log), Some(frames)) = (turn, frames) {
             let cache = (event.kind == Kind::Slab).then(|| self.linux.cache(&self.ram, event.cache).ok());
-            let frames = match event.stack {
-                Backtrace::Frames(frames) => frames.to_vec(),
-                Backtrace::Stored(stack) => self.state().registry.stacks.get(stack).to_vec(),
-            };
             log.alloc(event, &frames, cache.flatten().map(|cache| cache.name), |ip| self.name(ip));
         }
     }

@@ -1,7 +1,7 @@
 //! A jump in the place of a trap: where five bytes can be had, and what they displace.
 //!
-//! The trap of a hook must hold in every phase of the kernel's life; a jump is written when its text is final, so it may
-//! take the return itself: a `jmp` to a return thunk, or the `ret` with its filling that patching makes of it. At an
+//! The trap of a hook must hold in every phase of the kernel's life; a jump is there only while nothing is patched, so it
+//! may take the return itself: a `jmp` to a return thunk, or the `ret` with its filling that patching makes of it. At an
 //! entry it takes whole instructions from where the trap was, which a copy elsewhere can do as well.
 
 use super::function::RETURN_THUNKS;

@@ -1,19 +1,19 @@
 //! arm64: frame pointers (arch/arm64/kernel/stacktrace.c). Each function keeps a frame record, `[caller's x29][return address]`,
 //! where x29 points; return addresses may be signed.
 
+mod memo;
 mod sleeping;
 #[cfg(test)]
 mod tests;
 mod walk;
 
-use super::{ModuleTables, Unwinder};
 use crate::arch::Registers;
 use crate::image::KernelImage;
 use crate::memory::Va;
 use crate::symbols::SymbolTable;
 use crate::types::Btf;
+pub use memo::Memo;
 pub use sleeping::SleepingFrame;
-use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Where the image, modules and generated code (BPF) live (Documentation/arch/arm64/memory.rst): above the linear map, whatever
@@ -54,27 +54,6 @@ impl OrcTable {
     pub fn is_empty(&self) -> bool {
         match *self {}
     }
-}
-
-/// Backtraces that were seen before: none, for nothing is shorter than to follow frame records.
-pub struct Memo<T>(PhantomData<T>);
-
-impl<T> Memo<T> {
-    /// An empty one.
-    pub fn new(_depth: usize) -> Self {
-        Self(PhantomData)
-    }
-
-    /// Forgets everything.
-    pub fn clear(&mut self) {}
-
-    /// What was kept of a backtrace.
-    pub fn find(&mut self, _: &Start, _: impl FnMut(Va) -> Option<u64>) -> Option<T> {
-        None
-    }
-
-    /// Keeps something of a backtrace.
-    pub fn keep(&mut self, _: &Unwinder<'_>, _: &impl ModuleTables, _: &Start, _: &[Va], _: T) {}
 }
 
 /// The link register at the start of an unwind.

@@ -8,7 +8,7 @@
 //! unwound each time.
 
 use super::format::{Base, Entry, Frame};
-use super::walk::{end_at_user_code, pt_regs};
+use super::walk::{WORD, end_at_user_code, pt_regs};
 use super::{ModuleTables, Start, Unwinder};
 use crate::memory::Va;
 use hashbrown::HashTable;
@@ -19,8 +19,6 @@ use std::hash::BuildHasher;
 const MAX_NODES: usize = 1 << 20;
 /// No node.
 const NONE: u32 = u32::MAX;
-/// Bytes of a return address.
-const WORD: u64 = 8;
 
 /// Finds what was kept of a backtrace, such as its number.
 pub struct Memo<T> {
@@ -47,7 +45,7 @@ enum Step {
     /// There is none.
     End,
     /// The frame ends so far above its base, the return address last; the caller's frame pointer may lie so far from there.
-    Call(From, i16, Option<i16>),
+    Call(Anchor, i16, Option<i16>),
     /// User code entered the kernel here, if the `struct pt_regs` so far above the stack pointer says so.
     User(i16),
     /// By other registers, or somewhere else.
@@ -55,7 +53,7 @@ enum Step {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum From {
+enum Anchor {
     StackPointer,
     FramePointer,
 }
@@ -169,8 +167,8 @@ impl Unwinder<'_> {
 impl Step {
     fn of(entry: &Entry) -> Self {
         let from = match entry.sp {
-            Base::Sp => From::StackPointer,
-            Base::Bp => From::FramePointer,
+            Base::Sp => Anchor::StackPointer,
+            Base::Bp => Anchor::FramePointer,
             _ if entry.frame == Frame::End => return Self::End,
             _ => return Self::Unknown,
         };
@@ -182,7 +180,7 @@ impl Step {
         match (entry.frame, from) {
             (Frame::End, _) => Self::End,
             (Frame::Call, _) if !entry.signal => Self::Call(from, entry.sp_offset, bp),
-            (Frame::Registers, From::StackPointer) => Self::User(entry.sp_offset),
+            (Frame::Registers, Anchor::StackPointer) => Self::User(entry.sp_offset),
             _ => Self::Unknown,
         }
     }
@@ -198,7 +196,7 @@ impl Step {
                 _ => Next::Nothing,
             },
             Self::Call(from, offset, saved_bp) => {
-                let base = if from == From::StackPointer { *sp } else { *bp };
+                let base = if from == Anchor::StackPointer { *sp } else { *bp };
                 let top = base + distance(offset);
                 let Some(ip) = read(top - WORD) else { return Next::Nothing };
                 if let Some(offset) = saved_bp {

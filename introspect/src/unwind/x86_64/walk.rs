@@ -6,7 +6,7 @@ use crate::memory::Va;
 use crate::unwind::{End, MAX_STACKS, ModuleTables, StackFrame, Unwinder, word};
 
 /// Bytes of a word, and of a return address.
-const WORD: u64 = 8;
+pub(super) const WORD: u64 = 8;
 
 /// Offsets in `struct pt_regs` (arch/x86/include/asm/ptrace.h); entry code pushes them in this order.
 pub(super) mod pt_regs {
