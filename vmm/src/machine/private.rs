@@ -4,10 +4,18 @@ use anyhow::{Context, bail};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 
-/// Pages of the host, zero at first.
+/// A huge page of the host's, where it has them; else an alignment like any other.
+const HUGE: usize = 2 << 20;
+/// The smallest page of a host.
+const PAGE: usize = 4096;
+
+/// Pages of the host, zero at first. They are all there from the beginning, in huge pages if possible: the guest's first
+/// touch of a page that the host has to find costs an exit, in the midst of an event.
 pub struct PrivatePages {
     host: NonNull<u8>,
     len: usize,
+    /// What was mapped around it.
+    mapped: (NonNull<libc::c_void>, usize),
 }
 
 // SAFETY: the mapping lives as long as the value and is accessed through atomics only.
@@ -21,18 +29,23 @@ impl PrivatePages {
     /// # Errors
     /// The host has no memory.
     pub fn new(len: usize) -> anyhow::Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let (flags, room) = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, len + HUGE);
         // SAFETY: a new anonymous mapping touches nothing that is there.
-        let host = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), room, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
         };
-        if host == libc::MAP_FAILED {
+        if start == libc::MAP_FAILED {
             return Err(std::io::Error::last_os_error()).context("Cannot map memory for the tracer");
         }
-        match NonNull::new(host.cast()) {
-            Some(host) => Ok(Self { host, len }),
-            None => bail!("Memory for the tracer is mapped at address 0"),
-        }
+        let Some(start) = NonNull::new(start) else { bail!("Memory for the tracer is mapped at address 0") };
+        // The guest's addresses of it are aligned, too, as a huge page needs.
+        // SAFETY: there is that much more room than `len`.
+        let host = unsafe { start.cast::<u8>().add(start.cast::<u8>().align_offset(HUGE)) };
+        // SAFETY: advice on the mapping just made; a host without huge pages refuses it.
+        unsafe { libc::madvise(host.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        let pages = Self { host, len, mapped: (start, room) };
+        (0..len).step_by(PAGE).for_each(|offset| pages.word(offset).store(0, Relaxed));
+        Ok(pages)
     }
 
     /// Bytes.
@@ -83,6 +96,6 @@ impl PrivatePages {
 impl Drop for PrivatePages {
     fn drop(&mut self) {
         // SAFETY: mapped by `new`, and nobody borrows it any more.
-        unsafe { libc::munmap(self.host.as_ptr().cast(), self.len) };
+        unsafe { libc::munmap(self.mapped.0.as_ptr(), self.mapped.1) };
     }
 }
