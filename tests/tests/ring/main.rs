@@ -1,6 +1,8 @@
 //! The ring tracer: its stubs, one by one, and guests that are traced by it.
 
 #[cfg(target_arch = "x86_64")]
+mod bulk;
+#[cfg(target_arch = "x86_64")]
 mod events;
 #[cfg(target_arch = "x86_64")]
 mod guests;

@@ -209,6 +209,14 @@ impl Processor {
                 self.write(i, 0, old.wrapping_add(add))?;
                 self.set_flags(old.wrapping_add(add), 8, false, false);
             }
+            Mnemonic::Cmpxchg => {
+                ensure!(i.has_lock_prefix(), "a word is compared and exchanged without a lock");
+                let (old, expected) = (self.operand(i, 0)?, self.get(Register::RAX)?);
+                let new = if old == expected { self.operand(i, 1)? } else { old };
+                self.write(i, 0, new)?;
+                self.set(Register::RAX, old)?;
+                self.set_flags(expected.wrapping_sub(old), 8, expected < old, false);
+            }
             Mnemonic::Xchg => {
                 let (a, b) = (self.operand(i, 0)?, self.operand(i, 1)?);
                 self.write(i, 0, b)?;
@@ -228,11 +236,12 @@ impl Processor {
             }
             Mnemonic::Jmp => return Ok(Next::To(i.near_branch_target())),
             Mnemonic::Jae if !carry => return Ok(Next::To(i.near_branch_target())),
+            Mnemonic::Ja if !carry && !zero => return Ok(Next::To(i.near_branch_target())),
             Mnemonic::Jb if carry => return Ok(Next::To(i.near_branch_target())),
             Mnemonic::Jbe if carry || zero => return Ok(Next::To(i.near_branch_target())),
             Mnemonic::Je if zero => return Ok(Next::To(i.near_branch_target())),
             Mnemonic::Jne if !zero => return Ok(Next::To(i.near_branch_target())),
-            Mnemonic::Jae | Mnemonic::Jb | Mnemonic::Jbe | Mnemonic::Je | Mnemonic::Jne => {}
+            Mnemonic::Ja | Mnemonic::Jae | Mnemonic::Jb | Mnemonic::Jbe | Mnemonic::Je | Mnemonic::Jne => {}
             Mnemonic::Ret => return Ok(Next::To(self.pop()?)),
             Mnemonic::Out | Mnemonic::Int3 => return Ok(Next::Trap),
             Mnemonic::Add

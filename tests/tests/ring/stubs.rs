@@ -1,5 +1,6 @@
 //! Every stub of every tested kernel, carried out beside the code whose place it takes.
 
+use crate::bulk;
 use crate::processor::{Next, Processor};
 use anyhow::{Context, Result, bail, ensure};
 use guest_profiles::hooks::{self, Tracked};
@@ -15,9 +16,9 @@ use introspect::unwind::Detours;
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
 
-const COUNT: u64 = 16;
+pub const COUNT: u64 = 16;
 const TASK: u64 = 0xffff_8880_0100_0000;
-const STACK: u64 = 0xffff_c900_0001_0000;
+pub const STACK: u64 = 0xffff_c900_0001_0000;
 const STACK_LEN: u64 = 0x4000;
 const GS: u64 = 0xffff_8880_3ec0_0000;
 /// Of the task that a CPU was interrupted in: its stack pointer.
@@ -28,13 +29,13 @@ const PAGES: u64 = 0xffff_ea00_0000_0000;
 const PAGE_STRUCT: u64 = 64;
 /// Variables that have these two.
 const BASES: u64 = 0xffff_ffff_8230_0000;
-const OBJECT: u64 = DIRECT_MAP + 0x200_0000 + 96;
-const CACHE: u64 = DIRECT_MAP + 0x300_0000;
+pub const OBJECT: u64 = DIRECT_MAP + 0x200_0000 + 96;
+pub const CACHE: u64 = DIRECT_MAP + 0x300_0000;
 const JIFFIES: u64 = 0xffff_ffff_8260_5900;
 /// A system-call's work: its flags, all of them set that arithmetic sets, and interrupts on.
 const FLAGS: u64 = 0xad7;
-const HOOK: u32 = 0x1234;
-const CALLER: u64 = 0xffff_ffff_8112_3456;
+pub const HOOK: u32 = 0x1234;
+pub const CALLER: u64 = 0xffff_ffff_8112_3456;
 
 /// Of the two forms that kernels have, the older one with `softirq_disable_cnt`.
 fn surroundings(softirq_disable_cnt: Option<u64>) -> Surroundings {
@@ -62,11 +63,11 @@ fn surroundings(softirq_disable_cnt: Option<u64>) -> Surroundings {
 }
 
 /// Where the stack pointer is on the return address, what a function returns, and the cache of that and its objects' size.
-type Case = (u64, u64, Option<(Va, u64)>);
+pub type Case = (u64, u64, Option<(Va, u64)>);
 
 /// Deep in the task's stack, near its top, on a CPU's stack that an interrupt of the task began, and on another; with a
 /// result that is no object, one of a slab's first page, one of its second, and one elsewhere.
-const CASES: [Case; 4] = [
+pub const CASES: [Case; 4] = [
     (STACK + 0x2008, 0x70, None),
     (STACK + STACK_LEN - 0x48, OBJECT, Some((Va(CACHE), 96))),
     (GS - 0x88, OBJECT + 0x1000, Some((Va(CACHE), 96))),
@@ -88,7 +89,7 @@ fn slab() -> impl Iterator<Item = (u64, u64)> {
 }
 
 /// A vCPU with `rsp` on the return address and `rax` as the result, `taken` positions given out.
-fn processor((rsp, rax, _): Case, taken: u64, around: &Surroundings) -> Processor {
+pub fn processor((rsp, rax, _): Case, taken: u64, around: &Surroundings) -> Processor {
     let mut memory = BTreeMap::new();
     let mut give = |start: u64, bytes: u64, value: &dyn Fn(u64) -> u64| {
         for at in (start..start + bytes).step_by(8) {
@@ -128,7 +129,7 @@ fn processor((rsp, rax, _): Case, taken: u64, around: &Surroundings) -> Processo
 }
 
 /// Instructions of the kernel, one after the other, each with the stack pointer before it.
-type Path = Vec<(Va, u64)>;
+pub type Path = Vec<(Va, u64)>;
 
 fn pass(path: &mut Path, place: Va, rsp: u64) {
     if path.last() != Some(&(place, rsp)) {
@@ -137,12 +138,16 @@ fn pass(path: &mut Path, place: Va, rsp: u64) {
 }
 
 /// Runs a stub until it leaves it: what whoever looks in between takes that for, and at its end where it goes on.
-fn leave(processor: &mut Processor, stub: &Stub, mut trap: impl FnMut(&mut Processor)) -> Result<Path> {
+pub fn leave(
+    processor: &mut Processor,
+    stub: &Stub,
+    mut trap: impl FnMut(&mut Processor, Va),
+) -> Result<Path> {
     let (start, code) = (stub.start.0, &stub.code);
     let mut detours = Detours::default();
     detours.add(&stub.detours, stub.start + code.len() as u64);
     let (mut ip, mut path) = (start, Path::new());
-    for _ in 0..1000 {
+    for _ in 0..100_000 {
         let offset = ip.wrapping_sub(start) as usize;
         let rsp = processor.get(Register::RSP)?;
         if offset >= code.len() {
@@ -157,7 +162,7 @@ fn leave(processor: &mut Processor, stub: &Stub, mut trap: impl FnMut(&mut Proce
             Next::On => i.next_ip(),
             Next::To(target) => target,
             Next::Trap => {
-                trap(processor);
+                trap(processor, Va(ip));
                 i.next_ip()
             }
         };
@@ -172,7 +177,10 @@ fn straight(processor: &mut Processor, displaced: &[Instruction]) -> Result<Path
         pass(&mut path, Va(i.ip()), processor.get(Register::RSP)?);
         ip = match processor.step(i)? {
             Next::On => i.next_ip(),
-            Next::To(target) => target,
+            Next::To(target) => {
+                ip = target;
+                break;
+            }
             Next::Trap => bail!("a trap is displaced"),
         };
     }
@@ -181,9 +189,40 @@ fn straight(processor: &mut Processor, displaced: &[Instruction]) -> Result<Path
 }
 
 /// The slot of a position.
-fn slot_of(processor: &Processor, position: u64) -> Slot {
+pub fn slot_of(processor: &Processor, position: u64) -> Slot {
     let at = TRACER_RING.0 + SLOTS + position % COUNT * SLOT_LEN as u64;
     std::array::from_fn(|k| AtomicU64::new(processor.memory[&(at + 8 * k as u64)]))
+}
+
+/// True for addresses of the ring.
+pub fn is_ring(at: u64) -> bool {
+    (TRACER_RING.0..TRACER_RING.0 + SLOTS + COUNT * SLOT_LEN as u64).contains(&at)
+}
+
+/// `before` by way of the stub, which ends as by way of the code whose place it takes: registers, flags, what whoever looks takes
+/// it for, and all memory but the ring and what is below the stack pointer.
+pub fn by_stub(
+    before: &Processor,
+    stub: &Stub,
+    displaced: &[Instruction],
+    trap: impl FnMut(&mut Processor, Va),
+) -> Result<Processor> {
+    let (mut by_stub, mut by_code) = (before.clone(), before.clone());
+    let left = leave(&mut by_stub, stub, trap)?;
+    let goes_on = straight(&mut by_code, displaced)?;
+    ensure!(left == goes_on, "the stub goes by {left:x?}, the code by {goes_on:x?}");
+    ensure!(by_stub.registers == by_code.registers, "registers: {:x?}", by_stub.registers);
+    ensure!(by_stub.flags == by_code.flags, "flags {:#x}, not {:#x}", by_stub.flags, by_code.flags);
+    let rsp = before.get(Register::RSP)?;
+    let below = |at: &u64| *at < by_code.get(Register::RSP).unwrap_or(0).min(rsp) && *at >= rsp - 0x100;
+    for (at, word) in &by_stub.memory {
+        ensure!(
+            by_code.memory[at] == *word || is_ring(*at) || below(at),
+            "memory at {at:#x}: {word:#x}, not {:#x}",
+            by_code.memory[at]
+        );
+    }
+    Ok(by_stub)
 }
 
 /// The stub does what the code does whose place it takes, and besides that fills one slot, its sequence last.
@@ -194,24 +233,9 @@ fn check(
     around: &Surroundings,
     case: Case,
 ) -> Result<()> {
-    let rsp = case.0;
     let before = processor(case, 3, around);
-    let (mut by_stub, mut by_code) = (before.clone(), before.clone());
-    let left = leave(&mut by_stub, stub, |_| unreachable!("there is room"))?;
-    let goes_on = straight(&mut by_code, displaced)?;
-    ensure!(left == goes_on, "the stub goes by {left:x?}, the code by {goes_on:x?}");
-    ensure!(by_stub.registers == by_code.registers, "registers: {:x?}", by_stub.registers);
-    ensure!(by_stub.flags == by_code.flags, "flags {:#x}, not {:#x}", by_stub.flags, by_code.flags);
-    let is_ring = |at: &u64| (TRACER_RING.0..TRACER_RING.0 + SLOTS + COUNT * SLOT_LEN as u64).contains(at);
-    let below = |at: &u64| *at < by_code.get(Register::RSP).unwrap_or(0).min(rsp) && *at >= rsp - 0x100;
-    for (at, word) in &by_stub.memory {
-        ensure!(
-            by_code.memory[at] == *word || is_ring(at) || below(at),
-            "memory at {at:#x}: {word:#x}, not {:#x}",
-            by_code.memory[at]
-        );
-    }
-    let ring: Vec<u64> = by_stub.written.iter().copied().filter(is_ring).collect();
+    let by_stub = by_stub(&before, stub, displaced, |_, at| unreachable!("a trap at {at}"))?;
+    let ring: Vec<u64> = by_stub.written.iter().copied().filter(|at| is_ring(*at)).collect();
     let slot = TRACER_RING.0 + SLOTS + 3 * SLOT_LEN as u64;
     ensure!(ring.first() == Some(&TRACER_RING.0) && ring.last() == Some(&slot), "order: {ring:x?}");
     let inside = |at: &u64| (slot..slot + SLOT_LEN as u64).contains(at);
@@ -223,17 +247,28 @@ fn check(
 }
 
 fn check_record(record: &Record<'_>, point: StubPoint, before: &Processor, case: Case) -> Result<()> {
-    let (rsp, _, cache) = case;
-    ensure!(record.word(record::SEQUENCE) == 4 && record.hook() == HOOK, "head of the record");
-    ensure!(record.word(record::RSP) == rsp && record.caller().0 == CALLER, "stack pointer and caller");
-    if point != StubPoint::Return {
-        let arguments = [record::RDI, record::RSI, record::RDX].map(|at| record.word(at));
-        let passed = [before.get(Register::RDI)?, before.get(Register::RSI)?, before.get(Register::RDX)?];
-        ensure!(arguments == passed, "arguments");
-        return Ok(());
+    if point == StubPoint::Return {
+        ensure!(record.word(record::RAX) == before.get(Register::RAX)?, "result");
+        return check_result(record, 3, before, case);
     }
-    let (rax, rbp) = (record.word(record::RAX), record.word(record::RBP));
-    ensure!((rax, rbp) == (before.get(Register::RAX)?, before.get(Register::RBP)?), "result");
+    check_head(record, 3, case.0)?;
+    let arguments = [record::RDI, record::RSI, record::RDX].map(|at| record.word(at));
+    let passed = [before.get(Register::RDI)?, before.get(Register::RSI)?, before.get(Register::RDX)?];
+    ensure!(arguments == passed, "arguments");
+    Ok(())
+}
+
+fn check_head(record: &Record<'_>, position: u64, rsp: u64) -> Result<()> {
+    ensure!(record.word(record::SEQUENCE) == position + 1 && record.hook() == HOOK, "head of the record");
+    ensure!(record.word(record::RSP) == rsp && record.caller().0 == CALLER, "stack pointer and caller");
+    Ok(())
+}
+
+/// What the record of a return says of where it was.
+pub fn check_result(record: &Record<'_>, position: u64, before: &Processor, case: Case) -> Result<()> {
+    let (rsp, _, cache) = case;
+    check_head(record, position, rsp)?;
+    ensure!(record.word(record::RBP) == before.get(Register::RBP)?, "frame pointer");
     ensure!(record.word(record::JIFFIES) == 0x1_0000_4321, "time");
     ensure!(record.task() == (*b"exercise.sh\0\0\0\0\0", 77) && record.counts().0 == 0x8000_0000, "context");
     ensure!(record.cache() == cache, "cache {:?}", record.cache());
@@ -265,23 +300,29 @@ fn check_stacks(record: &Record<'_>, before: &Processor, rsp: u64) -> Result<()>
     Ok(())
 }
 
+/// A branch that is displaced goes the other way when all arguments are nothing.
+fn check_null(stub: &Stub, displaced: &[Instruction], around: &Surroundings) -> Result<()> {
+    let mut before = processor(CASES[1], 3, around);
+    for register in [Register::RDI, Register::RSI, Register::RDX, Register::RCX] {
+        before.set(register, 0)?;
+    }
+    by_stub(&before, stub, displaced, |_, at| unreachable!("a trap at {at}")).map(|_| ())
+}
+
 /// Where a stub has no free slot it traps, with the position in rax, and goes on as if nothing had been.
 fn check_full(stub: &Stub, displaced: &[Instruction], around: &Surroundings) -> Result<()> {
     let before = processor(CASES[1], COUNT + 2, around);
-    let (mut by_stub, mut by_code) = (before.clone(), before);
     let mut asked = 0;
-    let left = leave(&mut by_stub, stub, |processor| {
+    let ended = by_stub(&before, stub, displaced, |processor, at| {
         asked += 1;
+        assert_eq!(Some(at), stub.request);
         assert_eq!(processor.get(Register::RAX).unwrap(), COUNT + 2);
         // At first in vain, as when it was woken for nothing.
         let limit = if asked == 1 { COUNT + 2 } else { COUNT + 3 };
         processor.memory.insert(TRACER_RING.0 + record::LIMIT, limit);
     })?;
-    let goes_on = straight(&mut by_code, displaced)?;
-    ensure!(left == goes_on, "the stub goes by {left:x?}, the code by {goes_on:x?}");
     ensure!(asked == 2, "asked {asked} times for a slot");
-    ensure!((by_stub.registers, by_stub.flags) == (by_code.registers, by_code.flags), "registers");
-    let slot = slot_of(&by_stub, COUNT + 2);
+    let slot = slot_of(&ended, COUNT + 2);
     let sequence = Record::new(&slot, |_| false).word(record::SEQUENCE);
     ensure!(sequence == COUNT + 3, "not written down");
     Ok(())
@@ -298,23 +339,29 @@ fn live_forms(kernel: &Kernel, jump: Jump) -> Result<Vec<Vec<u8>>> {
 
 fn hook_stubs(kernel: &Kernel, planned: &Planned) -> Result<u32> {
     let Ok(jump) = planned.jump else { return Ok(0) };
-    let point = match jump {
-        Jump::Entry { va, len } => StubPoint::Entry(va + len as u64),
-        Jump::Return { .. } => StubPoint::Return,
-    };
+    let point = StubPoint::new(planned.role, jump, 0);
     let mut stubs = 0;
     for live in live_forms(kernel, jump)? {
         let displaced = jump.displaced(kernel, 0, &live)?;
         for (trap, softirqs) in [(&[0xcc][..], None), (&[0xe6, 0xe4][..], Some(0x9a4))] {
             let writer = writer(trap, softirqs);
             let stub = writer.stub(HOOK, point, &displaced, TRACER_CODE + 64)?;
-            let trap_at = (stub.trap - stub.start) as usize;
-            ensure!(stub.code[trap_at..].starts_with(trap), "no trap at {}", stub.trap);
-            for case in CASES {
-                check(&stub, point, &displaced, &writer.surroundings, case)
-                    .with_context(|| format!("{case:x?}"))?;
+            for at in [stub.request, stub.fallback].into_iter().flatten() {
+                ensure!(stub.code[(at - stub.start) as usize..].starts_with(trap), "no trap at {at}");
             }
-            check_full(&stub, &displaced, &writer.surroundings)?;
+            let around = &writer.surroundings;
+            match point {
+                StubPoint::Entry(_) | StubPoint::Return => {
+                    ensure!(stub.request.is_some() && stub.fallback.is_none(), "traps");
+                    for case in CASES {
+                        check(&stub, point, &displaced, around, case)
+                            .with_context(|| format!("{case:x?}"))?;
+                    }
+                    check_null(&stub, &displaced, around)?;
+                    check_full(&stub, &displaced, around)?;
+                }
+                _ => bulk::check(&stub, point, &displaced, around)?,
+            }
             stubs += 1;
         }
     }
@@ -335,7 +382,9 @@ pub fn of_kernel(image: &std::path::Path) -> Result<()> {
         }
     }
     println!("{stubs} stubs; by trap: {by_trap:#?}");
-    for wanted in ["kfree (entry)", "kmem_cache_free (entry)"] {
+    let wanted =
+        ["kfree (entry)", "kmem_cache_free (entry)", "kmem_cache_alloc_bulk", "kmem_cache_free_bulk"];
+    for wanted in wanted {
         ensure!(!by_trap.iter().any(|hook| hook.starts_with(wanted)), "{wanted} has none: {by_trap:#?}");
     }
     ensure!(by_trap.len() * 2 < traps.len(), "most hooks have no stub: {by_trap:#?}");

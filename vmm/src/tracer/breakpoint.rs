@@ -301,20 +301,20 @@ fn store_pair(store: impl Fn(Va, &[u8]) -> bool, va: Va, words: [u64; 2]) -> boo
 
 impl TrapHandler for Breakpoints {
     fn is_site(&self, ip: Va) -> bool {
-        self.traps.contains_key(&ip.0) || self.ring().is_some_and(|ring| ring.is_request(ip))
+        self.traps.contains_key(&ip.0) || self.ring().is_some_and(|ring| ring.is_stub_trap(ip))
     }
 
     fn trap(&self, cpu: usize, registers: &mut Registers) -> TrapOutcome {
         let Some(trap) = self.traps.get(&registers.ip().0) else {
-            return match self.ring() {
-                Some(ring) if ring.is_request(registers.ip()) => ring.make_room(registers),
-                _ => TrapOutcome::Foreign,
-            };
+            return self.ring().map_or(TrapOutcome::Foreign, |ring| ring.trap(cpu, registers));
         };
         self.hits.fetch_add(1, Ordering::Relaxed);
         if let Some(ring) = self.ring() {
             // What happened before comes first.
             ring.drain();
+            if !trap.entry {
+                ring.keep_array(trap.role, registers);
+            }
         }
         match trap.role {
             Role::Patching => self.take_back(),

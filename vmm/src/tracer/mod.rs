@@ -7,8 +7,10 @@
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 pub mod breakpoint;
+mod bulk;
 mod handover;
 mod log;
+mod origin;
 mod recorder;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;

@@ -14,21 +14,16 @@ use introspect::hooks::record::Record;
 use introspect::linux::vmalloc::VM_MAP;
 use introspect::linux::{Linux, ModuleMap, PagePlaces, pages, percpu};
 use introspect::memory::{MemoryError, PAGE_SIZE, PhysicalMemory, Va};
-use introspect::registry::{
-    AllocEvent, Backtrace, Kind, MAX_DEVICE, MAX_FRAMES, Object, Paint, Registry, StackId,
-};
-use introspect::unwind::{Memo, Start, Text, Unwinder};
+use introspect::registry::{AllocEvent, Kind, MAX_DEVICE, MAX_FRAMES, Object, Paint, Registry, StackId};
+use introspect::unwind::{Memo, Text, Unwinder};
 use rustc_hash::FxHashMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-/// Most objects one bulk call can pass; mm/slub.c's own users stay below 512.
-const MAX_BULK: u64 = 16 * 1024;
-
 /// Most allocator calls under way at once: one per task, and a few per vCPU in interrupts. A guest that enters them and
 /// never returns ends there.
-const MAX_PENDING: usize = 1 << 20;
+pub(super) const MAX_PENDING: usize = 1 << 20;
 
 /// ZERO_SIZE_PTR and NULL (include/linux/slab.h), and error pointers (include/linux/err.h).
 fn is_object(address: u64) -> bool {
@@ -55,7 +50,9 @@ pub struct State {
     /// Who frees them.
     pub freed_by: FreedBy,
     /// Allocator calls between their entry and their return, by stack pointer at entry: the argument that the return needs.
-    pending: FxHashMap<u64, u64>,
+    pub(super) pending: FxHashMap<u64, u64>,
+    /// What stubs found in the arrays of such calls before they returned, by the same.
+    pub(super) filled: FxHashMap<u64, Vec<Va>>,
 }
 
 impl State {
@@ -75,19 +72,20 @@ impl State {
     pub fn reset(&mut self) {
         self.registry.clear();
         self.pending.clear();
+        self.filled.clear();
     }
 }
 
 /// Keeps the registry from the registers at hooks.
 pub struct Recorder {
-    linux: Arc<Linux>,
-    ram: GuestRam,
+    pub(super) linux: Arc<Linux>,
+    pub(super) ram: GuestRam,
     text: Text,
     /// Modules seen so far.
     pub modules: RwLock<ModuleMap>,
     state: Mutex<State>,
     /// Numbers of the backtraces seen, while the modules are the same.
-    memo: Mutex<Memo<StackId>>,
+    pub(super) memo: Mutex<Memo<StackId>>,
     enabled: AtomicBool,
     log: Option<EventLog>,
     /// The page allocator's bulk call takes a list, too, as before 6.14.
@@ -220,12 +218,7 @@ impl Recorder {
                     self.block(role, size, registers, moment);
                 }
             }
-            Role::BulkAlloc => {
-                let array = self.state().pending.remove(&registers.sp().0);
-                if let Some(array) = array {
-                    self.bulk_alloc(Va(array), result & 0xffff_ffff, registers, moment);
-                }
-            }
+            Role::BulkAlloc => self.bulk_alloc(registers, moment),
             Role::PageAlloc => {
                 let order = self.state().pending.remove(&registers.sp().0);
                 if let (true, Some(order)) = (is_object(result), order) {
@@ -244,7 +237,8 @@ impl Recorder {
         }
     }
 
-    fn pend(&self, registers: &Registers, value: u64) {
+    /// Keeps an argument, or what else the return of the call needs that begins with these registers.
+    pub(super) fn pend(&self, registers: &Registers, value: u64) {
         let mut state = self.state();
         if state.pending.len() >= MAX_PENDING {
             state.registry.counters.dropped += 1;
@@ -254,7 +248,7 @@ impl Recorder {
     }
 
     /// Records an allocation that is one, as the registry says.
-    fn alloc(&self, event: &AllocEvent<'_>, is_one: impl FnOnce(&Registry) -> bool) {
+    pub(super) fn alloc(&self, event: &AllocEvent<'_>, is_one: impl FnOnce(&Registry) -> bool) {
         let turn = self.turn();
         let frames = {
             let registry = &mut self.state().registry;
@@ -278,11 +272,7 @@ impl Recorder {
 
     fn slab_alloc(&self, role: Role, registers: &Registers, moment: Moment<'_>) {
         let address = Va(registers.result());
-        let cache = match moment {
-            Moment::Now { .. } => self.cache_now(address),
-            Moment::Past(record) => Ok(record.cache()),
-        };
-        match cache {
+        match self.cache(address, moment) {
             Ok(Some((cache, size))) => {
                 let origin = self.origin(registers, moment);
                 self.alloc(&origin.event(address, size, Kind::Slab, cache), |_| true);
@@ -293,31 +283,14 @@ impl Recorder {
         }
     }
 
-    /// The cache of an object and the size of its objects, as they are now.
-    fn cache_now(&self, object: Va) -> Result<Option<(Va, u64)>, MemoryError> {
-        let Some(cache) = self.linux.cache_of(&self.ram, object)? else { return Ok(None) };
+    /// The cache of an object and the size of its objects, as they are at that moment.
+    pub(super) fn cache(&self, object: Va, moment: Moment<'_>) -> Result<Option<(Va, u64)>, MemoryError> {
+        let cache = match moment {
+            Moment::Now { .. } => self.linux.cache_of(&self.ram, object)?,
+            Moment::Past(record) => return Ok(record.cache()),
+        };
+        let Some(cache) = cache else { return Ok(None) };
         Ok(Some((cache, self.linux.cache_object_size(&self.ram, cache)?)))
-    }
-
-    /// How many of the objects of a bulk call are looked at.
-    fn bulk(&self, count: u64) -> u64 {
-        if count > MAX_BULK {
-            self.lost();
-        }
-        count.min(MAX_BULK)
-    }
-
-    fn bulk_alloc(&self, array: Va, count: u64, registers: &Registers, moment: Moment<'_>) {
-        let origin = self.origin(registers, moment);
-        for index in 0..self.bulk(count) {
-            let object = self.linux.read_u64(&self.ram, array + index * 8);
-            match object.map(Va).and_then(|object| Ok((object, self.cache_now(object)?))) {
-                Ok((object, Some((cache, size)))) => {
-                    self.alloc(&origin.event(object, size, Kind::Slab, cache), |_| true);
-                }
-                Ok((_, None)) | Err(_) => self.lost(),
-            }
-        }
     }
 
     fn block(&self, role: Role, size: u64, registers: &Registers, moment: Moment<'_>) {
@@ -381,21 +354,12 @@ impl Recorder {
     }
 
     /// `caller` is asked for real objects only: NULL is freed often.
-    fn free(&self, address: u64, caller: impl FnOnce() -> Va) {
+    pub(super) fn free(&self, address: u64, caller: impl FnOnce() -> Va) {
         if is_object(address) {
             let (caller, turn) = (caller(), self.turn());
             let object = self.state().free(Va(address), caller);
             if let Some(mut log) = turn {
                 log.free(Va(address), object.as_ref(), self.name(caller));
-            }
-        }
-    }
-
-    fn bulk_free(&self, count: u64, array: Va, caller: Va) {
-        for index in 0..self.bulk(count) {
-            match self.linux.read_u64(&self.ram, array + index * 8) {
-                Ok(object) => self.free(object, || caller),
-                Err(_) => self.lost(),
             }
         }
     }
@@ -451,44 +415,8 @@ impl Recorder {
     }
 
     /// An event whose guest data makes no sense or cannot be read, and which is therefore not in the registry.
-    fn lost(&self) {
+    pub(super) fn lost(&self) {
         self.state().registry.counters.dropped += 1;
-    }
-
-    /// Who allocates: context, time and backtrace.
-    fn origin(&self, registers: &Registers, moment: Moment<'_>) -> Origin {
-        let (linux, ram) = (&self.linux, &self.ram);
-        let ((comm, pid), jiffies) = match moment {
-            Moment::Now { cpu } => {
-                (linux.allocating_comm_and_pid(ram, cpu).unwrap_or_default(), linux.jiffies(ram).unwrap_or(0))
-            }
-            Moment::Past(record) => (linux.recorded_comm_and_pid(record), record.jiffies()),
-        };
-        let start = Start::at_boundary(registers);
-        let stack = match moment {
-            Moment::Now { .. } => self.backtrace(&start, linux.word_reader(ram)),
-            Moment::Past(record) => self.backtrace(&start, |va| record.stack(va)),
-        };
-        Origin { comm, pid, jiffies, stack }
-    }
-
-    /// The number of the backtrace from `start` on.
-    fn backtrace(&self, start: &Start, mut read: impl FnMut(Va) -> Option<u64>) -> StackId {
-        if let Some(stack) = self.memo().find(start, &mut read) {
-            return stack;
-        }
-        let modules = self.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let (unwinder, mut frames) = (self.unwinder(), [Va(0); MAX_FRAMES]);
-        let trace = unwinder.unwind(&*modules, start, read, &mut frames);
-        let frames = &frames[..trace.len];
-        let stack = self.state().registry.stacks.intern(frames);
-        self.memo().keep(&unwinder, &*modules, start, frames, stack);
-        stack
-    }
-
-    /// What is kept of modules' code is forgotten while they are locked for the change.
-    fn memo(&self) -> MutexGuard<'_, Memo<StackId>> {
-        self.memo.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -518,28 +446,6 @@ impl Filled {
                 pages.truncate(usize::try_from(count).unwrap_or(usize::MAX));
                 Ok(pages)
             }
-        }
-    }
-}
-
-struct Origin {
-    comm: [u8; 16],
-    pid: i32,
-    jiffies: u64,
-    stack: StackId,
-}
-
-impl Origin {
-    fn event(&self, address: Va, size: u64, kind: Kind, cache: Va) -> AllocEvent<'static> {
-        AllocEvent {
-            address,
-            size,
-            kind,
-            cache,
-            comm: self.comm,
-            pid: self.pid,
-            jiffies: self.jiffies,
-            stack: Backtrace::Stored(self.stack),
         }
     }
 }

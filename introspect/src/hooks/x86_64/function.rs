@@ -184,6 +184,7 @@ impl Function {
             if len >= JUMP_LEN {
                 break;
             }
+            // `entry` has seen to it that no branch goes back to the first.
             if !is_movable(i) || k > 0 && self.targets.contains(&i.ip()) {
                 return Err(SiteError::NoJump(Va(i.ip()), format!("{:?} cannot be moved", i.mnemonic())));
             }

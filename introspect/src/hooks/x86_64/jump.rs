@@ -103,9 +103,7 @@ fn decode(bytes: &[u8], at: Va) -> Vec<Instruction> {
 /// Why events of a role stay with the trap: the host must see the guest's memory as it is at the event.
 pub(super) fn needs_memory(role: Role) -> bool {
     match role {
-        Role::BulkAlloc
-        | Role::BulkFree
-        | Role::PageBulkAlloc
+        Role::PageBulkAlloc
         | Role::PageListFree
         | Role::PageBatchFree
         | Role::NotLeak
@@ -121,6 +119,8 @@ pub(super) fn needs_memory(role: Role) -> bool {
         | Role::LargeAlloc
         | Role::Free
         | Role::RcuFree
+        | Role::BulkAlloc
+        | Role::BulkFree
         | Role::Vmalloc
         | Role::Vfree
         | Role::Vmap
@@ -136,8 +136,12 @@ pub(super) fn last_argument(role: Role, argument: u8) -> u8 {
     argument.saturating_add(u8::from(role == Role::PageFree))
 }
 
-/// True for an instruction that does the same elsewhere, that the kernel never patches, and that cannot fault by design.
+/// True for an instruction that does the same elsewhere, that the kernel never patches, and that cannot fault by design. A
+/// branch does, as long as it does not go to what is moved with it.
 pub(super) fn is_movable(i: &Instruction) -> bool {
+    if i.is_jcc_short_or_near() {
+        return true;
+    }
     let plain = i.flow_control() == FlowControl::Next && !i.has_lock_prefix() && !i.has_rep_prefix();
     plain
         && matches!(

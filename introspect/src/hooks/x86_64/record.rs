@@ -10,6 +10,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub const HEAD: u64 = 0;
 /// Shared word: the first position whose slot is not free yet. In a line of its own.
 pub const LIMIT: u64 = 0x80;
+/// Shared pairs of words: calls under way that fill an array, each by where its return address is, and that array. A call's
+/// pair is the one that [`array_of`] says, if it was free.
+pub const ARRAYS: u64 = 0x800;
+/// Bits of an offset behind [`ARRAYS`].
+pub const ARRAYS_MASK: u64 = 0x7f0;
+/// Calls of different tasks stand at the same place of their stacks, which begin that far apart: bits.
+pub const STACKS_APART: u32 = 11;
 /// First slot, behind the shared words.
 pub const SLOTS: u64 = 0x1000;
 /// Bytes of a slot.
@@ -17,14 +24,18 @@ pub const SLOT_LEN: usize = 1024;
 
 /// u64: position + 1 once the slot is filled.
 pub const SEQUENCE: usize = 0;
-/// u32: number of the hook.
+/// u32: number of the hook, and [`IS_ARRAY`].
 pub const HOOK: usize = 8;
+/// The record has, behind the return address, words of an array that a call gives back or has got, in the place of a stack.
+pub const IS_ARRAY: u32 = 1 << 31;
 /// u32: `preempt_count` of the CPU.
 pub const PREEMPT_COUNT: usize = 12;
 /// u64: address of the return address on the stack.
 pub const RSP: usize = 16;
 /// u64: first argument; entries only.
 pub const RDI: usize = 24;
+/// u64: bytes of an array that a call has got before the words that this record has.
+pub const BEFORE: usize = RDI;
 /// u64: second argument; entries only.
 pub const RSI: usize = 32;
 /// u64: third argument; entries only.
@@ -65,6 +76,11 @@ pub const OUTERMOST_WORDS: usize = 4;
 /// Bytes from the first of these to the end of the stack.
 pub const OUTERMOST: u64 = 168 + 8 * OUTERMOST_WORDS as u64;
 
+/// Where in the shared words the array of a call is kept whose return address is there.
+pub fn array_of(return_address: u64) -> u64 {
+    ARRAYS + ((return_address ^ return_address >> STACKS_APART) & ARRAYS_MASK)
+}
+
 /// The words of a slot.
 pub type Slot = [AtomicU64; SLOT_LEN / WORD];
 /// Bytes of one.
@@ -101,7 +117,14 @@ impl<'a> Record<'a> {
 
     /// Number of the hook.
     pub fn hook(&self) -> u32 {
-        self.u32(HOOK)
+        self.u32(HOOK) & !IS_ARRAY
+    }
+
+    /// The words of an array, and how many there are before them; None when the record is none of an array.
+    pub fn array(&self) -> Option<(u64, impl ExactSizeIterator<Item = u64>)> {
+        let words = (self.u32(WORDS) as usize).clamp(1, MAX_WORDS);
+        let array = (1..words).map(|k| self.word(STACK + k * WORD));
+        (self.u32(HOOK) & IS_ARRAY != 0).then(|| (self.word(BEFORE) / WORD as u64, array))
     }
 
     /// `preempt_count` and `softirq_disable_cnt`.
@@ -204,6 +227,21 @@ mod tests {
         let record = Record::new(&slot, |_| false);
         assert_eq!((record.hook(), record.counts()), (7, (3, 5)));
         assert_eq!(record.task(), (*b"kworker/0:1\0\0\0\0\0", -1));
+    }
+
+    #[test]
+    fn words_of_an_array_are_read_behind_the_return_address() {
+        let array = |hook: u32, words: u64| {
+            let slot =
+                slot(&[(HOOK, hook.into()), (BEFORE, 16), (WORDS, words), (STACK + 8, 5), (STACK + 16, 6)]);
+            let record = Record::new(&slot, |_| false);
+            assert_eq!(record.hook(), 9);
+            record.array().map(|(before, words)| (before, words.collect::<Vec<_>>()))
+        };
+        assert_eq!(array(9, 3), None);
+        assert_eq!(array(9 | IS_ARRAY, 3), Some((2, vec![5, 6])));
+        assert_eq!(array(9 | IS_ARRAY, 0), Some((2, vec![])));
+        assert_eq!(array(9 | IS_ARRAY, u64::MAX).map(|(_, words)| words.len()), Some(MAX_WORDS - 1));
     }
 
     #[test]

@@ -3,16 +3,19 @@
 //! It runs with interrupts off from the first to the last word it writes, so that nothing but an NMI comes in between and
 //! the task stays on its CPU. It calls nothing and leaves registers, flags and stack as they were.
 
+mod bulk;
+
+use super::jump::Jump;
 use super::record as slot;
 use crate::memory::{PAGE_SHIFT, PAGE_SIZE, Va};
 use crate::unwind::Detour;
 use anyhow::{Context, ensure};
+use guest_profiles::hooks::Role;
 use iced_x86::code_asm::{
-    AsmMemoryOperand, CodeAssembler, byte_ptr, dword_ptr, eax, ecx, edi, edx, ptr, qword_ptr, r8, r8d, r9,
-    r10, rax, rbp, rcx, rdi, rdx, rsi, rsp,
+    AsmMemoryOperand, AsmRegister64, CodeAssembler, CodeLabel, byte_ptr, dword_ptr, eax, ecx, edi, edx, ptr,
+    qword_ptr, r8, r8d, r9, r10, r11, rax, rbp, rbx, rcx, rdi, rdx, rsi, rsp,
 };
 use iced_x86::{BlockEncoderOptions, IcedError, Instruction};
-use std::iter;
 
 /// Words of the stack that are copied without a look at how many are left.
 const BLOCK: i32 = 8;
@@ -96,8 +99,60 @@ pub struct Writer {
 pub enum Point {
     /// At a function's entry: three arguments and the caller; the function goes on at this address.
     Entry(Va),
+    /// At the entry of one that frees what is in an array: how many is its second argument, where its third.
+    BulkFree(Va),
+    /// At the entry of one that fills an array, its fourth argument: where that is, kept for the return.
+    BulkAlloc(Va),
     /// At its return: the result, the context and the stack.
     Return,
+    /// At the return of one that has put as many objects into an array as it returns: these, and the context and the stack.
+    BulkReturn,
+}
+
+impl Point {
+    /// Where the stub of a hook of that role belongs; `slide` is run-time minus link address.
+    pub fn new(role: Role, jump: Jump, slide: u64) -> Self {
+        match (jump, role) {
+            (Jump::Return { .. }, Role::BulkAlloc) => Self::BulkReturn,
+            (Jump::Return { .. }, _) => Self::Return,
+            (Jump::Entry { va, len }, _) => {
+                let resume = va + slide + len as u64;
+                match role {
+                    Role::BulkAlloc => Self::BulkAlloc(resume),
+                    Role::BulkFree => Self::BulkFree(resume),
+                    _ => Self::Entry(resume),
+                }
+            }
+        }
+    }
+
+    /// Where the function goes on, if not where it returns to.
+    fn resume(self) -> Option<Va> {
+        match self {
+            Self::Entry(resume) | Self::BulkFree(resume) | Self::BulkAlloc(resume) => Some(resume),
+            Self::Return | Self::BulkReturn => None,
+        }
+    }
+
+    /// True when the stub writes a record.
+    fn has_record(self) -> bool {
+        !matches!(self, Self::BulkAlloc(_))
+    }
+
+    fn is_bulk(self) -> bool {
+        !matches!(self, Self::Entry(_) | Self::Return)
+    }
+
+    /// The registers that its stub needs: rax first.
+    fn saved(self) -> Vec<AsmRegister64> {
+        let more: &[AsmRegister64] = match self {
+            Self::Entry(_) | Self::BulkAlloc(_) => &[],
+            Self::BulkFree(_) => &[rdi, rsi, r10, r11],
+            Self::Return => &[rdi, rsi, r8, r9, r10],
+            Self::BulkReturn => &[rdi, rsi, r8, r9, r10, r11, rbx],
+        };
+        [rax, rcx, rdx].iter().chain(more).copied().collect()
+    }
 }
 
 /// A stub.
@@ -107,8 +162,11 @@ pub struct Stub {
     pub start: Va,
     /// Its code.
     pub code: Vec<u8>,
-    /// Address of the trap in it. A trap there leaves the position that has no free slot in `rax`.
-    pub trap: Va,
+    /// Address of the trap in it by which it asks for a free slot, if it needs one: for the position in `rax`.
+    pub request: Option<Va>,
+    /// Address of another trap, where there is one: an event that the stub cannot write down. All registers are there what they
+    /// are at the event but the instruction pointer.
+    pub fallback: Option<Va>,
     /// What each of its instructions stands for.
     pub detours: Vec<Detour>,
 }
@@ -138,78 +196,118 @@ impl Writer {
         start: Va,
     ) -> anyhow::Result<Stub> {
         let mut a = CodeAssembler::new(64)?;
-        let is_return = point == Point::Return;
-        let (mut again, mut full) = (a.create_label(), a.create_label());
+        let [mut again, mut full, mut missed, mut moved] = std::array::from_fn(|_| a.create_label());
         a.pushfq()?;
         a.cli()?;
-        let mut saved = vec![rax, rcx, rdx];
-        if is_return {
-            saved.extend([rdi, rsi, r8, r9, r10]);
-        }
+        let saved = point.saved();
         for &register in &saved {
             a.push(register)?;
         }
         // Flags and registers lie above the stack pointer now.
-        let pushed = 8 * (saved.len() as i32 + 1);
+        let frame = Frame { hook: hook.cast_signed(), pushed: 8 * (saved.len() as i32 + 1) };
+        let mut room = Room { again: &mut again, full };
+        match point {
+            Point::Entry(_) => self.entry(&mut a, frame, &mut room)?,
+            Point::Return => self.result(&mut a, frame, &mut room)?,
+            Point::BulkFree(_) => self.bulk_free(&mut a, frame, &mut room, missed)?,
+            Point::BulkAlloc(_) => self.bulk_alloc(&mut a, frame, missed)?,
+            Point::BulkReturn => self.bulk_return(&mut a, frame, &mut room, missed)?,
+        }
+        restore(&mut a, &saved)?;
+        let first = Va(displaced[0].ip());
+        let mut stands: Vec<_> = depths(a.instructions(), 0).map(|pushed| (first, pushed)).collect();
+        a.set_label(&mut moved)?;
+        for &instruction in displaced {
+            a.add_instruction(instruction)?;
+            stands.push((Va(instruction.ip()), 0));
+        }
+        if let Some(resume) = point.resume() {
+            a.jmp(resume.0)?;
+            stands.push((resume, 0));
+        }
+        let elsewhere = a.instructions().len();
+        if point.has_record() {
+            a.set_label(&mut full)?;
+            a.db(&self.trap)?;
+            a.jmp(again)?;
+        }
+        let waits = a.instructions().len();
+        if point.is_bulk() {
+            a.set_label(&mut missed)?;
+            restore(&mut a, &saved)?;
+            a.db(&self.trap)?;
+            a.jmp(moved)?;
+        }
+        let pushed = frame.pushed as u64;
+        stands.extend((elsewhere..waits).map(|_| (first, pushed)));
+        stands.extend(depths(&a.instructions()[waits..], pushed).map(|pushed| (first, pushed)));
 
+        let result = a.assemble_options(start.0, BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
+        let offsets = &result.inner.new_instruction_offsets;
+        ensure!(!offsets.contains(&u32::MAX), "Something is out of reach");
+        let address = |index: usize| offsets.get(index).map(|&offset| start + u64::from(offset));
+        let request = if point.has_record() { address(elsewhere) } else { None };
+        let fallback = if point.is_bulk() { address(waits + saved.len() + 1) } else { None };
+        let addresses = (0..offsets.len()).filter_map(address);
+        let mut detours: Vec<Detour> =
+            addresses.zip(stands).map(|(from, (to, pushed))| Detour { from, to, pushed }).collect();
+        detours.dedup_by_key(|detour| (detour.to, detour.pushed));
+        Ok(Stub { start, code: result.inner.code_buffer, request, fallback, detours })
+    }
+
+    /// Takes a position and waits for its slot: rdx: the slot; rax: its sequence; rcx: where the return address is, which is in
+    /// the record then, as the hook is, with those `flags`.
+    fn reserve(
+        &self,
+        a: &mut CodeAssembler,
+        frame: Frame,
+        room: &mut Room<'_>,
+        flags: u32,
+    ) -> Result<(), IcedError> {
         a.mov(rcx, self.ring.0)?;
         a.mov(eax, 1)?;
         a.lock().xadd(at(rcx, slot::HEAD as usize), rax)?;
-        a.set_label(&mut again)?;
+        a.set_label(room.again)?;
         a.cmp(rax, at(rcx, slot::LIMIT as usize))?;
-        a.jae(full)?;
-        // rdx: the slot; rax: its sequence; rcx: where the return address is.
+        a.jae(room.full)?;
         a.mov(edx, eax)?;
         a.and(edx, (self.slots - 1) as i32)?;
         a.shl(edx, slot::SLOT_LEN.trailing_zeros())?;
         a.lea(rdx, ptr(rcx + rdx + slot::SLOTS as i32))?;
         a.inc(rax)?;
-        a.mov(dword_ptr(rdx + slot::HOOK as i32), hook.cast_signed())?;
-        a.lea(rcx, ptr(rsp + pushed))?;
-        a.mov(at(rdx, slot::RSP), rcx)?;
-        if is_return {
-            a.mov(r9, rax)?;
-            a.mov(rax, qword_ptr(rsp + (pushed - 16)))?;
-            a.mov(at(rdx, slot::RAX), rax)?;
-            a.mov(at(rdx, slot::RBP), rbp)?;
-            self.cache(&mut a)?;
-            self.context(&mut a)?;
-            self.stack(&mut a)?;
-            a.mov(at(rdx, slot::SEQUENCE), r9)?;
-        } else {
-            a.mov(at(rdx, slot::RDI), rdi)?;
-            a.mov(at(rdx, slot::RSI), rsi)?;
-            a.mov(rcx, qword_ptr(rcx))?;
-            a.mov(at(rdx, slot::STACK), rcx)?;
-            a.mov(rcx, qword_ptr(rsp))?;
-            a.mov(at(rdx, slot::RDX), rcx)?;
-            a.mov(at(rdx, slot::SEQUENCE), rax)?;
-        }
-        for &register in saved.iter().rev() {
-            a.pop(register)?;
-        }
-        a.popfq()?;
-        let own = a.instructions().len();
-        let mut places: Vec<Va> = displaced.iter().map(|instruction| Va(instruction.ip())).collect();
-        for &instruction in displaced {
-            a.add_instruction(instruction)?;
-        }
-        if let Point::Entry(resume) = point {
-            a.jmp(resume.0)?;
-            places.push(resume);
-        }
-        a.set_label(&mut full)?;
-        a.db(&self.trap)?;
-        a.jmp(again)?;
+        a.mov(dword_ptr(rdx + slot::HOOK as i32), frame.hook | flags.cast_signed())?;
+        a.lea(rcx, ptr(rsp + frame.pushed))?;
+        a.mov(at(rdx, slot::RSP), rcx)
+    }
 
-        let options = BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
-        let result = a.assemble_options(start.0, options)?;
-        let trap = Va(result.label_ip(&full)?);
-        let offsets = &result.inner.new_instruction_offsets;
-        ensure!(!offsets.contains(&u32::MAX), "Something is out of reach");
-        let addresses = offsets.iter().map(|&offset| start + u64::from(offset));
-        let detours = detours(addresses, &a.instructions()[..own], &places, pushed as u64);
-        Ok(Stub { start, code: result.inner.code_buffer, trap, detours })
+    /// The record of an entry.
+    fn entry(&self, a: &mut CodeAssembler, frame: Frame, room: &mut Room<'_>) -> Result<(), IcedError> {
+        self.reserve(a, frame, room, 0)?;
+        a.mov(at(rdx, slot::RDI), rdi)?;
+        a.mov(at(rdx, slot::RSI), rsi)?;
+        a.mov(rcx, qword_ptr(rcx))?;
+        a.mov(at(rdx, slot::STACK), rcx)?;
+        a.mov(rcx, qword_ptr(rsp))?;
+        a.mov(at(rdx, slot::RDX), rcx)?;
+        a.mov(at(rdx, slot::SEQUENCE), rax)
+    }
+
+    /// The record of a return, whose result is the object.
+    fn result(&self, a: &mut CodeAssembler, frame: Frame, room: &mut Room<'_>) -> Result<(), IcedError> {
+        self.reserve(a, frame, room, 0)?;
+        a.mov(r9, rax)?;
+        a.mov(rax, frame.result())?;
+        self.rest_of_result(a)
+    }
+
+    /// That, with its result in rax and its sequence in r9.
+    fn rest_of_result(&self, a: &mut CodeAssembler) -> Result<(), IcedError> {
+        a.mov(at(rdx, slot::RAX), rax)?;
+        a.mov(at(rdx, slot::RBP), rbp)?;
+        self.cache(a)?;
+        self.context(a)?;
+        self.stack(a)?;
+        a.mov(at(rdx, slot::SEQUENCE), r9)
     }
 
     /// Time, and who runs. Leaves the task in rsi.
@@ -334,6 +432,37 @@ impl Writer {
     }
 }
 
+/// What a stub's code has to know of it.
+#[derive(Clone, Copy)]
+struct Frame {
+    hook: i32,
+    /// Bytes that it has pushed.
+    pushed: i32,
+}
+
+impl Frame {
+    /// Where the function's result is, the first register pushed.
+    fn result(self) -> AsmMemoryOperand {
+        qword_ptr(rsp + (self.pushed - 16))
+    }
+}
+
+/// Where a stub waits for a free slot.
+struct Room<'a> {
+    /// And looks again.
+    again: &'a mut CodeLabel,
+    /// And asks for one.
+    full: CodeLabel,
+}
+
+/// Gives the guest its registers and flags back.
+fn restore(a: &mut CodeAssembler, saved: &[AsmRegister64]) -> Result<(), IcedError> {
+    for &register in saved.iter().rev() {
+        a.pop(register)?;
+    }
+    a.popfq()
+}
+
 /// Copies ecx words from rsi to rdi and leaves both behind them: by blocks, for an emulated processor is at work on each word
 /// of a string instruction for longer than on two moves.
 fn copy(a: &mut CodeAssembler) -> Result<(), IcedError> {
@@ -354,28 +483,10 @@ fn copy(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.rep().movsq()
 }
 
-/// What the instructions at `addresses` stand for: first the stub's `own`, then those that stand for others at `places`, and
-/// at last those that wait for a free slot, with `pushed` bytes on the stack.
-fn detours(
-    addresses: impl Iterator<Item = Va>,
-    own: &[Instruction],
-    places: &[Va],
-    pushed: u64,
-) -> Vec<Detour> {
-    let first = places[0];
-    let own = depths(own).map(|pushed| (first, pushed));
-    let displaced = places.iter().map(|&place| (place, 0));
-    let all = own.chain(displaced).chain(iter::repeat((first, pushed)));
-    let mut detours: Vec<Detour> =
-        addresses.zip(all).map(|(from, (to, pushed))| Detour { from, to, pushed }).collect();
-    detours.dedup_by_key(|detour| (detour.to, detour.pushed));
-    detours
-}
-
-/// Bytes that are on the stack before each of these instructions, which run one after the other.
-fn depths(instructions: &[Instruction]) -> impl Iterator<Item = u64> {
+/// Bytes that are on the stack before each of these instructions, which run one after the other, `before` them at first.
+fn depths(instructions: &[Instruction], before: u64) -> impl Iterator<Item = u64> {
     let pushes = instructions.iter().map(|instruction| -i64::from(instruction.stack_pointer_increment()));
-    pushes.scan(0_u64, |depth, push| Some(std::mem::replace(depth, depth.wrapping_add_signed(push))))
+    pushes.scan(before, |depth, push| Some(std::mem::replace(depth, depth.wrapping_add_signed(push))))
 }
 
 /// An address into rdi.

@@ -3,6 +3,7 @@
 use crate::machine::{Machine, Paused, TrapInstruction, TrapOutcome};
 use crate::tracer::{Recorder, RingStatus};
 use anyhow::{Result, bail};
+use guest_profiles::hooks::Role;
 use introspect::arch::Registers;
 use introspect::hooks::{JUMP_LEN, Jump, Plan};
 use introspect::linux::Linux;
@@ -57,13 +58,18 @@ impl Ring {
         match *self {}
     }
 
-    /// True for the trap of a stub that has no free slot.
-    pub(in crate::tracer) fn is_request(&self, _ip: Va) -> bool {
+    /// True for a trap of a stub.
+    pub(in crate::tracer) fn is_stub_trap(&self, _ip: Va) -> bool {
         match *self {}
     }
 
-    /// At such a trap: reads events until the slot is free.
-    pub(in crate::tracer) fn make_room(&self, _registers: &mut Registers) -> TrapOutcome {
+    /// At such a trap: makes room, or records the event.
+    pub(in crate::tracer) fn trap(&self, _cpu: usize, _registers: &mut Registers) -> TrapOutcome {
+        match *self {}
+    }
+
+    /// Before the trap at a return: a stub at the entry may have kept the array.
+    pub(in crate::tracer) fn keep_array(&self, _role: Role, _registers: &Registers) {
         match *self {}
     }
 

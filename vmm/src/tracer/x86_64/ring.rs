@@ -13,7 +13,7 @@ use introspect::hooks::{Instruction, JUMP_LEN, Jump, Plan, Stub, StubPoint, Writ
 use introspect::linux::Linux;
 use introspect::memory::Va;
 use introspect::unwind::Detours;
-use rustc_hash::FxHashSet;
+use rustc_hash::FxHashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -36,6 +36,15 @@ struct Hook {
     ip: u64,
 }
 
+/// What a trap in a stub is for.
+#[derive(Clone, Copy)]
+enum StubTrap {
+    /// A free slot.
+    Room,
+    /// An event of this hook that the stub cannot write down.
+    Event(u32),
+}
+
 /// Stubs written so far.
 #[derive(Default)]
 struct Code {
@@ -50,8 +59,8 @@ pub struct Ring {
     slots: Slots,
     code: Arc<PrivatePages>,
     written: Mutex<Code>,
-    /// Addresses of the traps in stubs.
-    requests: RwLock<FxHashSet<u64>>,
+    /// What traps in stubs are for, by their addresses.
+    stub_traps: RwLock<FxHashMap<u64, StubTrap>>,
     waits: AtomicU64,
 }
 
@@ -92,7 +101,7 @@ impl Ring {
             slots,
             code,
             written: Mutex::default(),
-            requests: RwLock::default(),
+            stub_traps: RwLock::default(),
             waits: AtomicU64::new(0),
         })
     }
@@ -129,10 +138,8 @@ impl Ring {
         let slide = linux.placement.slide;
         let va = jump.va() + slide;
         let displaced = jump.displaced(&linux.kernel, slide, live)?;
-        let point = match jump {
-            Jump::Entry { .. } => StubPoint::Entry(va + jump.len() as u64),
-            Jump::Return { .. } => StubPoint::Return,
-        };
+        let role = self.hooks.get(hook as usize).context("No such hook")?.role;
+        let point = StubPoint::new(role, jump, slide);
         let stub = self.add_stub(hook, point, &displaced)?;
         let distance = stub.start.0.wrapping_sub(va.0 + JUMP_LEN as u64).cast_signed();
         let distance = i32::try_from(distance).context("The stub is out of reach")?;
@@ -147,7 +154,9 @@ impl Ring {
         ensure!(written.len + stub.code.len() <= CODE_LEN, "There is no room for more stubs");
         self.code.write(written.len, &stub.code);
         written.len = (written.len + stub.code.len()).next_multiple_of(STUB_ALIGN);
-        self.requests.write().unwrap_or_else(PoisonError::into_inner).insert(stub.trap.0);
+        let traps = [(stub.request, StubTrap::Room), (stub.fallback, StubTrap::Event(hook))];
+        let traps = traps.into_iter().filter_map(|(at, what)| Some((at?.0, what)));
+        self.stub_traps.write().unwrap_or_else(PoisonError::into_inner).extend(traps);
         let mut modules = self.recorder.modules.write().unwrap_or_else(PoisonError::into_inner);
         modules.detours.add(&stub.detours, stub.start + stub.code.len() as u64);
         Ok(stub)
@@ -156,25 +165,63 @@ impl Ring {
     /// Forgets all stubs: no jump leads there any more, and nobody is there.
     pub(in crate::tracer) fn forget_stubs(&self) {
         lock(&self.written).len = 0;
-        self.requests.write().unwrap_or_else(PoisonError::into_inner).clear();
+        self.stub_traps.write().unwrap_or_else(PoisonError::into_inner).clear();
         let mut modules = self.recorder.modules.write().unwrap_or_else(PoisonError::into_inner);
         modules.detours = Detours::default();
     }
 
-    /// True for the trap of a stub that has no free slot.
-    pub(in crate::tracer) fn is_request(&self, ip: Va) -> bool {
-        self.requests.read().unwrap_or_else(PoisonError::into_inner).contains(&ip.0)
+    fn stub_trap(&self, ip: Va) -> Option<StubTrap> {
+        self.stub_traps.read().unwrap_or_else(PoisonError::into_inner).get(&ip.0).copied()
     }
 
-    /// At such a trap: reads events until the slot is free. The vCPUs that still fill those before it need the time.
-    pub(in crate::tracer) fn make_room(&self, registers: &mut Registers) -> TrapOutcome {
+    /// True for a trap of a stub.
+    pub(in crate::tracer) fn is_stub_trap(&self, ip: Va) -> bool {
+        self.stub_trap(ip).is_some()
+    }
+
+    /// At such a trap of `cpu`: makes room, or records the event.
+    pub(in crate::tracer) fn trap(&self, cpu: usize, registers: &mut Registers) -> TrapOutcome {
+        match self.stub_trap(Va(registers.rip)) {
+            Some(StubTrap::Room) => {
+                if !self.make_room(registers.rax) {
+                    return TrapOutcome::Again;
+                }
+            }
+            Some(StubTrap::Event(hook)) => self.event_now(cpu, hook, registers),
+            None => return TrapOutcome::Foreign,
+        }
+        registers.rip += self.writer.trap.len() as u64;
+        TrapOutcome::Resume
+    }
+
+    /// Reads events until the slot of `position` is free: true. The vCPUs that still fill those before it need the time.
+    fn make_room(&self, position: u64) -> bool {
         self.waits.fetch_add(1, Ordering::Relaxed);
         self.drain();
-        if registers.rax < self.slots.limit() {
-            registers.rip += self.writer.trap.len() as u64;
-            return TrapOutcome::Resume;
+        position < self.slots.limit()
+    }
+
+    /// As the trap would that the stub stands for.
+    fn event_now(&self, cpu: usize, hook: u32, registers: &Registers) {
+        // What happened before comes first.
+        self.drain();
+        let Some(hook) = self.hooks.get(hook as usize) else { return };
+        let at = Registers { rip: hook.ip, ..*registers };
+        if hook.entry {
+            self.recorder.entered(hook.role, hook.argument, &at, Moment::Now { cpu });
+        } else {
+            self.keep_array(hook.role, &at);
+            self.recorder.returned(hook.role, &at, Moment::Now { cpu });
         }
-        TrapOutcome::Again
+    }
+
+    /// Before the trap at a return: a stub at the entry may have kept the array.
+    pub(in crate::tracer) fn keep_array(&self, role: Role, registers: &Registers) {
+        if role == Role::BulkAlloc
+            && let Some(array) = self.slots.take_array(registers.rsp)
+        {
+            self.recorder.pend(registers, array);
+        }
     }
 
     /// Reads all events that were complete when it was called.
@@ -201,6 +248,9 @@ impl Ring {
             return;
         };
         let at = Registers { rip: hook.ip, rsp: record.word(record::RSP), ..Registers::default() };
+        if let Some((before, words)) = record.array() {
+            return self.recorder.array(hook.role, &at, before, words, record.caller());
+        }
         let moment = Moment::Past(record);
         if hook.entry {
             let (rdi, rsi) = (record.word(record::RDI), record.word(record::RSI));

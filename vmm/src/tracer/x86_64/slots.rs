@@ -61,6 +61,17 @@ impl Slots {
         self.taken.load(Ordering::Relaxed)
     }
 
+    /// The array that a stub kept for the call whose return address is there; it is kept no longer.
+    pub fn take_array(&self, return_address: u64) -> Option<u64> {
+        let pair = record::array_of(return_address) as usize;
+        // Only the call itself, which stands still, and stubs of others that find it taken, are at it.
+        (self.pages.word(pair).load(Ordering::Acquire) == return_address).then(|| {
+            let array = self.pages.word(pair + 8).load(Ordering::Relaxed);
+            self.pages.word(pair).store(0, Ordering::Release);
+            array
+        })
+    }
+
     /// Hands every record that was complete when it was called to `take`, once; `has_stack` says of a hook whether its records
     /// have more of the stack than one word.
     pub fn drain(&self, has_stack: impl Fn(u32) -> bool, mut take: impl FnMut(&Record<'_>)) {
@@ -187,6 +198,15 @@ mod tests {
         guest.fill(0);
         assert_eq!(guest.drain(), [0]);
         assert!(guest.drain().is_empty());
+    }
+
+    #[test]
+    fn an_array_is_there_once_and_for_its_call_only() {
+        let slots = Slots::new(COUNT).unwrap();
+        let (mine, other) = (0xffff_c900_0001_3d08, 0xffff_c900_0001_3d18);
+        slots.pages.word(record::array_of(mine) as usize).store(mine, Ordering::Relaxed);
+        slots.pages.word(record::array_of(mine) as usize + 8).store(7, Ordering::Relaxed);
+        assert_eq!([other, mine, mine].map(|call| slots.take_array(call)), [None, Some(7), None]);
     }
 
     proptest::proptest! {
