@@ -19,7 +19,10 @@ pub use site::{Site, SiteError, Step};
 #[cfg(target_arch = "x86_64")]
 use x86_64 as code;
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{Base, Instruction, IsSlab, Slabs, Stub, StubPoint, Surroundings, Writer};
+pub use x86_64::{
+    Base, Instruction, IsSlab, Slabs, Stub, StubFilled, StubPages, StubPoint, StubSource, Surroundings,
+    Writer,
+};
 
 use crate::kernel::Kernel;
 use crate::memory::Va;

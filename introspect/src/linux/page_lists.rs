@@ -12,14 +12,14 @@ const MAX_BATCH: u64 = 256;
 
 /// Offsets in `struct folio_batch` (include/linux/pagevec.h); None on kernels without.
 pub(super) struct Layout {
-    batch: Option<Batch>,
+    pub(super) batch: Option<Batch>,
     /// Of the word whose low byte is the order of a large folio (`_flags_1`, 6.6 and newer).
-    order: Option<u64>,
+    pub(super) order: Option<u64>,
 }
 
-struct Batch {
-    count: u64,
-    folios: u64,
+pub(super) struct Batch {
+    pub count: u64,
+    pub folios: u64,
 }
 
 impl Layout {
@@ -32,6 +32,13 @@ impl Layout {
 }
 
 impl Linux {
+    /// True when `alloc_pages_bulk` has a list, or NULL, as its fifth argument, before the array: until 6.13.
+    pub fn bulk_has_list(&self) -> bool {
+        let types = self.kernel.types.as_ref();
+        let parameters = types.and_then(|types| types.parameters("alloc_pages_bulk_noprof"));
+        parameters.is_none_or(|parameters| parameters.len() > 5)
+    }
+
     /// The `struct page`s on the list at `head`.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use super::page_structs::Kind;
 use super::read::physical_end;
 use crate::arch::layout::{DIRECT_MAP_4, DIRECT_MAP_5, KERNEL_MAP, PAGE_STRUCTS_4, PAGE_STRUCTS_5};
 use crate::arch::{AddressSpace, CpuState, Leaf};
-use crate::hooks::{Base, IsSlab, Slabs, Surroundings};
+use crate::hooks::{Base, IsSlab, Slabs, StubPages, Surroundings};
 use crate::memory::{FrozenMemory, MemoryError, PAGE_SHIFT, PAGE_SIZE, Pa, PhysicalMemory, Va};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -164,7 +164,19 @@ impl Linux {
             stack_size: layout.stack_size,
             jiffies: self.addresses.jiffies_64,
             slabs: self.slabs_for_stubs(memory)?,
+            pages: self.pages_for_stubs(),
         })
+    }
+
+    fn pages_for_stubs(&self) -> StubPages {
+        StubPages {
+            list: self.pages.list,
+            flags: self.pages.flags,
+            head: self.pages.head,
+            order: self.page_lists.order,
+            batch: self.page_lists.batch.as_ref().map(|batch| (batch.count, batch.folios)),
+            bulk_has_list: self.bulk_has_list(),
+        }
     }
 
     fn slabs_for_stubs(&self, memory: &impl PhysicalMemory) -> anyhow::Result<Slabs> {

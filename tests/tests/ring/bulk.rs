@@ -1,34 +1,58 @@
-//! Stubs of calls that pass an array, carried out beside the code whose place they take.
+//! Stubs of calls that pass an array or a list, carried out beside the code whose place they take.
 
 use crate::processor::Processor;
 use crate::stubs::{
-    CACHE, CALLER, CASES, COUNT, HOOK, OBJECT, STACK, by_stub, check_result, is_ring, processor, slot_of,
+    CACHE, CALLER, CASES, COUNT, HOOK, OBJECT, PAGES, STACK, by_stub, check_result, is_ring, processor,
+    slot_of,
 };
 use anyhow::{Context, Result, ensure};
 use iced_x86::{Instruction, Register};
 use introspect::arch::layout::TRACER_RING;
 use introspect::hooks::record::{self, Record};
-use introspect::hooks::{Stub, StubPoint, Surroundings};
+use introspect::hooks::{Stub, StubFilled, StubPages, StubPoint, StubSource, Surroundings};
 use introspect::memory::Va;
 
-/// Somebody's array.
+/// Somebody's array, or list; and a `struct folio_batch`.
 const ARRAY: u64 = 0xffff_c900_0200_0010;
-/// Words of it that one record has.
+const LIST: u64 = 0xffff_c900_0300_0008;
+const BATCH: u64 = 0xffff_c900_0400_0000;
+/// Words that one record has.
 const PIECE: u64 = record::MAX_WORDS as u64 - 1;
-/// Of as many as have no record, of one, of those that fill a record and one more, and of what the kernel passes at most.
-const COUNTS: [u64; 6] = [0, 1, PIECE, PIECE + 1, 2 * PIECE, 512];
+/// Most that the kernel passes.
+const MOST: u64 = 512;
+/// Of as many as have no record, of one, of those that fill a record, and one more, and of the most.
+const COUNTS: [u64; 6] = [0, 1, PIECE, PIECE + 1, 2 * PIECE, MOST];
 /// More than a stub writes down.
 const TOO_MANY: [u64; 2] = [4097, u64::MAX];
 /// Position of the first record.
 const FIRST: u64 = 3;
+/// What a stub finds where its call keeps something: nothing, or whose that is.
+const OWN: u64 = CASES[0].0;
+const OTHERS: u64 = STACK + 0x8000;
+
+/// In two forms of kernels.
+pub fn pages(is_old: bool) -> StubPages {
+    StubPages {
+        list: 8,
+        flags: 0,
+        head: 1 << if is_old { 16 } else { 6 },
+        order: (!is_old).then_some(0x40),
+        batch: Some((if is_old { 0 } else { 5 }, 0x10)),
+        bulk_has_list: is_old,
+    }
+}
 
 /// Each stub of such a call in each state that it may meet.
 pub fn check(stub: &Stub, point: StubPoint, displaced: &[Instruction], around: &Surroundings) -> Result<()> {
     ensure!(stub.fallback.is_some(), "no way out");
+    let check = Check { stub, displaced, around };
     match point {
-        StubPoint::BulkFree(_) => check_free(stub, displaced, around),
-        StubPoint::BulkAlloc(_) => check_alloc(stub, displaced, around),
-        _ => check_return(stub, displaced, around),
+        StubPoint::Free(StubSource::Array, _) => check.free_array(),
+        StubPoint::Free(StubSource::List, _) => check.free_list(),
+        StubPoint::Free(StubSource::Batch, _) => check.free_batch(),
+        StubPoint::Fill(filled, _) => check.fill(filled),
+        StubPoint::Filled(StubFilled::Objects) => check.filled_with_objects(),
+        _ => check.filled_with_pages(),
     }
 }
 
@@ -36,20 +60,13 @@ fn object(k: u64) -> u64 {
     OBJECT + 96 * k
 }
 
-fn pair() -> u64 {
-    TRACER_RING.0 + record::array_of(CASES[0].0)
+/// The first `struct page`s of blocks of four.
+fn page(k: u64) -> u64 {
+    PAGES + 0x10_0000 + 0x100 * k
 }
 
-/// A vCPU at such a call, nothing kept for others.
-fn before(around: &Surroundings) -> Processor {
-    let mut processor = processor(CASES[0], FIRST, around);
-    for k in 0..*COUNTS.last().unwrap() {
-        processor.memory.insert(ARRAY + 8 * k, object(k));
-    }
-    for at in (record::ARRAYS..=record::ARRAYS + record::ARRAYS_MASK + 8).step_by(8) {
-        processor.memory.insert(TRACER_RING.0 + at, 0);
-    }
-    processor
+fn pair() -> u64 {
+    TRACER_RING.0 + record::array_of(OWN)
 }
 
 /// Words of the ring that were written.
@@ -57,122 +74,215 @@ fn ring(processor: &Processor) -> Vec<u64> {
     processor.written.iter().copied().filter(|at| is_ring(*at)).collect()
 }
 
-fn without_trap(before: &Processor, stub: &Stub, displaced: &[Instruction]) -> Result<Processor> {
-    by_stub(before, stub, displaced, |_, at| panic!("a trap at {at}"))
+struct Check<'a> {
+    stub: &'a Stub,
+    displaced: &'a [Instruction],
+    around: &'a Surroundings,
 }
 
-/// The stub traps, with all as it was at the event, and goes on without a record.
-fn falls_back(before: &Processor, stub: &Stub, displaced: &[Instruction]) -> Result<()> {
-    let mut traps = 0;
-    let after = by_stub(before, stub, displaced, |processor, at| {
-        traps += 1;
-        assert_eq!(Some(at), stub.fallback);
-        assert_eq!((processor.registers, processor.flags), (before.registers, before.flags));
-    })?;
-    ensure!(traps == 1, "{traps} traps");
-    // Comparing a word writes what was there.
-    let same = ring(&after).iter().all(|at| after.memory[at] == before.memory[at]);
-    ensure!(same, "written to the ring: {:x?}", ring(&after));
-    Ok(())
-}
-
-/// The records of an array of `count` words from position [`FIRST`] on; how many.
-fn check_pieces(after: &Processor, count: u64, has_before: bool) -> Result<u64> {
-    let mut found = Vec::new();
-    let pieces = count.div_ceil(PIECE);
-    for position in FIRST..FIRST + pieces {
-        let slot = slot_of(after, position);
-        let record = Record::new(&slot, |_| false);
-        ensure!(record.word(record::SEQUENCE) == position + 1 && record.hook() == HOOK, "head");
-        ensure!(record.word(record::RSP) == CASES[0].0 && record.caller().0 == CALLER, "whose");
-        let (before, words) = record.array().context("no record of an array")?;
-        ensure!(!has_before || before == found.len() as u64, "{before} words before {}", found.len());
-        found.extend(words);
-    }
-    ensure!(found == (0..count).map(object).collect::<Vec<_>>(), "{count} words: {found:x?}");
-    Ok(pieces)
-}
-
-fn check_free(stub: &Stub, displaced: &[Instruction], around: &Surroundings) -> Result<()> {
-    let call = |count: u64| {
-        let mut processor = before(around);
-        processor.set(Register::RSI, count)?;
-        processor.set(Register::RDX, ARRAY)?;
-        Ok::<_, anyhow::Error>(processor)
-    };
-    for count in COUNTS {
-        let after = without_trap(&call(count)?, stub, displaced)?;
-        let pieces = check_pieces(&after, count, false)?;
-        ensure!(after.memory[&TRACER_RING.0] == FIRST + pieces, "positions of {count}");
-    }
-    for count in TOO_MANY {
-        falls_back(&call(count)?, stub, displaced)?;
-    }
-    check_waits(&call(PIECE + 1)?, stub, displaced, 2)
-}
-
-/// A call that comes to the last slot asks for the next, and all `records` are written.
-fn check_waits(before: &Processor, stub: &Stub, displaced: &[Instruction], records: u64) -> Result<()> {
-    let mut before = before.clone();
-    before.memory.insert(TRACER_RING.0 + record::LIMIT, FIRST + 1);
-    let mut asked = 0;
-    let after = by_stub(&before, stub, displaced, |processor, at| {
-        asked += 1;
-        assert_eq!(Some(at), stub.request);
-        let position = processor.get(Register::RAX).unwrap();
-        processor.memory.insert(TRACER_RING.0 + record::LIMIT, position + 1);
-    })?;
-    ensure!(asked == records - 1, "asked {asked} times for {records} records");
-    ensure!(after.memory[&TRACER_RING.0] == FIRST + records && FIRST + records < COUNT, "positions");
-    check_pieces(&after, PIECE + 1, false).map(|_| ())
-}
-
-fn check_alloc(stub: &Stub, displaced: &[Instruction], around: &Surroundings) -> Result<()> {
-    ensure!(stub.request.is_none(), "it needs no slot");
-    let call = |other: u64| {
-        let mut processor = before(around);
-        processor.set(Register::RCX, ARRAY)?;
-        processor.memory.insert(pair(), other);
-        Ok::<_, anyhow::Error>(processor)
-    };
-    // The pair is free; or one like it never came back.
-    for other in [0, CASES[0].0] {
-        let before = call(other)?;
-        let after = without_trap(&before, stub, displaced)?;
-        let kept = [pair(), pair() + 8].map(|at| after.memory[&at]);
-        ensure!(kept == [CASES[0].0, ARRAY], "{kept:x?}");
-        ensure!(ring(&after).iter().all(|at| *at == pair() || *at == pair() + 8), "written elsewhere");
-    }
-    falls_back(&call(STACK + 0x8000)?, stub, displaced)
-}
-
-fn check_return(stub: &Stub, displaced: &[Instruction], around: &Surroundings) -> Result<()> {
-    let call = |count: u64, whose: u64| {
-        let mut processor = before(around);
-        processor.set(Register::RAX, count)?;
-        processor.memory.insert(pair(), whose);
-        processor.memory.insert(pair() + 8, ARRAY);
-        Ok::<_, anyhow::Error>(processor)
-    };
-    let own = CASES[0].0;
-    for count in COUNTS {
-        // Of the register only an int is the result.
-        let before = call(0xdead_beef_0000_0000 | count, own)?;
-        let after = without_trap(&before, stub, displaced)?;
-        ensure!(after.memory[&pair()] == 0, "the array is kept on");
-        let last = FIRST + check_pieces(&after, count, true)?;
-        let end = if count == 0 { last } else { last + 1 };
-        ensure!(after.memory[&TRACER_RING.0] == end, "positions of {count}");
-        if count > 0 {
-            let slot = slot_of(&after, last);
-            let record = Record::new(&slot, |_| true);
-            ensure!(record.array().is_none() && record.word(record::RAX) == object(0), "the result");
-            let case = (own, object(0), Some((Va(CACHE), 96)));
-            check_result(&record, last, &before, case)?;
+impl Check<'_> {
+    /// A vCPU at such a call, with these registers, and this word kept by `whose` call.
+    fn call(&self, registers: &[(Register, u64)], (whose, word): (u64, u64)) -> Result<Processor> {
+        let mut processor = processor(CASES[0], FIRST, self.around);
+        for at in (record::ARRAYS..=record::ARRAYS + record::ARRAYS_MASK + 8).step_by(8) {
+            processor.memory.insert(TRACER_RING.0 + at, 0);
         }
+        processor.memory.extend([(pair(), whose), (pair() + 8, word)]);
+        for &(register, value) in registers {
+            processor.set(register, value)?;
+        }
+        Ok(processor)
     }
-    for (count, whose) in [(1, 0), (1, STACK + 0x8000), (4097, own), (0xffff_ffff, own)] {
-        falls_back(&call(count, whose)?, stub, displaced)?;
+
+    fn without_trap(&self, before: &Processor) -> Result<Processor> {
+        by_stub(before, self.stub, self.displaced, |_, at| panic!("a trap at {at}"))
     }
-    check_waits(&call(PIECE + 1, own)?, stub, displaced, 3)
+
+    /// The stub traps, with all as it was at the event, and goes on without a record.
+    fn falls_back(&self, before: &Processor) -> Result<()> {
+        let mut traps = 0;
+        let after = by_stub(before, self.stub, self.displaced, |processor, at| {
+            traps += 1;
+            assert_eq!(Some(at), self.stub.fallback);
+            assert_eq!((processor.registers, processor.flags), (before.registers, before.flags));
+        })?;
+        ensure!(traps == 1, "{traps} traps");
+        // Comparing a word writes what was there.
+        let same = ring(&after).iter().all(|at| after.memory[at] == before.memory[at]);
+        ensure!(same, "written to the ring: {:x?}", ring(&after));
+        Ok(())
+    }
+
+    /// The records of these words from position [`FIRST`] on, and nothing but those and `more`.
+    fn wrote(&self, after: &Processor, words: &[u64], more: u64) -> Result<()> {
+        let mut found = Vec::new();
+        let pieces = (words.len() as u64).div_ceil(PIECE);
+        for position in FIRST..FIRST + pieces {
+            let slot = slot_of(after, position);
+            let record = Record::new(&slot, |_| false);
+            ensure!(record.word(record::SEQUENCE) == position + 1 && record.hook() == HOOK, "head");
+            ensure!(record.word(record::RSP) == OWN && record.caller().0 == CALLER, "whose");
+            let (before, words) = record.array().context("no record of an array")?;
+            // Of what is given back nobody asks.
+            ensure!(more == 0 || before == found.len() as u64, "{before} words before {}", found.len());
+            found.extend(words);
+        }
+        ensure!(found == words, "{} words: {found:x?}", words.len());
+        ensure!(after.memory[&TRACER_RING.0] == FIRST + pieces + more, "positions");
+        Ok(())
+    }
+
+    /// A call that comes to the last slot asks for the next, and all is written, [`PIECE`] + 1 words in two records.
+    fn waits(&self, mut before: Processor, words: &[u64], more: u64) -> Result<()> {
+        before.memory.insert(TRACER_RING.0 + record::LIMIT, FIRST + 1);
+        let mut asked = 0;
+        let after = by_stub(&before, self.stub, self.displaced, |processor, at| {
+            asked += 1;
+            assert_eq!(Some(at), self.stub.request);
+            let position = processor.get(Register::RAX).unwrap();
+            processor.memory.insert(TRACER_RING.0 + record::LIMIT, position + 1);
+        })?;
+        ensure!(asked == 1 + more && FIRST + 2 + more < COUNT, "asked {asked} times for a slot");
+        self.wrote(&after, words, more)
+    }
+
+    fn free_array(&self) -> Result<()> {
+        let call = |count| {
+            let mut call = self.call(&[(Register::RSI, count), (Register::RDX, ARRAY)], (0, 0))?;
+            call.memory.extend((0..MOST).map(|k| (ARRAY + 8 * k, object(k))));
+            Ok::<_, anyhow::Error>(call)
+        };
+        let objects: Vec<u64> = (0..MOST).map(object).collect();
+        for count in COUNTS {
+            self.wrote(&self.without_trap(&call(count)?)?, &objects[..count as usize], 0)?;
+        }
+        for count in TOO_MANY {
+            self.falls_back(&call(count)?)?;
+        }
+        self.waits(call(PIECE + 1)?, &objects[..PIECE as usize + 1], 0)
+    }
+
+    /// So many pages on the list.
+    fn list(&self, count: u64) -> impl Iterator<Item = (u64, u64)> {
+        let link = move |k| if k == count { LIST } else { page(k) + 8 };
+        (0..count).map(move |k| (link(k), link(k + 1))).chain([(LIST, link(0))])
+    }
+
+    fn free_list(&self) -> Result<()> {
+        let call = |count| {
+            let mut call = self.call(&[(Register::RDI, LIST)], (0, 0))?;
+            call.memory.extend(self.list(count));
+            Ok::<_, anyhow::Error>(call)
+        };
+        let pages: Vec<u64> = (0..MOST).map(page).collect();
+        for count in COUNTS {
+            self.wrote(&self.without_trap(&call(count)?)?, &pages[..count as usize], 0)?;
+        }
+        self.waits(call(PIECE + 1)?, &pages[..PIECE as usize + 1], 0)
+    }
+
+    /// Every other folio has an order, on kernels that write that down.
+    fn free_batch(&self) -> Result<()> {
+        let pages = &self.around.pages;
+        let (at, folios) = pages.batch.context("no batch")?;
+        let call = |count: u64| {
+            let mut call = self.call(&[(Register::RDI, BATCH)], (0, 0))?;
+            call.memory.insert(BATCH, count << (8 * at) | 0x77 << (8 * (at + 1)));
+            for k in 0..count {
+                let flags = 0x17_ffff_0000_0000 | if k % 2 == 1 { pages.head } else { 0 };
+                call.memory.insert(BATCH + folios + 8 * k, page(k));
+                call.memory.extend([(page(k), flags), (page(k) + 0x40, 0xdd00 | k % 11)]);
+            }
+            Ok::<_, anyhow::Error>(call)
+        };
+        let order = |k: u64| if k % 2 == 1 && pages.order.is_some() { k % 11 } else { 0 };
+        for count in [0, 1, 2, 31, 64] {
+            let words: Vec<u64> = (0..count).map(|k| page(k) | order(k)).collect();
+            self.wrote(&self.without_trap(&call(count)?)?, &words, 0)?;
+        }
+        self.falls_back(&call(65)?)
+    }
+
+    fn fill(&self, filled: StubFilled) -> Result<()> {
+        ensure!(self.stub.request.is_none(), "it needs no slot");
+        // Where the call says that it wants them, and what is kept of that.
+        let cases = match filled {
+            StubFilled::Objects => vec![([(Register::RCX, ARRAY), (Register::R9, 0)], ARRAY)],
+            StubFilled::Pages if self.around.pages.bulk_has_list => vec![
+                ([(Register::R8, LIST), (Register::R9, 0)], LIST),
+                ([(Register::R8, 0), (Register::R9, ARRAY)], ARRAY | 1),
+                ([(Register::R8, 0), (Register::R9, 0)], 0),
+            ],
+            StubFilled::Pages => vec![([(Register::R8, ARRAY), (Register::R9, 0x77)], ARRAY | 1)],
+        };
+        for (registers, word) in &cases {
+            // The pair is free; or one like it never came back.
+            for whose in [0, OWN] {
+                let after = self.without_trap(&self.call(registers, (whose, 0x77))?)?;
+                let kept = [pair(), pair() + 8].map(|at| after.memory[&at]);
+                ensure!(kept == [OWN, *word], "{kept:x?}");
+                let elsewhere = |at: &u64| *at != pair() && *at != pair() + 8;
+                ensure!(!ring(&after).iter().any(elsewhere), "written elsewhere");
+            }
+        }
+        self.falls_back(&self.call(&cases[0].0, (OTHERS, 0x77))?)
+    }
+
+    /// Whatever they got: nothing is kept any longer, and the last record is that of the return.
+    fn filled(&self, before: &Processor, words: &[u64], result: (u64, Option<(Va, u64)>)) -> Result<()> {
+        let after = self.without_trap(before)?;
+        ensure!(after.memory[&pair()] == 0, "something is kept on");
+        self.wrote(&after, words, u64::from(!words.is_empty()))?;
+        if words.is_empty() {
+            return Ok(());
+        }
+        let last = FIRST + (words.len() as u64).div_ceil(PIECE);
+        let slot = slot_of(&after, last);
+        let record = Record::new(&slot, |_| true);
+        ensure!(record.array().is_none() && record.word(record::RAX) == result.0, "the result");
+        check_result(&record, last, before, (OWN, result.0, result.1))
+    }
+
+    fn filled_with_objects(&self) -> Result<()> {
+        let call = |count: u64, whose| {
+            // Of the register only an int is the result.
+            let result = 0xdead_beef_0000_0000 | count & 0xffff_ffff;
+            let mut call = self.call(&[(Register::RAX, result)], (whose, ARRAY))?;
+            call.memory.extend((0..MOST).map(|k| (ARRAY + 8 * k, object(k))));
+            Ok::<_, anyhow::Error>(call)
+        };
+        let objects: Vec<u64> = (0..MOST).map(object).collect();
+        for count in COUNTS {
+            let result = (object(0), Some((Va(CACHE), 96)));
+            self.filled(&call(count, OWN)?, &objects[..count as usize], result)?;
+        }
+        for (count, whose) in [(1, 0), (1, OTHERS), (4097, OWN), (u64::MAX, OWN)] {
+            self.falls_back(&call(count, whose)?)?;
+        }
+        self.waits(call(PIECE + 1, OWN)?, &objects[..PIECE as usize + 1], 1)
+    }
+
+    fn filled_with_pages(&self) -> Result<()> {
+        let call = |count, listed, kept| {
+            let mut call = self.call(&[(Register::RAX, count)], (OWN, kept))?;
+            call.memory.extend((0..MOST).map(|k| (ARRAY + 8 * k, page(k))));
+            call.memory.extend(self.list(listed));
+            Ok::<_, anyhow::Error>(call)
+        };
+        let pages: Vec<u64> = (0..MOST).map(page).collect();
+        for count in COUNTS {
+            let got = &pages[..count as usize];
+            self.filled(&call(count, 0, ARRAY | 1)?, got, (0, None))?;
+            // All that are on the list, or the newest of these, or more than there are.
+            self.filled(&call(count, count, LIST)?, got, (0, None))?;
+            self.filled(&call(count, MOST, LIST)?, got, (0, None))?;
+            self.filled(&call(MOST, count, LIST)?, got, (0, None))?;
+            self.filled(&call(count, 0, 0)?, &[], (0, None))?;
+        }
+        for count in TOO_MANY {
+            self.falls_back(&call(count, 0, ARRAY | 1)?)?;
+        }
+        self.waits(call(PIECE + 1, 0, ARRAY | 1)?, &pages[..PIECE as usize + 1], 1)?;
+        self.waits(call(PIECE + 1, MOST, LIST)?, &pages[..PIECE as usize + 1], 1)
+    }
 }

@@ -181,6 +181,10 @@ impl Processor {
                 let value = self.operand(i, 1)? as u32;
                 self.write(i, 0, i64::from(value.cast_signed()).cast_unsigned())?;
             }
+            Mnemonic::Movzx => {
+                let value = self.operand(i, 1)?;
+                self.write(i, 0, value)?;
+            }
             Mnemonic::Lea => {
                 let value = self.address(i)?;
                 self.write(i, 0, value)?;

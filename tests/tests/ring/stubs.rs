@@ -25,7 +25,7 @@ const GS: u64 = 0xffff_8880_3ec0_0000;
 const INTERRUPTED: u64 = STACK + 0x3f00;
 const DIRECT_MAP: u64 = 0xffff_8880_0000_0000;
 const RAM: u64 = 1 << 28;
-const PAGES: u64 = 0xffff_ea00_0000_0000;
+pub const PAGES: u64 = 0xffff_ea00_0000_0000;
 const PAGE_STRUCT: u64 = 64;
 /// Variables that have these two.
 const BASES: u64 = 0xffff_ffff_8230_0000;
@@ -59,6 +59,7 @@ fn surroundings(softirq_disable_cnt: Option<u64>) -> Surroundings {
             slab_cache: 0x18,
             object_size: 0x1c,
         },
+        pages: bulk::pages(is_old),
     }
 }
 

@@ -4,6 +4,7 @@
 //! made, both under one lock while the vCPU waits. So when one vCPU frees an object and another gets the same memory,
 //! the registry sees them in the guest's order without any lock in the guest.
 
+use super::bulk::Filled;
 use super::log::{EventLog, Writing};
 use crate::machine::GuestRam;
 use anyhow::Result;
@@ -99,9 +100,8 @@ impl Recorder {
     /// The image does not say where its code is.
     pub fn new(linux: Arc<Linux>, ram: GuestRam) -> Result<Self> {
         let text = Text::recover(&linux.kernel.image, &linux.kernel.symbols)?;
-        let types = linux.kernel.types.as_ref();
-        let parameters = types.and_then(|types| types.parameters("alloc_pages_bulk_noprof"));
         Ok(Self {
+            bulk_list: linux.bulk_has_list(),
             linux,
             ram,
             text,
@@ -110,7 +110,6 @@ impl Recorder {
             memo: Mutex::new(Memo::new(MAX_FRAMES)),
             enabled: AtomicBool::new(true),
             log: None,
-            bulk_list: parameters.is_none_or(|parameters| parameters.len() > 5),
         })
     }
 
@@ -225,14 +224,7 @@ impl Recorder {
                     self.pages(&[Va(result)], order, false, registers, moment);
                 }
             }
-            Role::PageBulkAlloc => {
-                let filled = self.state().pending.remove(&registers.sp().0);
-                match filled.map(|filled| Filled(filled).pages(self, result)) {
-                    Some(Ok(pages)) => self.pages(&pages, 0, true, registers, moment),
-                    Some(Err(_)) => self.lost(),
-                    None => {}
-                }
-            }
+            Role::PageBulkAlloc => self.bulk_pages(registers, moment),
             _ => {}
         }
     }
@@ -309,7 +301,14 @@ impl Recorder {
     }
 
     /// Records blocks of pages by their `struct page`s. `only_new`: those that are live already stay as they are.
-    fn pages(&self, pages: &[Va], order: u64, only_new: bool, registers: &Registers, moment: Moment<'_>) {
+    pub(super) fn pages(
+        &self,
+        pages: &[Va],
+        order: u64,
+        only_new: bool,
+        registers: &Registers,
+        moment: Moment<'_>,
+    ) {
         let places = self.linux.page_places(&self.ram);
         let (Ok(places), Some(size)) = (places, block_size(order)) else { return self.lost() };
         let origin = self.origin(registers, moment);
@@ -324,7 +323,7 @@ impl Recorder {
     }
 
     /// Records that blocks, by their `struct page`s and orders, are given back.
-    fn free_pages(&self, blocks: impl FnOnce(&Self) -> Result<Vec<(Va, u64)>, MemoryError>) {
+    pub(super) fn free_pages(&self, blocks: impl FnOnce(&Self) -> Result<Vec<(Va, u64)>, MemoryError>) {
         let (Ok(places), Ok(blocks)) = (self.linux.page_places(&self.ram), blocks(self)) else {
             return self.lost();
         };
@@ -420,36 +419,6 @@ impl Recorder {
     }
 }
 
-/// Where a bulk call of the page allocator puts its pages: a list or, odd, an array.
-struct Filled(u64);
-
-impl Filled {
-    /// From the fifth and the sixth argument: `struct list_head *page_list`, on kernels that have it, and `struct page
-    /// **page_array`, one of which is NULL.
-    fn at(fifth: u64, sixth: u64, has_list: bool) -> Self {
-        match (has_list, sixth) {
-            (true, 0) => Self(fifth),
-            (true, array) => Self(array | 1),
-            (false, _) => Self(fifth | 1),
-        }
-    }
-
-    /// The `struct page`s that are there when `count` were asked for in vain or not: the newest on the list are the
-    /// first; of an array's some may have been there before.
-    fn pages(&self, recorder: &Recorder, count: u64) -> Result<Vec<Va>, MemoryError> {
-        let (linux, ram) = (&recorder.linux, &recorder.ram);
-        match self.0 {
-            0 => Ok(Vec::new()),
-            array if array & 1 == 1 => linux.pages_in_array(ram, Va(array & !1), count),
-            list => {
-                let mut pages = linux.pages_on_list(ram, Va(list))?;
-                pages.truncate(usize::try_from(count).unwrap_or(usize::MAX));
-                Ok(pages)
-            }
-        }
-    }
-}
-
 /// Large kmalloc with the size asked for, vmalloc rounded up to pages, per-CPU memory as its allocator rounds it up: as
 /// kmemleak has them. None when it is more than the guest's allocators give (`totalram_pages` in mm/vmalloc.c).
 fn block_of(role: Role, size: u64, ram: u64) -> Option<(Kind, u64)> {
@@ -489,13 +458,6 @@ mod tests {
     fn blocks_of_pages_have_a_power_of_two_up_to_the_largest_order() {
         assert_eq!([0, 3].map(block_size), [Some(4096), Some(32768)]);
         assert_eq!([pages::MAX_ORDER, 64, u64::MAX].map(block_size), [None; 3]);
-    }
-
-    #[test]
-    fn bulk_calls_fill_an_array_or_a_list() {
-        assert_eq!(Filled::at(0, 0xffff_c900_0000_1000, true).0, 0xffff_c900_0000_1001);
-        assert_eq!(Filled::at(0xffff_c900_0000_2000, 0, true).0, 0xffff_c900_0000_2000);
-        assert_eq!(Filled::at(0xffff_c900_0000_3000, 7, false).0, 0xffff_c900_0000_3001);
     }
 
     #[test]

@@ -103,10 +103,7 @@ fn decode(bytes: &[u8], at: Va) -> Vec<Instruction> {
 /// Why events of a role stay with the trap: the host must see the guest's memory as it is at the event.
 pub(super) fn needs_memory(role: Role) -> bool {
     match role {
-        Role::PageBulkAlloc
-        | Role::PageListFree
-        | Role::PageBatchFree
-        | Role::NotLeak
+        Role::NotLeak
         | Role::Ignore
         | Role::NoScan
         | Role::ScanArea
@@ -127,7 +124,10 @@ pub(super) fn needs_memory(role: Role) -> bool {
         | Role::PercpuAlloc
         | Role::Ioremap
         | Role::PageAlloc
-        | Role::PageFree => false,
+        | Role::PageBulkAlloc
+        | Role::PageFree
+        | Role::PageListFree
+        | Role::PageBatchFree => false,
     }
 }
 

@@ -14,4 +14,7 @@ pub use displaced::Displaced;
 pub(super) use function::Function;
 pub use iced_x86::Instruction;
 pub use jump::{JUMP_LEN, Jump};
-pub use stub::{Base, IsSlab, Point as StubPoint, Slabs, Stub, Surroundings, Writer};
+pub use stub::{
+    Base, Filled as StubFilled, IsSlab, Pages as StubPages, Point as StubPoint, Slabs, Source as StubSource,
+    Stub, Surroundings, Writer,
+};

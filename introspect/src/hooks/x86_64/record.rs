@@ -26,7 +26,8 @@ pub const SLOT_LEN: usize = 1024;
 pub const SEQUENCE: usize = 0;
 /// u32: number of the hook, and [`IS_ARRAY`].
 pub const HOOK: usize = 8;
-/// The record has, behind the return address, words of an array that a call gives back or has got, in the place of a stack.
+/// The record has, behind the return address, objects or blocks of pages that a call gives back or has got, in the place of a
+/// stack.
 pub const IS_ARRAY: u32 = 1 << 31;
 /// u32: `preempt_count` of the CPU.
 pub const PREEMPT_COUNT: usize = 12;
@@ -34,8 +35,10 @@ pub const PREEMPT_COUNT: usize = 12;
 pub const RSP: usize = 16;
 /// u64: first argument; entries only.
 pub const RDI: usize = 24;
-/// u64: bytes of an array that a call has got before the words that this record has.
+/// u64: how many a call has got before those that this record has.
 pub const BEFORE: usize = RDI;
+/// Bits of a block of pages in such a record that say its order; all others are its first `struct page`'s address.
+pub const ORDERS: u64 = 63;
 /// u64: second argument; entries only.
 pub const RSI: usize = 32;
 /// u64: third argument; entries only.
@@ -120,11 +123,11 @@ impl<'a> Record<'a> {
         self.u32(HOOK) & !IS_ARRAY
     }
 
-    /// The words of an array, and how many there are before them; None when the record is none of an array.
+    /// Objects or blocks of pages, and how many there are before them; None when the record has none.
     pub fn array(&self) -> Option<(u64, impl ExactSizeIterator<Item = u64>)> {
         let words = (self.u32(WORDS) as usize).clamp(1, MAX_WORDS);
         let array = (1..words).map(|k| self.word(STACK + k * WORD));
-        (self.u32(HOOK) & IS_ARRAY != 0).then(|| (self.word(BEFORE) / WORD as u64, array))
+        (self.u32(HOOK) & IS_ARRAY != 0).then(|| (self.word(BEFORE), array))
     }
 
     /// `preempt_count` and `softirq_disable_cnt`.
@@ -233,7 +236,7 @@ mod tests {
     fn words_of_an_array_are_read_behind_the_return_address() {
         let array = |hook: u32, words: u64| {
             let slot =
-                slot(&[(HOOK, hook.into()), (BEFORE, 16), (WORDS, words), (STACK + 8, 5), (STACK + 16, 6)]);
+                slot(&[(HOOK, hook.into()), (BEFORE, 2), (WORDS, words), (STACK + 8, 5), (STACK + 16, 6)]);
             let record = Record::new(&slot, |_| false);
             assert_eq!(record.hook(), 9);
             record.array().map(|(before, words)| (before, words.collect::<Vec<_>>()))

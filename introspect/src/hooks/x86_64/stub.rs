@@ -41,6 +41,8 @@ pub struct Surroundings {
     pub jiffies: Va,
     /// How the cache of an object is found.
     pub slabs: Slabs,
+    /// How pages are passed.
+    pub pages: Pages,
 }
 
 /// From an object to its slab cache, by the `struct page` of its page.
@@ -94,32 +96,79 @@ pub struct Writer {
     pub surroundings: Surroundings,
 }
 
+/// Pages that are passed together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pages {
+    /// Offset in `struct page` of the list it is on.
+    pub list: u64,
+    /// Offset of its flags.
+    pub flags: u64,
+    /// The flag of the first page of a block of several.
+    pub head: u64,
+    /// From the first page to the byte that has such a block's order, where a kernel has that.
+    pub order: Option<u64>,
+    /// Offsets in `struct folio_batch`, where a kernel has that: of the number, a byte, and of the array of `struct folio *`.
+    pub batch: Option<(u64, u64)>,
+    /// True when `alloc_pages_bulk` has a list, or NULL, as its fifth argument, before the array.
+    pub bulk_has_list: bool,
+}
+
 /// Where a stub belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Point {
     /// At a function's entry: three arguments and the caller; the function goes on at this address.
     Entry(Va),
-    /// At the entry of one that frees what is in an array: how many is its second argument, where its third.
-    BulkFree(Va),
-    /// At the entry of one that fills an array, its fourth argument: where that is, kept for the return.
-    BulkAlloc(Va),
+    /// At the entry of one that gives many back: what these are.
+    Free(Source, Va),
+    /// At the entry of one that gets many: where it will put them, kept for the return.
+    Fill(Filled, Va),
     /// At its return: the result, the context and the stack.
     Return,
-    /// At the return of one that has put as many objects into an array as it returns: these, and the context and the stack.
-    BulkReturn,
+    /// At the return of one that got many: these, and the context and the stack.
+    Filled(Filled),
+}
+
+/// Where a call finds what it gives back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// In an array, its third argument; how many is the second.
+    Array,
+    /// In the `struct folio_batch` that is its argument.
+    Batch,
+    /// On the list of pages that is its argument.
+    List,
+}
+
+/// What a call gets: as many as it returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Filled {
+    /// Objects of one cache, in an array, its fourth argument.
+    Objects,
+    /// Pages, in an array or on a list, its last arguments.
+    Pages,
 }
 
 impl Point {
     /// Where the stub of a hook of that role belongs; `slide` is run-time minus link address.
     pub fn new(role: Role, jump: Jump, slide: u64) -> Self {
-        match (jump, role) {
-            (Jump::Return { .. }, Role::BulkAlloc) => Self::BulkReturn,
-            (Jump::Return { .. }, _) => Self::Return,
-            (Jump::Entry { va, len }, _) => {
+        let filled = match role {
+            Role::BulkAlloc => Some(Filled::Objects),
+            Role::PageBulkAlloc => Some(Filled::Pages),
+            _ => None,
+        };
+        let source = match role {
+            Role::BulkFree => Some(Source::Array),
+            Role::PageBatchFree => Some(Source::Batch),
+            Role::PageListFree => Some(Source::List),
+            _ => None,
+        };
+        match jump {
+            Jump::Return { .. } => filled.map_or(Self::Return, Self::Filled),
+            Jump::Entry { va, len } => {
                 let resume = va + slide + len as u64;
-                match role {
-                    Role::BulkAlloc => Self::BulkAlloc(resume),
-                    Role::BulkFree => Self::BulkFree(resume),
+                match (filled, source) {
+                    (Some(filled), _) => Self::Fill(filled, resume),
+                    (_, Some(source)) => Self::Free(source, resume),
                     _ => Self::Entry(resume),
                 }
             }
@@ -129,14 +178,14 @@ impl Point {
     /// Where the function goes on, if not where it returns to.
     fn resume(self) -> Option<Va> {
         match self {
-            Self::Entry(resume) | Self::BulkFree(resume) | Self::BulkAlloc(resume) => Some(resume),
-            Self::Return | Self::BulkReturn => None,
+            Self::Entry(resume) | Self::Free(_, resume) | Self::Fill(_, resume) => Some(resume),
+            Self::Return | Self::Filled(_) => None,
         }
     }
 
     /// True when the stub writes a record.
     fn has_record(self) -> bool {
-        !matches!(self, Self::BulkAlloc(_))
+        !matches!(self, Self::Fill(..))
     }
 
     fn is_bulk(self) -> bool {
@@ -146,10 +195,10 @@ impl Point {
     /// The registers that its stub needs: rax first.
     fn saved(self) -> Vec<AsmRegister64> {
         let more: &[AsmRegister64] = match self {
-            Self::Entry(_) | Self::BulkAlloc(_) => &[],
-            Self::BulkFree(_) => &[rdi, rsi, r10, r11],
+            Self::Entry(_) | Self::Fill(..) => &[],
+            Self::Free(..) => &[rdi, rsi, r8, r10, r11],
             Self::Return => &[rdi, rsi, r8, r9, r10],
-            Self::BulkReturn => &[rdi, rsi, r8, r9, r10, r11, rbx],
+            Self::Filled(_) => &[rdi, rsi, r8, r9, r10, r11, rbx],
         };
         [rax, rcx, rdx].iter().chain(more).copied().collect()
     }
@@ -209,9 +258,9 @@ impl Writer {
         match point {
             Point::Entry(_) => self.entry(&mut a, frame, &mut room)?,
             Point::Return => self.result(&mut a, frame, &mut room)?,
-            Point::BulkFree(_) => self.bulk_free(&mut a, frame, &mut room, missed)?,
-            Point::BulkAlloc(_) => self.bulk_alloc(&mut a, frame, missed)?,
-            Point::BulkReturn => self.bulk_return(&mut a, frame, &mut room, missed)?,
+            Point::Free(source, _) => self.free(&mut a, frame, &mut room, source, missed)?,
+            Point::Fill(filled, _) => self.fill(&mut a, frame, filled, missed)?,
+            Point::Filled(filled) => self.filled(&mut a, frame, &mut room, filled, missed)?,
         }
         restore(&mut a, &saved)?;
         let first = Va(displaced[0].ip());
@@ -304,6 +353,7 @@ impl Writer {
     fn rest_of_result(&self, a: &mut CodeAssembler) -> Result<(), IcedError> {
         a.mov(at(rdx, slot::RAX), rax)?;
         a.mov(at(rdx, slot::RBP), rbp)?;
+        // Of pages it is none.
         self.cache(a)?;
         self.context(a)?;
         self.stack(a)?;

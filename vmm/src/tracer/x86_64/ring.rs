@@ -217,7 +217,7 @@ impl Ring {
 
     /// Before the trap at a return: a stub at the entry may have kept the array.
     pub(in crate::tracer) fn keep_array(&self, role: Role, registers: &Registers) {
-        if role == Role::BulkAlloc
+        if matches!(role, Role::BulkAlloc | Role::PageBulkAlloc)
             && let Some(array) = self.slots.take_array(registers.rsp)
         {
             self.recorder.pend(registers, array);
@@ -249,7 +249,10 @@ impl Ring {
         };
         let at = Registers { rip: hook.ip, rsp: record.word(record::RSP), ..Registers::default() };
         if let Some((before, words)) = record.array() {
-            return self.recorder.array(hook.role, &at, before, words, record.caller());
+            let has_orders = matches!(hook.role, Role::PageListFree | Role::PageBatchFree);
+            let orders = if has_orders { record::ORDERS } else { 0 };
+            let blocks = words.map(|word| (Va(word & !orders), word & orders));
+            return self.recorder.bulk(hook.role, &at, before, blocks, record.caller());
         }
         let moment = Moment::Past(record);
         if hook.entry {
