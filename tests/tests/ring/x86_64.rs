@@ -29,7 +29,10 @@ pub fn trials() -> Vec<Trial> {
         }
         trials.push(long_test(format!("floods_{line}"), move || guests::floods(line, 1)));
         trials.push(long_test(format!("inside_{line}"), move || inside::backtraces(line)));
-        trials.push(long_test(format!("audits_{line}"), move || guests::audits(line, 2)));
+        let audits = |tracked: &'static str| move || guests::audits(line, 2, tracked);
+        trials.push(long_test(format!("audits_{line}"), audits("slab,vmalloc,percpu")));
+        trials
+            .push(long_test(format!("audits_and_pages_{line}"), audits("slab,vmalloc,percpu,pages,ioremap")));
         trials.push(long_test(format!("upstream_{line}"), move || guests::upstream(line)));
     }
     for line in ["6.1", "6.1-rt", "6.12", "6.12-rt"] {

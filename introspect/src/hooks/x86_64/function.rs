@@ -1,7 +1,7 @@
 //! Finding the instructions of a function that a trap may replace.
 
 use super::Displaced;
-use super::jump::{JUMP_LEN, Jump, is_movable, last_argument, needs_memory};
+use super::jump::{JUMP_LEN, Jump, is_movable, last_argument, needs_host};
 use super::record::ARGUMENTS;
 use crate::hooks::site::{Site, SiteError, cold_parts, main_part};
 use crate::kernel::Kernel;
@@ -163,8 +163,8 @@ impl Function {
     ) -> Result<Jump, SiteError> {
         let at = if entry { site.va } else { site.resume() };
         let unsuitable = |why: &str| SiteError::NoJump(at, why.to_owned());
-        if needs_memory(role) {
-            return Err(unsuitable("what it passes lies in memory"));
+        if needs_host(role) {
+            return Err(unsuitable("the guest has to stand still for it"));
         }
         if last_argument(role, argument) >= ARGUMENTS {
             return Err(unsuitable("a record has not so many arguments"));

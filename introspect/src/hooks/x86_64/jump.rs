@@ -100,8 +100,9 @@ fn decode(bytes: &[u8], at: Va) -> Vec<Instruction> {
     Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE).into_iter().collect()
 }
 
-/// Why events of a role stay with the trap: the host must see the guest's memory as it is at the event.
-pub(super) fn needs_memory(role: Role) -> bool {
+/// True for a role whose events are the host's to act on while the guest stands still: it changes its text, its modules, or what it
+/// says of an object, all of it seldom.
+pub(super) fn needs_host(role: Role) -> bool {
     match role {
         Role::NotLeak
         | Role::Ignore
