@@ -68,7 +68,12 @@ pub fn analyze(options: &AnalyzeOptions) -> Result<ExitCode> {
         check::input_file(kernel, "kernel", "check --kernel")?;
     }
     for line in &options.commands {
-        Request::parse(line).command.map_err(|what| Failure::usage(what).hint("-c help lists them"))?;
+        let command =
+            Request::parse(line).command.map_err(|what| Failure::usage(what).hint("-c help lists them"))?;
+        if command.is_for_running() {
+            let what = format!("{line} is for a machine that runs: a saved one stays as it is");
+            return Err(Failure::usage(what).hint("send it with kleak-vmm ctl").into());
+        }
     }
     check::reports(&options.reports)?;
     let rule_files = RuleFiles::read(options.profile.as_deref(), &options.suppressions)?;

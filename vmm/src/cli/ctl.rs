@@ -17,7 +17,8 @@ use std::path::{Path, PathBuf};
 /// # Errors
 /// See the module; the codes travel as [`Failure`]s.
 pub fn ctl(options: &CtlOptions) -> anyhow::Result<ExitCode> {
-    let mut line = options.command.join(" ");
+    let (control, words) = without_control(options)?;
+    let mut line = words.join(" ");
     let hint = "kleak-vmm ctl help lists the commands";
     let Request { command, json } = Request::parse(&line);
     match command {
@@ -41,11 +42,28 @@ pub fn ctl(options: &CtlOptions) -> anyhow::Result<ExitCode> {
         }
         Ok(_) => {}
     }
-    let path = socket(options.control.as_deref())?;
+    let path = socket(control)?;
     let failure = || unanswered(&path);
     let mut client = Client::connect(&path).with_context(failure)?;
     let reply = client.request(&line).with_context(failure)?;
     said(&reply)
+}
+
+/// The socket asked for, before or behind the words of the command, and these.
+fn without_control(options: &CtlOptions) -> anyhow::Result<(Option<&Path>, Vec<&str>)> {
+    let (mut control, mut words) = (options.control.as_deref(), Vec::new());
+    let mut all = options.command.iter().map(String::as_str);
+    while let Some(word) = all.next() {
+        match (word, word.strip_prefix("--control=")) {
+            ("--control", _) => {
+                let what = || Failure::usage("--control takes a socket").hint("kleak-vmm ctl --help");
+                control = Some(Path::new(all.next().ok_or_else(what)?));
+            }
+            (_, Some(path)) => control = Some(Path::new(path)),
+            _ => words.push(word),
+        }
+    }
+    Ok((control, words))
 }
 
 /// Prints a reply; one in text that is an error goes where errors go.
@@ -130,6 +148,14 @@ mod tests {
 
         assert_eq!(ctl(&options(&one, "scan=on")).unwrap(), ExitCode::Success);
         assert_eq!(exit_code(&ctl(&options(&one, "scam")).unwrap_err()), ExitCode::Usage);
+        let nowhere = dir.join("3.sock");
+        for behind in
+            [format!("scan=on --control {}", one.display()), format!("--control={} scan=on", one.display())]
+        {
+            assert_eq!(ctl(&options(&nowhere, &behind)).unwrap(), ExitCode::Success);
+        }
+        let error = ctl(&options(&one, "scan --control")).unwrap_err();
+        assert!(render(&error).starts_with("kleak-vmm: error: --control takes a socket\nhint: "));
         target.broken.store(true, std::sync::atomic::Ordering::SeqCst);
         let error = ctl(&options(&one, "scan")).unwrap_err();
         assert_eq!(render(&error), "kleak-vmm: error: The guest is gone\n");

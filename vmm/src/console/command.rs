@@ -77,6 +77,22 @@ pub enum Command {
     Quit,
 }
 
+impl Command {
+    /// True for what changes only how a machine goes on, so that there is nothing to do in one that was saved.
+    pub fn is_for_running(&self) -> bool {
+        matches!(
+            self,
+            Self::Off
+                | Self::On
+                | Self::PeriodicScan(_)
+                | Self::ScanPeriod(_)
+                | Self::Pause
+                | Self::Resume
+                | Self::Quit
+        )
+    }
+}
+
 /// What kmemleak's functions of these names do to an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Annotation {

@@ -188,7 +188,12 @@ fn find_entry(name: &str) -> Result<&'static Entry, String> {
 }
 
 fn unknown(name: &str) -> String {
-    format!("unknown command {}: try help", quote(name))
+    let wanted = name.to_lowercase();
+    let alike = COMMANDS.iter().map(|entry| (strsim::jaro_winkler(&wanted, entry.name), entry.name));
+    // As alike as clap's own subcommands have to be.
+    let best = alike.filter(|(alike, _)| *alike > 0.8).max_by(|a, b| a.0.total_cmp(&b.0));
+    let meant = best.map(|(_, meant)| format!(", did you mean {meant}")).unwrap_or_default();
+    format!("unknown command {}{meant}: try help", quote(name))
 }
 
 /// `text` between quotes, shortened and without control characters: it may come from the guest.

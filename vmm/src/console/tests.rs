@@ -81,7 +81,7 @@ fn every_form_of_a_command_parses() {
 fn a_refusal_is_one_line_that_names_what_was_expected() {
     let table = [
         ("foo", "error: unknown command \"foo\": try help\n"),
-        ("SCAN", "error: unknown command \"SCAN\": try help\n"),
+        ("SCAN", "error: unknown command \"SCAN\", did you mean scan: try help\n"),
         ("", "error: empty command: try help\n"),
         ("json", "{\"error\":\"json takes a command: try help\"}\n"),
         ("json foo", "{\"error\":\"unknown command \\\"foo\\\": try help\"}\n"),

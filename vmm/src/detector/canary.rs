@@ -79,7 +79,7 @@ impl Detector {
         let candidates = state.registry.objects().filter(|o| long_enough(o) && o.paint == Paint::Normal);
         candidates.filter(named).max_by_key(|o| o.sequence).with_context(|| {
             format!(
-                "The canary's allocation was not traced: no tracked object holds {CANARY:?}; is it mounted?"
+                "No tracked object holds {CANARY:?}: mount it in the guest first, mount -t ramfs {CANARY} DIR"
             )
         })
     }

@@ -137,7 +137,9 @@ impl Detector {
             }
             text.push_str(&format!("; last scan {} ms", scanned.took.as_millis()));
         }
-        text.push_str(&format!("; {} traps taken", self.parts.traps.hits()));
+        if self.parts.host.tracer != "off" {
+            text.push_str(&format!("; {} traps taken", self.parts.traps.hits()));
+        }
         if let Some(ring) = self.parts.traps.ring() {
             text.push_str(&format!(", {} events by the ring", ring.status().events));
         }

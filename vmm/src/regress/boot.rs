@@ -418,7 +418,11 @@ impl<'a> Session<'a> {
                 (Outcome::Hung, "the guest does not answer any more".to_owned())
             }
             (End::NoLine(NoLine::Late), _) => {
-                (Outcome::NotBooted, format!("the guest was not up within {} s", self.suite().boot_timeout_s))
+                let seconds = self.suite().boot_timeout_s;
+                (
+                    Outcome::NotBooted,
+                    format!("the guest was not up within {seconds} s, the suite's boot_timeout_s"),
+                )
             }
             (_, Ending { signal: Some(signal), .. })
                 if !matches!(end, End::Detector(_)) || *signal != libc::SIGTERM =>

@@ -335,7 +335,10 @@ fn a_kernel_that_does_not_boot_hurts_no_other() {
         tests.map(|test| (test.outcome, test.message.as_str())).collect::<Vec<_>>()
     };
     assert_eq!(of("dead"), [(Outcome::NotBooted, "The guest triple faulted"); 2]);
-    assert_eq!(of("mute"), [(Outcome::NotBooted, "the guest was not up within 2 s"); 2]);
+    assert_eq!(
+        of("mute"),
+        [(Outcome::NotBooted, "the guest was not up within 2 s, the suite's boot_timeout_s"); 2]
+    );
     assert!(
         of("absent").iter().all(|(o, why)| *o == Outcome::NotBooted && why.contains("Cannot read kernel"))
     );

@@ -90,7 +90,7 @@ fn leak(text: &mut String, group: &Group) {
     };
     let _ = writeln!(
         text,
-        "  {state} leak {}: {} object{}, {} direct, {} bytes, retains {} bytes, {} {}",
+        "  {state} leak {}: {} object{}, {} direct, {} bytes, retains {} bytes, {}{}",
         group.id,
         group.count,
         plural(group.count),
@@ -98,7 +98,7 @@ fn leak(text: &mut String, group: &Group) {
         group.bytes,
         group.retained_bytes,
         group.kind,
-        group.cache.as_deref().unwrap_or_default(),
+        group.cache.as_deref().map(|cache| format!(" {cache}")).unwrap_or_default(),
     );
     for frame in group.backtrace.iter().take(FRAMES) {
         let _ = writeln!(text, "    {}", frame.text());
