@@ -30,6 +30,10 @@ use guest_profiles::hooks::{Hook, Point, Role, Tracked};
 use serde::Serialize;
 use std::ops::Range;
 
+/// Said of where a bulk call puts pages, which is kept from its entry to its return: an array, not a list. No address of either has
+/// the bit.
+pub const KEPT_ARRAY: u64 = 1;
+
 /// One trap to plant.
 #[derive(Debug, Clone)]
 pub struct Planned {

@@ -2,13 +2,13 @@
 
 use crate::processor::Processor;
 use crate::stubs::{
-    CACHE, CALLER, CASES, COUNT, HOOK, OBJECT, PAGES, STACK, by_stub, check_result, is_ring, processor,
+    CACHE, CALLER, CASES, COUNT, Case, HOOK, OBJECT, PAGES, STACK, by_stub, check_result, is_ring, processor,
     slot_of,
 };
 use anyhow::{Context, Result, ensure};
 use iced_x86::{Instruction, Register};
 use introspect::arch::layout::TRACER_RING;
-use introspect::hooks::record::{self, Record};
+use introspect::hooks::record::{self, Record, SLOT_LEN, SLOTS};
 use introspect::hooks::{Stub, StubFilled, StubPages, StubPoint, StubSource, Surroundings};
 use introspect::memory::Va;
 
@@ -26,9 +26,10 @@ const COUNTS: [u64; 6] = [0, 1, PIECE, PIECE + 1, 2 * PIECE, MOST];
 const TOO_MANY: [u64; 2] = [4097, u64::MAX];
 /// Position of the first record.
 const FIRST: u64 = 3;
-/// What a stub finds where its call keeps something: nothing, or whose that is.
-const OWN: u64 = CASES[0].0;
+/// Whose what a stub finds may be.
 const OTHERS: u64 = STACK + 0x8000;
+/// More pages than a stub follows a list for.
+const LONG: u64 = 4097;
 
 /// In two forms of kernels.
 pub fn pages(is_old: bool) -> StubPages {
@@ -45,15 +46,20 @@ pub fn pages(is_old: bool) -> StubPages {
 /// Each stub of such a call in each state that it may meet.
 pub fn check(stub: &Stub, point: StubPoint, displaced: &[Instruction], around: &Surroundings) -> Result<()> {
     ensure!(stub.fallback.is_some(), "no way out");
-    let check = Check { stub, displaced, around };
-    match point {
-        StubPoint::Free(StubSource::Array, _) => check.free_array(),
-        StubPoint::Free(StubSource::List, _) => check.free_list(),
-        StubPoint::Free(StubSource::Batch, _) => check.free_batch(),
-        StubPoint::Fill(filled, _) => check.fill(filled),
-        StubPoint::Filled(StubFilled::Objects) => check.filled_with_objects(),
-        _ => check.filled_with_pages(),
+    // In a task's stack, deep and near its top, and on stacks of CPUs'.
+    for case in CASES {
+        let check = Check { stub, displaced, around, case };
+        match point {
+            StubPoint::Free(StubSource::Array, _) => check.free_array(),
+            StubPoint::Free(StubSource::List, _) => check.free_list(),
+            StubPoint::Free(StubSource::Batch, _) => check.free_batch(),
+            StubPoint::Fill(filled, _) => check.fill(filled),
+            StubPoint::Filled(StubFilled::Objects) => check.filled_with_objects(),
+            _ => check.filled_with_pages(),
+        }
+        .with_context(|| format!("{case:x?}"))?;
     }
+    Ok(())
 }
 
 fn object(k: u64) -> u64 {
@@ -65,10 +71,6 @@ fn page(k: u64) -> u64 {
     PAGES + 0x10_0000 + 0x100 * k
 }
 
-fn pair() -> u64 {
-    TRACER_RING.0 + record::array_of(OWN)
-}
-
 /// Words of the ring that were written.
 fn ring(processor: &Processor) -> Vec<u64> {
     processor.written.iter().copied().filter(|at| is_ring(*at)).collect()
@@ -78,16 +80,27 @@ struct Check<'a> {
     stub: &'a Stub,
     displaced: &'a [Instruction],
     around: &'a Surroundings,
+    case: Case,
 }
 
 impl Check<'_> {
+    /// The place of the return address, by which calls are told apart.
+    fn own(&self) -> u64 {
+        self.case.0
+    }
+
+    /// Where the call keeps something.
+    fn pair(&self) -> u64 {
+        TRACER_RING.0 + record::array_of(self.own())
+    }
+
     /// A vCPU at such a call, with these registers, and this word kept by `whose` call.
     fn call(&self, registers: &[(Register, u64)], (whose, word): (u64, u64)) -> Result<Processor> {
-        let mut processor = processor(CASES[0], FIRST, self.around);
+        let mut processor = processor(self.case, FIRST, self.around);
         for at in (record::ARRAYS..=record::ARRAYS + record::ARRAYS_MASK + 8).step_by(8) {
             processor.memory.insert(TRACER_RING.0 + at, 0);
         }
-        processor.memory.extend([(pair(), whose), (pair() + 8, word)]);
+        processor.memory.extend([(self.pair(), whose), (self.pair() + 8, word)]);
         for &(register, value) in registers {
             processor.set(register, value)?;
         }
@@ -121,14 +134,31 @@ impl Check<'_> {
             let slot = slot_of(after, position);
             let record = Record::new(&slot, |_| false);
             ensure!(record.word(record::SEQUENCE) == position + 1 && record.hook() == HOOK, "head");
-            ensure!(record.word(record::RSP) == OWN && record.caller().0 == CALLER, "whose");
+            ensure!(record.word(record::RSP) == self.own() && record.caller().0 == CALLER, "whose");
             let (before, words) = record.array().context("no record of an array")?;
             // Of what is given back nobody asks.
             ensure!(more == 0 || before == found.len() as u64, "{before} words before {}", found.len());
             found.extend(words);
         }
         ensure!(found == words, "{} words: {found:x?}", words.len());
+        self.published(after, pieces + more)?;
         ensure!(after.memory[&TRACER_RING.0] == FIRST + pieces + more, "positions");
+        Ok(())
+    }
+
+    /// Each of so many slots was written before its sequence, once, and nothing else of the ring but positions and what is kept.
+    fn published(&self, after: &Processor, slots: u64) -> Result<()> {
+        let mut left = ring(after);
+        for position in FIRST..FIRST + slots {
+            let slot = TRACER_RING.0 + SLOTS + position % COUNT * SLOT_LEN as u64;
+            let inside = |at: &u64| (slot..slot + SLOT_LEN as u64).contains(at);
+            let own: Vec<u64> = left.iter().copied().filter(inside).collect();
+            let is_last = own.iter().position(|at| *at == slot) == own.len().checked_sub(1);
+            ensure!(is_last, "order: {own:x?}");
+            left.retain(|at| !inside(at));
+        }
+        let known = [TRACER_RING.0, self.pair(), self.pair() + 8];
+        ensure!(left.iter().all(|at| known.contains(at)), "written elsewhere: {left:x?}");
         Ok(())
     }
 
@@ -178,7 +208,19 @@ impl Check<'_> {
         for count in COUNTS {
             self.wrote(&self.without_trap(&call(count)?)?, &pages[..count as usize], 0)?;
         }
-        self.waits(call(PIECE + 1)?, &pages[..PIECE as usize + 1], 0)
+        self.waits(call(PIECE + 1)?, &pages[..PIECE as usize + 1], 0)?;
+        // In the end the host looks at it.
+        let mut fallbacks = 0;
+        by_stub(&call(LONG)?, self.stub, self.displaced, |processor, at| {
+            if Some(at) == self.stub.fallback {
+                fallbacks += 1;
+            } else {
+                let position = processor.get(Register::RAX).unwrap();
+                processor.memory.insert(TRACER_RING.0 + record::LIMIT, position + 1);
+            }
+        })?;
+        ensure!(fallbacks == 1, "{fallbacks} traps for an endless list");
+        Ok(())
     }
 
     /// Every other folio has an order, on kernels that write that down.
@@ -217,11 +259,11 @@ impl Check<'_> {
         };
         for (registers, word) in &cases {
             // The pair is free; or one like it never came back.
-            for whose in [0, OWN] {
+            for whose in [0, self.own()] {
                 let after = self.without_trap(&self.call(registers, (whose, 0x77))?)?;
-                let kept = [pair(), pair() + 8].map(|at| after.memory[&at]);
-                ensure!(kept == [OWN, *word], "{kept:x?}");
-                let elsewhere = |at: &u64| *at != pair() && *at != pair() + 8;
+                let kept = [self.pair(), self.pair() + 8].map(|at| after.memory[&at]);
+                ensure!(kept == [self.own(), *word], "{kept:x?}");
+                let elsewhere = |at: &u64| *at != self.pair() && *at != self.pair() + 8;
                 ensure!(!ring(&after).iter().any(elsewhere), "written elsewhere");
             }
         }
@@ -231,7 +273,7 @@ impl Check<'_> {
     /// Whatever they got: nothing is kept any longer, and the last record is that of the return.
     fn filled(&self, before: &Processor, words: &[u64], result: (u64, Option<(Va, u64)>)) -> Result<()> {
         let after = self.without_trap(before)?;
-        ensure!(after.memory[&pair()] == 0, "something is kept on");
+        ensure!(after.memory[&self.pair()] == 0, "something is kept on");
         self.wrote(&after, words, u64::from(!words.is_empty()))?;
         if words.is_empty() {
             return Ok(());
@@ -240,7 +282,7 @@ impl Check<'_> {
         let slot = slot_of(&after, last);
         let record = Record::new(&slot, |_| true);
         ensure!(record.array().is_none() && record.word(record::RAX) == result.0, "the result");
-        check_result(&record, last, before, (OWN, result.0, result.1))
+        check_result(&record, last, before, (self.own(), result.0, result.1))
     }
 
     fn filled_with_objects(&self) -> Result<()> {
@@ -254,17 +296,17 @@ impl Check<'_> {
         let objects: Vec<u64> = (0..MOST).map(object).collect();
         for count in COUNTS {
             let result = (object(0), Some((Va(CACHE), 96)));
-            self.filled(&call(count, OWN)?, &objects[..count as usize], result)?;
+            self.filled(&call(count, self.own())?, &objects[..count as usize], result)?;
         }
-        for (count, whose) in [(1, 0), (1, OTHERS), (4097, OWN), (u64::MAX, OWN)] {
+        for (count, whose) in [(1, 0), (1, OTHERS), (4097, self.own()), (u64::MAX, self.own())] {
             self.falls_back(&call(count, whose)?)?;
         }
-        self.waits(call(PIECE + 1, OWN)?, &objects[..PIECE as usize + 1], 1)
+        self.waits(call(PIECE + 1, self.own())?, &objects[..PIECE as usize + 1], 1)
     }
 
     fn filled_with_pages(&self) -> Result<()> {
         let call = |count, listed, kept| {
-            let mut call = self.call(&[(Register::RAX, count)], (OWN, kept))?;
+            let mut call = self.call(&[(Register::RAX, count)], (self.own(), kept))?;
             call.memory.extend((0..MOST).map(|k| (ARRAY + 8 * k, page(k))));
             call.memory.extend(self.list(listed));
             Ok::<_, anyhow::Error>(call)

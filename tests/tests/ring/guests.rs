@@ -77,7 +77,8 @@ pub fn floods(line: &str, cpus: u32) -> Result<()> {
     Ok(())
 }
 
-/// Audits from outside, from the first moments of boot to long after the hand-over, while the guest works and that is `tracked`.
+/// Audits from outside, from the first moments of boot to long after the hand-over, while the guest works and that is
+/// `tracked`; where pages are, exactly so once there are all.
 pub fn audits(line: &str, cpus: u32, tracked: &str) -> Result<()> {
     let mut guest = guest(line, cpus)?;
     guest.option("--track", tracked).script(
@@ -112,6 +113,7 @@ pub fn audits(line: &str, cpus: u32, tracked: &str) -> Result<()> {
         std::thread::sleep(Duration::from_millis(500));
     }
     ensure!(state["hooks_to_move"] == 0, "not handed over: {state}");
+    ensure!(state["hooks_stuck"].as_array().is_some_and(Vec::is_empty), "{}", state["hooks_stuck"]);
     for _ in 0..5 {
         exact()?;
         std::thread::sleep(Duration::from_millis(700));

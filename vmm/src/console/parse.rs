@@ -189,9 +189,9 @@ fn find_entry(name: &str) -> Result<&'static Entry, String> {
 
 fn unknown(name: &str) -> String {
     let wanted = name.to_lowercase();
-    let alike = COMMANDS.iter().map(|entry| (strsim::jaro_winkler(&wanted, entry.name), entry.name));
+    let alike = COMMANDS.iter().map(|entry| (strsim::jaro(&wanted, entry.name), entry.name));
     // As alike as clap's own subcommands have to be.
-    let best = alike.filter(|(alike, _)| *alike > 0.8).max_by(|a, b| a.0.total_cmp(&b.0));
+    let best = alike.filter(|(alike, _)| *alike > 0.7).max_by(|a, b| a.0.total_cmp(&b.0));
     let meant = best.map(|(_, meant)| format!(", did you mean {meant}")).unwrap_or_default();
     format!("unknown command {}{meant}: try help", quote(name))
 }

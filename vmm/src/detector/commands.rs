@@ -133,6 +133,7 @@ impl Target for Detector {
             say("ring_events", json!(status.events));
             say("ring_lag", json!(status.lag));
             say("ring_waits", json!(status.waits));
+            say("ring_fallbacks", json!(status.fallbacks));
         }
         say("objects", json!(objects));
         say("object_bytes", json!(bytes));

@@ -42,7 +42,7 @@ const ALIVE_PERIOD: Duration = Duration::from_secs(5);
 /// How often outputs are looked at.
 const OUTPUT_PERIOD: Duration = Duration::from_millis(500);
 /// A job's control socket appears once its machine is set up, which a host with other work keeps waiting.
-const CONTROL_PATIENCE: Duration = Duration::from_secs(600);
+const CONTROL_PATIENCE: Duration = Duration::from_secs(120);
 /// What a job leaves in its pipes when it ends is read within that time; a process it left behind may keep them open.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 /// The host ends the machine when it has heard how the job ended.

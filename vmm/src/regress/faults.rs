@@ -492,6 +492,14 @@ fn a_baseline_tells_new_from_known_from_fixed() {
 }
 
 #[test]
+fn a_baseline_stays_when_no_test_came_to_a_result() {
+    let mut case = Case::new(&suite("baseline = \"base.json\"", &["mute"], &["leak a 1"]));
+    case.options.outputs.update_baseline = true;
+    assert!(case.run().tests.iter().all(|test| test.outcome == Outcome::NotBooted));
+    assert!(!case.folder.join("base.json").exists());
+}
+
+#[test]
 fn a_report_that_cannot_be_written_loses_nothing_else() {
     for (command, code) in
         [("leak a 1", Some(ExitCode::Leaks)), ("blind a 1", Some(ExitCode::Guest)), ("exit 0", None)]

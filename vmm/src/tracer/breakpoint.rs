@@ -312,9 +312,6 @@ impl TrapHandler for Breakpoints {
         if let Some(ring) = self.ring() {
             // What happened before comes first.
             ring.drain();
-            if !trap.entry {
-                ring.keep_array(trap.role, registers);
-            }
         }
         match trap.role {
             Role::Patching => self.take_back(),
@@ -335,6 +332,9 @@ impl TrapHandler for Breakpoints {
             return TrapOutcome::Resume;
         }
         if !trap.entry && !RETURN_IS_DISPLACED {
+            if let Some(ring) = self.ring() {
+                ring.keep_array(trap.role, registers);
+            }
             self.recorder.returned(trap.role, registers, moment);
         }
         TrapOutcome::Resume

@@ -50,6 +50,8 @@ pub struct RingStatus {
     pub lag: u64,
     /// Exits for want of a free slot.
     pub waits: u64,
+    /// Events that stubs could not write down, and trapped for.
+    pub fallbacks: u64,
 }
 
 impl Trap {

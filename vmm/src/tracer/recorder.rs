@@ -4,7 +4,7 @@
 //! made, both under one lock while the vCPU waits. So when one vCPU frees an object and another gets the same memory,
 //! the registry sees them in the guest's order without any lock in the guest.
 
-use super::bulk::Filled;
+use super::bulk::{Arrived, Destination};
 use super::log::{EventLog, Writing};
 use crate::machine::GuestRam;
 use anyhow::Result;
@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 /// Most allocator calls under way at once: one per task, and a few per vCPU in interrupts. A guest that enters them and
 /// never returns ends there.
-pub(super) const MAX_PENDING: usize = 1 << 20;
+const MAX_PENDING: usize = 1 << 20;
 
 /// ZERO_SIZE_PTR and NULL (include/linux/slab.h), and error pointers (include/linux/err.h).
 fn is_object(address: u64) -> bool {
@@ -52,8 +52,8 @@ pub struct State {
     pub freed_by: FreedBy,
     /// Allocator calls between their entry and their return, by stack pointer at entry: the argument that the return needs.
     pub(super) pending: FxHashMap<u64, u64>,
-    /// What stubs found in the arrays of such calls before they returned, by the same.
-    pub(super) filled: FxHashMap<u64, Vec<Va>>,
+    /// What stubs saw that such calls got.
+    pub(super) arrived: Arrived,
 }
 
 impl State {
@@ -73,7 +73,7 @@ impl State {
     pub fn reset(&mut self) {
         self.registry.clear();
         self.pending.clear();
-        self.filled.clear();
+        self.arrived.clear();
     }
 }
 
@@ -178,8 +178,10 @@ impl Recorder {
             Role::Vmap if argument != 0 && value & VM_MAP == 0 => {}
             Role::Vmap => self.pend(registers, (registers.argument(1) & 0xffff_ffff) * PAGE_SIZE),
             Role::PageAlloc => self.pend(registers, registers.argument(1) & 0xffff_ffff),
-            Role::PageBulkAlloc => self
-                .pend(registers, Filled::at(registers.argument(4), registers.argument(5), self.bulk_list).0),
+            Role::PageBulkAlloc => self.pend(
+                registers,
+                Destination::at(registers.argument(4), registers.argument(5), self.bulk_list).0,
+            ),
             Role::PageFree => {
                 let order = registers.argument(argument + 1) & 0xffff_ffff;
                 self.free_pages(|_| Ok(vec![(Va(value), order)]));

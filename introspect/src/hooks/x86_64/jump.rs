@@ -137,8 +137,8 @@ pub(super) fn last_argument(role: Role, argument: u8) -> u8 {
     argument.saturating_add(u8::from(role == Role::PageFree))
 }
 
-/// True for an instruction that does the same elsewhere, that the kernel never patches, and that cannot fault by design. A
-/// branch does, as long as it does not go to what is moved with it.
+/// True for an instruction that does the same elsewhere, that the kernel never patches, and that cannot fault by design. A branch
+/// does, if it stays in the function and does not go to what is moved with it.
 pub(super) fn is_movable(i: &Instruction) -> bool {
     if i.is_jcc_short_or_near() {
         return true;

@@ -15,8 +15,9 @@ pub const LIMIT: u64 = 0x80;
 pub const ARRAYS: u64 = 0x800;
 /// Bits of an offset behind [`ARRAYS`].
 pub const ARRAYS_MASK: u64 = 0x7f0;
-/// Calls of different tasks stand at the same place of their stacks, which begin that far apart: bits.
-pub const STACKS_APART: u32 = 11;
+/// Calls of different tasks stand at the same place of their stacks: what tells those apart, from bit 15 on, is that much further
+/// down than the index's bits.
+pub const STACK_SHIFT: u32 = 11;
 /// First slot, behind the shared words.
 pub const SLOTS: u64 = 0x1000;
 /// Bytes of a slot.
@@ -35,7 +36,7 @@ pub const PREEMPT_COUNT: usize = 12;
 pub const RSP: usize = 16;
 /// u64: first argument; entries only.
 pub const RDI: usize = 24;
-/// u64: how many a call has got before those that this record has.
+/// u64: how many a call that gets them has got before those that this record has.
 pub const BEFORE: usize = RDI;
 /// Bits of a block of pages in such a record that say its order; all others are its first `struct page`'s address.
 pub const ORDERS: u64 = 63;
@@ -45,7 +46,8 @@ pub const RSI: usize = 32;
 pub const RDX: usize = 40;
 /// Arguments that are written down.
 pub const ARGUMENTS: u8 = 3;
-/// u64: the result, where an entry has its third argument; returns only, as all that follows but the stack's first word.
+/// u64: the result, where an entry has its third argument; returns only, as all that follows but the stack's first word and, in
+/// records with [`IS_ARRAY`], the words' number.
 pub const RAX: usize = RDX;
 /// u64.
 pub const RBP: usize = 48;
@@ -81,7 +83,7 @@ pub const OUTERMOST: u64 = 168 + 8 * OUTERMOST_WORDS as u64;
 
 /// Where in the shared words the array of a call is kept whose return address is there.
 pub fn array_of(return_address: u64) -> u64 {
-    ARRAYS + ((return_address ^ return_address >> STACKS_APART) & ARRAYS_MASK)
+    ARRAYS + ((return_address ^ return_address >> STACK_SHIFT) & ARRAYS_MASK)
 }
 
 /// The words of a slot.
@@ -123,7 +125,7 @@ impl<'a> Record<'a> {
         self.u32(HOOK) & !IS_ARRAY
     }
 
-    /// Objects or blocks of pages, and how many there are before them; None when the record has none.
+    /// Objects or blocks of pages, and how many a call that gets them has got before; None when the record has none.
     pub fn array(&self) -> Option<(u64, impl ExactSizeIterator<Item = u64>)> {
         let words = (self.u32(WORDS) as usize).clamp(1, MAX_WORDS);
         let array = (1..words).map(|k| self.word(STACK + k * WORD));

@@ -192,7 +192,7 @@ impl Point {
         !matches!(self, Self::Entry(_) | Self::Return)
     }
 
-    /// The registers that its stub needs: rax first.
+    /// The registers that its stub needs: rax and rcx first, as `Frame` has it.
     fn saved(self) -> Vec<AsmRegister64> {
         let more: &[AsmRegister64] = match self {
             Self::Entry(_) | Self::Fill(..) => &[],
@@ -494,6 +494,11 @@ impl Frame {
     /// Where the function's result is, the first register pushed.
     fn result(self) -> AsmMemoryOperand {
         qword_ptr(rsp + (self.pushed - 16))
+    }
+
+    /// Where its fourth argument is, the second register pushed.
+    fn fourth(self) -> AsmMemoryOperand {
+        qword_ptr(rsp + (self.pushed - 24))
     }
 }
 

@@ -62,6 +62,7 @@ pub struct Ring {
     /// What traps in stubs are for, by their addresses.
     stub_traps: RwLock<FxHashMap<u64, StubTrap>>,
     waits: AtomicU64,
+    fallbacks: AtomicU64,
 }
 
 impl Ring {
@@ -103,6 +104,7 @@ impl Ring {
             written: Mutex::default(),
             stub_traps: RwLock::default(),
             waits: AtomicU64::new(0),
+            fallbacks: AtomicU64::new(0),
         })
     }
 
@@ -203,6 +205,7 @@ impl Ring {
 
     /// As the trap would that the stub stands for.
     fn event_now(&self, cpu: usize, hook: u32, registers: &Registers) {
+        self.fallbacks.fetch_add(1, Ordering::Relaxed);
         // What happened before comes first.
         self.drain();
         let Some(hook) = self.hooks.get(hook as usize) else { return };
@@ -238,6 +241,7 @@ impl Ring {
             events,
             lag: self.slots.head().saturating_sub(events),
             waits: self.waits.load(Ordering::Relaxed),
+            fallbacks: self.fallbacks.load(Ordering::Relaxed),
         }
     }
 

@@ -11,14 +11,13 @@ use iced_x86::code_asm::{
 
 /// Words of an array that one record has, behind the return address.
 const PIECE: i32 = slot::MAX_WORDS as i32 - 1;
-/// More words of an array are for the host to look at while the guest stands still. The kernel's own users pass up to 512.
-const MAX_ARRAY: i32 = 4096;
+/// More, of an array or on a list, are for the host to look at while the guest stands still: the list may be damaged. The
+/// kernel's own users pass up to 512.
+const MOST: i32 = 4096;
 /// More folios are in no batch (`PAGEVEC_SIZE` was 14, 15 and is 31).
 const MAX_BATCH: i32 = 64;
-/// Where rcx is among the registers that every stub saves.
-const SAVED_RCX: i32 = 8;
-/// Said of where pages are put: an array, not a list.
-const IS_ARRAY: i32 = 1;
+/// As 32-bit operands take it.
+const KEPT_ARRAY: i32 = crate::hooks::KEPT_ARRAY as i32;
 /// Addresses of `struct page`s are aligned to more than the largest order. (include/asm-generic/memory_model.h)
 const ORDERS: i32 = slot::ORDERS as i32;
 
@@ -38,7 +37,7 @@ impl Writer {
             (Source::List, _) => {
                 a.mov(r8, rdi)?;
                 a.mov(rsi, qword_ptr(rdi))?;
-                a.mov(r11, -1_i64)?;
+                a.mov(r11d, MOST)?;
                 a.cmp(rsi, r8)?;
             }
             (Source::Batch, Some((count, folios))) => {
@@ -49,7 +48,7 @@ impl Writer {
                 a.test(r11d, r11d)?;
             }
             (Source::Array, _) => {
-                a.cmp(rsi, MAX_ARRAY)?;
+                a.cmp(rsi, MOST)?;
                 a.ja(missed)?;
                 a.mov(r11, rsi)?;
                 a.mov(rsi, rdx)?;
@@ -71,6 +70,11 @@ impl Writer {
         a.mov(at(rdx, slot::SEQUENCE), rax)?;
         a.test(r11, r11)?;
         a.jne(next)?;
+        if source == Source::List {
+            // It goes on: what is recorded twice is nobody's by then.
+            a.cmp(rsi, r8)?;
+            a.jne(missed)?;
+        }
         a.set_label(&mut done)
     }
 
@@ -92,10 +96,10 @@ impl Writer {
         a.jne(missed)?;
         a.set_label(&mut own)?;
         match filled {
-            Filled::Objects => a.mov(rax, qword_ptr(rsp + SAVED_RCX))?,
+            Filled::Objects => a.mov(rax, frame.fourth())?,
             Filled::Pages if !self.surroundings.pages.bulk_has_list => {
                 a.mov(rax, r8)?;
-                a.or(rax, IS_ARRAY)?;
+                a.or(rax, KEPT_ARRAY)?;
             }
             Filled::Pages => {
                 let mut is_list = a.create_label();
@@ -103,7 +107,7 @@ impl Writer {
                 a.test(r9, r9)?;
                 a.je(is_list)?;
                 a.mov(rax, r9)?;
-                a.or(rax, IS_ARRAY)?;
+                a.or(rax, KEPT_ARRAY)?;
                 a.set_label(&mut is_list)?;
             }
         }
@@ -128,7 +132,7 @@ impl Writer {
             // An int.
             a.mov(r11d, r11d)?;
         }
-        a.cmp(r11, MAX_ARRAY)?;
+        a.cmp(r11, MOST)?;
         a.ja(missed)?;
         a.mov(rbx, qword_ptr(rcx + 8))?;
         a.mov(qword_ptr(rcx), 0)?;
@@ -149,7 +153,7 @@ impl Writer {
         a.mov(at(rdx, slot::BEFORE), rdi)?;
         if filled == Filled::Pages {
             let mut is_array = a.create_label();
-            a.test(ebx, IS_ARRAY)?;
+            a.test(ebx, KEPT_ARRAY)?;
             a.jne(is_array)?;
             self.list(a)?;
             a.jmp(publish)?;
@@ -176,7 +180,7 @@ impl Writer {
         let mut is_array = a.create_label();
         a.test(rsi, rsi)?;
         a.je(none)?;
-        a.test(ebx, IS_ARRAY)?;
+        a.test(ebx, KEPT_ARRAY)?;
         a.jne(is_array)?;
         a.mov(r8, rsi)?;
         a.mov(rsi, qword_ptr(r8))?;
@@ -184,14 +188,14 @@ impl Writer {
         a.je(none)?;
         a.set_label(&mut is_array)?;
         // Links have no such bit.
-        a.and(rsi, !IS_ARRAY)
+        a.and(rsi, !KEPT_ARRAY)
     }
 
     /// rdx: where the return address is; rcx: the pair of words that is for the call with that.
     fn kept(&self, a: &mut CodeAssembler, frame: Frame) -> Result<(), IcedError> {
         a.lea(rdx, ptr(rsp + frame.pushed))?;
         a.mov(rax, rdx)?;
-        a.shr(rax, slot::STACKS_APART)?;
+        a.shr(rax, slot::STACK_SHIFT)?;
         a.xor(eax, edx)?;
         a.and(eax, slot::ARRAYS_MASK as i32)?;
         a.mov(rcx, self.ring.0)?;
