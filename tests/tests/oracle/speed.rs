@@ -16,7 +16,12 @@ pub fn kmemleak() -> Result<()> {
     let mut figures = Vec::new();
     for cpus in [1, 2, 4] {
         let times = |kmemleak| work::times(oracle(kmemleak, cpus)?.option("--tracer", "off"), &churn, cpus);
-        for (name, ratio) in work::ratios(&times("off")?, &times("on")?)? {
+        let (mut off, mut on) = (work::Times::new(), work::Times::new());
+        for _ in 0..work::BOOTS {
+            work::keep_least(&mut off, times("off")?);
+            work::keep_least(&mut on, times("on")?);
+        }
+        for (name, ratio) in work::ratios(&off, &on)? {
             figures.push((format!("slowdown_kmemleak, {name}, {cpus} CPU"), ratio));
         }
     }
