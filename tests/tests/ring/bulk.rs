@@ -233,7 +233,7 @@ impl Check<'_> {
             for k in 0..count {
                 let flags = 0x17_ffff_0000_0000 | if k % 2 == 1 { pages.head } else { 0 };
                 call.memory.insert(BATCH + folios + 8 * k, page(k));
-                call.memory.extend([(page(k), flags), (page(k) + 0x40, 0xdd00 | k % 11)]);
+                call.memory.extend([(page(k), flags), (page(k) + 0x40, 0xdd00 | (k % 11))]);
             }
             Ok::<_, anyhow::Error>(call)
         };

@@ -18,7 +18,7 @@ const MAX_ARRIVED: usize = 64;
 impl Recorder {
     /// What a stub wrote down of a bulk call at these registers: objects, or pages with their orders. A call that gives them
     /// back has `caller`. One that gets them returns next; it got `before` of them before these.
-    pub(super) fn bulk(
+    pub fn bulk(
         &self,
         role: Role,
         registers: &Registers,
