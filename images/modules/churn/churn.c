@@ -38,6 +38,8 @@ MODULE_PARM_DESC(steps, "in many ways, on the first CPU");
 
 #define CHURN_PLACES 24
 #define CHURN_BULK 5
+/* One more than a detector may want to look at without stopping the kernel. */
+#define CHURN_MOST_BULK 4097
 
 enum churn_kind { CHURN_NONE, CHURN_KMALLOC, CHURN_CACHED, CHURN_PERCPU };
 
@@ -48,6 +50,7 @@ struct churn_place {
 
 static struct churn_place churn_places[CHURN_PLACES];
 static struct kmem_cache *churn_cache;
+static void *churn_objects[CHURN_MOST_BULK];
 static struct task_struct *churn_tasks[8];
 static DECLARE_COMPLETION(churn_done);
 static atomic_t churn_left;
@@ -117,23 +120,31 @@ static noinline __noclone void churn_empty(struct churn_place *place)
 	place->kind = CHURN_NONE;
 }
 
-static noinline __noclone void churn_bulk(void)
+static noinline __noclone void churn_bulk(unsigned int count)
 {
-	void *objects[CHURN_BULK];
+	if (kmem_cache_alloc_bulk(churn_cache, GFP_KERNEL, count, churn_objects) == count)
+		kmem_cache_free_bulk(churn_cache, count, churn_objects);
+}
 
-	if (kmem_cache_alloc_bulk(churn_cache, GFP_KERNEL, CHURN_BULK, objects) == CHURN_BULK)
-		kmem_cache_free_bulk(churn_cache, CHURN_BULK, objects);
+/* Mostly few at a time, now and then about as many as one record of a detector's has, or several. */
+static unsigned int churn_bulk_count(void)
+{
+	static const unsigned int counts[] = { 1, 111, 112, 113, 300 };
+
+	return churn_below(8) ? CHURN_BULK : counts[churn_below(ARRAY_SIZE(counts))];
 }
 
 static void churn_mix(void)
 {
 	unsigned int i;
 
+	if (steps)
+		churn_bulk(CHURN_MOST_BULK);
 	for (i = 0; i < steps; i++) {
 		struct churn_place *place = &churn_places[churn_below(CHURN_PLACES)];
 
 		if (churn_below(16) == 0)
-			churn_bulk();
+			churn_bulk(churn_bulk_count());
 		else if (place->kind == CHURN_NONE)
 			churn_fill(place);
 		else
