@@ -172,8 +172,10 @@ fn seen(line: &str, tracer: &str) -> Result<(BTreeMap<Leak, usize>, Stream)> {
     for leak in report["leaks"].as_array().context("no leaks")? {
         let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
         let frames = leak["backtrace"].as_array().context("no backtrace")?;
-        // Whom an interrupt came upon is another matter in every run, and who does its late work.
-        let is_other = |name: &str| name.starts_with("asm_sysvec_") || name == "handle_softirqs";
+        // Whom an interrupt came upon is another matter in every run, and who does its late work: a timer's may be any CPU.
+        let is_other = |name: &str| {
+            name.starts_with("asm_sysvec_") || ["handle_softirqs", "call_timer_fn"].contains(&name)
+        };
         let own = frames.iter().take_while(|f| !is_other(&text(&f["symbol"])));
         let frames = own.map(|f| format!("{}+{}", text(&f["symbol"]), f["offset"])).collect();
         let key = (text(&leak["kind"]), leak["size"].as_u64().context("no size")?, frames);
