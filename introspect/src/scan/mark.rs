@@ -185,6 +185,18 @@ impl Drop for Leaving<'_> {
     }
 }
 
+/// Has so many threads do this, this one among them.
+fn on_all_threads(threads: usize, work: &(impl Fn() -> Reader + Sync)) -> Vec<Reader> {
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut readers = vec![work()];
+        let joined =
+            others.into_iter().map(|other| other.join().unwrap_or_else(|panic| panic::resume_unwind(panic)));
+        readers.extend(joined);
+        readers
+    })
+}
+
 /// The same objects, in an order in which they are read fast, where that pays.
 fn in_order(objects: Vec<u32>, slots: usize) -> Vec<u32> {
     if objects.len() >= ORDERED_FROM { in_parts(&objects, slots) } else { objects }
@@ -411,7 +423,8 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
             }
             reader
         };
-        self.on_all_threads(&work);
+        let readers = on_all_threads(self.threads, &work);
+        readers.into_iter().for_each(|reader| self.reader.add(reader));
     }
 
     /// Has all threads take `share` items at a time and read them.
@@ -435,20 +448,7 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
             reader.resolve_all(heap, &mut ());
             reader
         };
-        self.on_all_threads(&work);
-    }
-
-    /// Has all threads do this, and takes over what they reached and counted.
-    fn on_all_threads(&mut self, work: &(impl Fn() -> Reader + Sync)) {
-        let readers = thread::scope(|scope| {
-            let others: Vec<_> = (1..self.threads).map(|_| scope.spawn(work)).collect();
-            let mut readers = vec![work()];
-            let joined = others
-                .into_iter()
-                .map(|other| other.join().unwrap_or_else(|panic| panic::resume_unwind(panic)));
-            readers.extend(joined);
-            readers
-        });
+        let readers = on_all_threads(self.threads, &work);
         readers.into_iter().for_each(|reader| self.reader.add(reader));
     }
 
