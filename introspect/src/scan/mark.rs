@@ -5,9 +5,10 @@
 //! it points into ([`Index::find`]); words of an object that was reached count in turn. References of an object to
 //! itself need no rule here: an object is read only after something else has reached it.
 //!
-//! Objects at one distance from the roots can be read by several threads ([`Marker::share`]). They share one byte for
-//! each object. That an object is marked may be seen too late, which costs a second look; who marks it is decided by one
-//! atomic instruction, so that each is read once, and the same are reached as by one thread.
+//! Several threads can read what was reached ([`Marker::share`]), each what it reaches itself, until another has nothing to do
+//! and gets a part of that ([`Shared`]). They share one byte for each object. That an object is marked may be seen too late,
+//! which costs a second look; who marks it is decided by one atomic instruction, so that each is read once, and the same are
+//! reached as by one thread.
 
 use super::edges::Edges;
 use super::index::{Block, Hit, Index};
@@ -20,8 +21,8 @@ use crate::memory::PAGE_SHIFT;
 use rustc_hash::FxHashMap;
 use std::ops::Range;
 use std::panic;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 /// Lends the memory of objects, to several threads.
@@ -108,6 +109,98 @@ const PARTS: usize = 1024;
 const SHARE: usize = 128;
 /// See [`SHARE`].
 const ROOT_SHARE: usize = 64 << 10;
+
+/// Objects that several threads read.
+struct Shared {
+    left: Mutex<Left>,
+    changed: Condvar,
+    /// [`Left::waiting`], for a look without the lock.
+    waiting: AtomicUsize,
+}
+
+struct Left {
+    /// Objects that nobody reads yet.
+    parts: Vec<Vec<u32>>,
+    /// Threads that wait for some.
+    waiting: usize,
+    /// All threads.
+    threads: usize,
+}
+
+impl Shared {
+    /// So many threads will share `objects`.
+    fn new(threads: usize, objects: &[u32]) -> Self {
+        let parts = objects.chunks(objects.len().div_ceil(threads).max(1)).map(<[u32]>::to_vec).collect();
+        let left = Mutex::new(Left { parts, waiting: 0, threads });
+        Self { left, changed: Condvar::new(), waiting: AtomicUsize::new(0) }
+    }
+
+    fn left(&self) -> MutexGuard<'_, Left> {
+        // Each change is whole.
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Some that nobody reads yet, as soon as there are; None when there will be none, for all others wait, too.
+    fn take(&self) -> Option<Vec<u32>> {
+        let mut left = self.left();
+        left.waiting += 1;
+        while left.parts.is_empty() && left.waiting < left.threads {
+            self.waiting.store(left.waiting, Relaxed);
+            left = self.changed.wait(left).unwrap_or_else(PoisonError::into_inner);
+        }
+        let part = left.parts.pop();
+        if part.is_some() {
+            left.waiting -= 1;
+        }
+        self.waiting.store(left.waiting, Relaxed);
+        self.changed.notify_all();
+        part
+    }
+
+    /// True when a thread waits.
+    fn is_wanted(&self) -> bool {
+        self.waiting.load(Relaxed) > 0
+    }
+
+    /// Gives the second half of those from `from` on away, if it is worth it.
+    fn give(&self, objects: &mut Vec<u32>, from: usize) {
+        let half = (objects.len() - from) / 2;
+        if half >= SHARE / 4 {
+            let given = objects.split_off(objects.len() - half);
+            self.left().parts.push(given);
+            self.changed.notify_one();
+        }
+    }
+}
+
+/// Tells the others of a thread that ends early that it will give nothing any more.
+struct Leaving<'a>(&'a Shared);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.left().threads -= 1;
+            self.0.changed.notify_all();
+        }
+    }
+}
+
+/// Has so many threads do this, this one among them.
+fn on_all_threads(threads: usize, work: &(impl Fn() -> Reader + Sync)) -> Vec<Reader> {
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut readers = vec![work()];
+        let joined =
+            others.into_iter().map(|other| other.join().unwrap_or_else(|panic| panic::resume_unwind(panic)));
+        readers.extend(joined);
+        readers
+    })
+}
+
+/// The same objects, in an order in which they are read fast, where that pays.
+fn in_order(objects: Vec<u32>, slots: usize) -> Vec<u32> {
+    if objects.len() >= ORDERED_FROM { in_parts(&objects, slots) } else { objects }
+}
 
 /// The same slots, those of each part of the heap together, which takes a third of the time that sorting does.
 fn in_parts(objects: &[u32], slots: usize) -> Vec<u32> {
@@ -286,14 +379,9 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
             Some(edges) => edges,
         };
         while !self.reader.work.is_empty() {
-            let mut next = std::mem::take(&mut self.reader.work);
-            if next.len() >= ORDERED_FROM {
-                next = in_parts(&next, self.heap.index.slots());
-            }
+            let next = in_order(std::mem::take(&mut self.reader.work), self.heap.index.slots());
             if self.threads > 1 && next.len() >= self.shared_from {
-                self.together(&next, SHARE, |reader, heap, part| {
-                    reader.read_objects(heap, &edges, &mut (), part);
-                });
+                self.run_together(&edges, next);
             } else {
                 self.reader.read_objects(&self.heap, &edges, &mut self.witness, &next);
                 self.reader.resolve_all(&self.heap, &mut self.witness);
@@ -309,6 +397,34 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
         self.bytes += edges.bytes;
         self.dropped += edges.dropped;
         edges
+    }
+
+    /// Has all threads read these objects, and everything that is reached from them.
+    fn run_together(&mut self, edges: &Edges, objects: Vec<u32>) {
+        let (heap, shared) = (&self.heap, Shared::new(self.threads, &objects));
+        let work = || {
+            let (_leaving, mut reader) = (Leaving(&shared), Reader::default());
+            while let Some(mut objects) = shared.take() {
+                let mut at = 0;
+                while at < objects.len() {
+                    let part = at..objects.len().min(at + SHARE);
+                    at = part.end;
+                    reader.read_objects(heap, edges, &mut (), &objects[part]);
+                    if shared.is_wanted() {
+                        shared.give(&mut objects, at);
+                        shared.give(&mut reader.work, 0);
+                    }
+                    if at == objects.len() {
+                        reader.resolve_all(heap, &mut ());
+                        objects = in_order(std::mem::take(&mut reader.work), heap.index.slots());
+                        at = 0;
+                    }
+                }
+            }
+            reader
+        };
+        let readers = on_all_threads(self.threads, &work);
+        readers.into_iter().for_each(|reader| self.reader.add(reader));
     }
 
     /// Has all threads take `share` items at a time and read them.
@@ -332,15 +448,7 @@ impl<'a, C: Contents, W: Witness> Marker<'a, C, W> {
             reader.resolve_all(heap, &mut ());
             reader
         };
-        let readers = thread::scope(|scope| {
-            let others: Vec<_> = (1..self.threads).map(|_| scope.spawn(work)).collect();
-            let mut readers = vec![work()];
-            let joined = others
-                .into_iter()
-                .map(|other| other.join().unwrap_or_else(|panic| panic::resume_unwind(panic)));
-            readers.extend(joined);
-            readers
-        });
+        let readers = on_all_threads(self.threads, &work);
         readers.into_iter().for_each(|reader| self.reader.add(reader));
     }
 
