@@ -184,10 +184,9 @@ impl Function {
             if len >= JUMP_LEN {
                 break;
             }
-            // `entry` has seen to it that no branch goes back to the first. One that leaves may be a static call, which is patched.
-            let leaves = i.is_jcc_short_or_near()
-                && !self.parts.iter().any(|part| part.contains(Va(i.near_branch_target())));
-            if !is_movable(i) || leaves || k > 0 && self.targets.contains(&i.ip()) {
+            let inside = |target: Va| self.parts.iter().any(|part| part.contains(target));
+            // `entry` has seen to it that no branch goes back to the first.
+            if !is_movable(i, inside) || k > 0 && self.targets.contains(&i.ip()) {
                 return Err(SiteError::NoJump(Va(i.ip()), format!("{:?} cannot be moved", i.mnemonic())));
             }
             len += i.len();

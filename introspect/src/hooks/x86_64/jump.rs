@@ -138,10 +138,11 @@ pub(super) fn last_argument(role: Role, argument: u8) -> u8 {
 }
 
 /// True for an instruction that does the same elsewhere, that the kernel never patches, and that cannot fault by design. A branch
-/// does, if it stays in the function and does not go to what is moved with it.
-pub(super) fn is_movable(i: &Instruction) -> bool {
+/// does, if it stays `inside` the function and does not go to what is moved with it; one that leaves may be a static call,
+/// which is patched.
+pub(super) fn is_movable(i: &Instruction, inside: impl Fn(Va) -> bool) -> bool {
     if i.is_jcc_short_or_near() {
-        return true;
+        return inside(Va(i.near_branch_target()));
     }
     let plain = i.flow_control() == FlowControl::Next && !i.has_lock_prefix() && !i.has_rep_prefix();
     plain
