@@ -27,12 +27,7 @@ impl Cache {
 
     /// The cache of this source tree's tools and tests: `$KLEAK_IMAGES`, else `images` in cargo's target folder.
     pub fn of_workspace() -> Self {
-        let named = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty());
-        if let Some(folder) = named(FOLDER_VARIABLE) {
-            return Self::new(folder);
-        }
-        let target = named("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
-        Self::new(target.join("images"))
+        Self::new(named(FOLDER_VARIABLE).unwrap_or_else(|| target().join("images")))
     }
 
     /// The folder.
@@ -114,6 +109,16 @@ fn entry_name(name: &str, key: impl Hash) -> String {
 pub fn workspace() -> PathBuf {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     package.parent().unwrap_or(package).to_owned()
+}
+
+/// Cargo's target folder of that tree.
+pub fn target() -> PathBuf {
+    named("CARGO_TARGET_DIR").unwrap_or_else(|| workspace().join("target"))
+}
+
+/// What an environment variable says; an empty one says nothing.
+fn named(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 #[cfg(test)]

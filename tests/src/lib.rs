@@ -64,8 +64,21 @@ pub fn test(name: impl Into<String>, body: impl Fn() -> Result<()> + Send + 'sta
             eprintln!("{label} is started again: QEMU let a kernel run into a breakpoint that was gone");
             result = body();
         }
-        result.map_err(|error| Failed::from(format!("{error:#}")))
+        result.map_err(|error| {
+            let said = format!("{error:#}");
+            note_failure(&label, &said);
+            Failed::from(said)
+        })
     })
+}
+
+/// Leaves what a failed test said in the folder that `KLEAK_FAILURES` names, whence `cargo xtask test` repeats it at its end:
+/// a run of hours has long outputs, and of a run in CI often only the end is kept.
+fn note_failure(name: &str, said: &str) {
+    let Some(folder) = std::env::var_os("KLEAK_FAILURES").map(PathBuf::from) else { return };
+    if let Err(error) = std::fs::write(folder.join(name), said) {
+        eprintln!("{name}: Cannot write {}: {error}", folder.display());
+    }
 }
 
 /// A long test: `cargo xtask test --full` runs it, otherwise it is counted as ignored.

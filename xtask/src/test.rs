@@ -6,6 +6,7 @@ use clap::Args;
 use images::host_packages::Purpose;
 use images::kernel::Headers;
 use images::{Cache, KernelPackage, cache, modules};
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -58,7 +59,28 @@ pub fn run(options: &Options) -> Result<()> {
         command.env("KLEAK_FULL", "1");
     }
     command.envs(options.tracer.iter().map(|tracer| ("KLEAK_TRACER", tracer)));
-    finish(&mut command)
+    let failures = cache::target().join("failures");
+    let _ = fs::remove_dir_all(&failures);
+    fs::create_dir_all(&failures).with_context(|| format!("Cannot make {}", failures.display()))?;
+    let result = finish(command.env("KLEAK_FAILURES", &failures));
+    repeat(&failures)?;
+    result
+}
+
+/// Prints once more what the tests that boot guests said when they failed, behind everything else; it stays in that folder.
+fn repeat(failures: &Path) -> Result<()> {
+    const LINES: usize = 60;
+    for entry in fs::read_dir(failures)? {
+        let path = entry?.path();
+        let said = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
+        let lines: Vec<&str> = said.lines().collect();
+        println!("\n---- failed: {}", path.file_name().unwrap_or_default().display());
+        if lines.len() > LINES {
+            println!("(the last {LINES} of {} lines; all are in {})", lines.len(), path.display());
+        }
+        println!("{}", lines[lines.len().saturating_sub(LINES)..].join("\n"));
+    }
+    Ok(())
 }
 
 /// Runs one test of one test program, a long one too, with a variable in its environment.
