@@ -110,23 +110,25 @@ fn has_passed(results: &Value) -> bool {
     results["tests"][0]["outcome"] == "passed"
 }
 
-/// Waits for the process behind the second boot: the first has ended with its only test, as `passed` says.
+/// Waits for the process behind the second boot: another than what was there before `passed` said that the first has ended with
+/// its only test.
 fn second_boot(session: &mut Session, passed: impl Fn() -> bool, deadline: Instant) -> Result<u32> {
-    while !passed() {
-        ensure!(session.is_running()? && Instant::now() < deadline, "the boot is not tested");
+    let mut first = None;
+    loop {
+        // In this order: what is seen before that is the first.
+        let (worker, is_second) = (worker(session.pid())?, passed());
+        match worker {
+            Some(pid) if is_second && Some(pid) != first => {
+                // Into its own work.
+                std::thread::sleep(Duration::from_secs(1));
+                return Ok(pid);
+            }
+            Some(pid) if !is_second => first = Some(pid),
+            _ => {}
+        }
+        ensure!(session.is_running()? && Instant::now() < deadline, "no boot after that of {first:?}");
         std::thread::sleep(STEP);
     }
-    let first = worker(session.pid())?;
-    let second = loop {
-        match worker(session.pid())? {
-            Some(pid) if Some(pid) != first || first.is_none() => break pid,
-            _ => std::thread::sleep(STEP),
-        }
-        ensure!(session.is_running()? && Instant::now() < deadline, "no second boot");
-    };
-    // Into its own work.
-    std::thread::sleep(Duration::from_secs(1));
-    Ok(second)
 }
 
 /// None of these processes, and no file or socket of theirs.

@@ -79,7 +79,8 @@ impl Detector {
         let candidates = state.registry.objects().filter(|o| long_enough(o) && o.paint == Paint::Normal);
         candidates.filter(named).max_by_key(|o| o.sequence).with_context(|| {
             format!(
-                "No tracked object holds {CANARY:?}: mount it in the guest first, mount -t ramfs {CANARY} DIR"
+                "No tracked object holds {CANARY:?}: its allocation was not traced, or the guest has not mounted it yet: \
+                 mount -t ramfs {CANARY} DIR"
             )
         })
     }
