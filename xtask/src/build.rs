@@ -78,8 +78,6 @@ fn finish(cargo: &mut Command, arch: &str, place: &str) -> Result<PathBuf> {
     cargo.args(["--release", "--config", &flags]).current_dir(images::cache::workspace());
     let status = cargo.status().context("Cannot run cargo")?;
     ensure!(status.success(), "{place} does not compile for {arch}");
-    let folder = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| images::cache::workspace().join("target"), PathBuf::from);
-    let binary = folder.join(target).join("release").join(place);
+    let binary = images::cache::target().join(target).join("release").join(place);
     std::path::absolute(&binary).with_context(|| format!("Cannot find {}", binary.display()))
 }
