@@ -16,11 +16,6 @@ impl Unwinder<'_> {
         mut read: impl FnMut(Va) -> Option<u64>,
         mut visit: impl FnMut(StackFrame) -> bool,
     ) -> End {
-        let (ip, sp) = in_kernel(modules, start.ip, start.sp);
-        let start = &Start { ip, sp, ..*start };
-        if !visit(StackFrame { ip: start.ip, sp: start.sp, exact: start.exact }) {
-            return End::Full;
-        }
         match self.follow(modules, start, &mut read, &mut visit) {
             Ok(()) => End::Full,
             Err(end) => end,
@@ -35,19 +30,25 @@ impl Unwinder<'_> {
         read: &mut impl FnMut(Va) -> Option<u64>,
         visit: &mut impl FnMut(StackFrame) -> bool,
     ) -> Result<(), End> {
-        let mut bp = start.bp;
-        if start.exact && self.is_frameless(start, read) {
-            let ip = Va(word(read, start.sp)?);
-            if !visit(StackFrame { ip, sp: start.sp + 8, exact: false }) {
-                return Ok(());
-            }
-        }
+        let &Start { ip, sp, mut bp, exact, .. } = start;
+        let (ip, sp) = in_kernel(modules, ip, sp);
+        let mut frame = StackFrame { ip, sp, exact };
         let mut descents = 0;
         loop {
+            if !visit(frame) {
+                return Ok(());
+            }
+            if frame.exact && self.is_frameless(frame.sp, bp, read) {
+                let ip = Va(word(read, frame.sp)?);
+                if !visit(StackFrame { ip, sp: frame.sp + 8, exact: false }) {
+                    return Ok(());
+                }
+            }
             if bp.0 == 0 {
                 return Err(End::Complete);
             }
-            let (frame, next) = if bp.0 & 1 != 0 {
+            let next;
+            (frame, next) = if bp.0 & 1 != 0 {
                 let regs = bp - 1;
                 end_at_user_code(word(read, regs + pt_regs::CS)?)?;
                 let (ip, sp) = (Va(word(read, regs + pt_regs::IP)?), Va(word(read, regs + pt_regs::SP)?));
@@ -59,9 +60,6 @@ impl Unwinder<'_> {
             };
             if !self.is_code(frame.ip, false) {
                 return Err(End::NotCode(frame.ip));
-            }
-            if !visit(frame) {
-                return Ok(());
             }
             if next <= bp && next.0 != 0 {
                 descents += 1;
@@ -75,8 +73,8 @@ impl Unwinder<'_> {
 
     /// At a function's first or last instruction its return address is on top of the stack and rbp is still its
     /// caller's. The word there is taken for one when code is at it and the chain does not yield it as well.
-    fn is_frameless(&self, start: &Start, read: &mut impl FnMut(Va) -> Option<u64>) -> bool {
-        let top = read(start.sp).filter(|&ip| self.is_code(Va(ip), false));
-        top.is_some() && (start.bp.0 & 1 != 0 || top != read(start.bp + 8))
+    fn is_frameless(&self, sp: Va, bp: Va, read: &mut impl FnMut(Va) -> Option<u64>) -> bool {
+        let top = read(sp).filter(|&ip| self.is_code(Va(ip), false));
+        top.is_some() && (bp.0 & 1 != 0 || top != read(bp + 8))
     }
 }

@@ -184,6 +184,18 @@ fn an_interrupted_function_finds_its_frame_by_the_saved_registers() {
     assert_eq!(unwind(&orc, &start(SPECIAL), &stack), (frames, End::Complete));
 }
 
+/// A thunk's first instruction is described like the bottom of a stack, and its caller's is on the stack.
+#[test]
+fn what_runs_is_at_no_bottom() {
+    let orc = with_special((5, 0), (0, 0), REGISTERS | SIGNAL);
+    assert_eq!(unwind(&orc, &start(BOTTOM), &[]), (vec![BOTTOM], End::Undefined(Va(code(BOTTOM)))));
+    let interrupted = saved(0, code(BOTTOM), 0x200, 0, KERNEL_CS);
+    let expected = (vec![SPECIAL, BOTTOM], End::Undefined(Va(code(BOTTOM))));
+    assert_eq!(unwind(&orc, &start(SPECIAL), &interrupted), expected);
+    let new = Start { scratch: None, ..start(BOTTOM) };
+    assert_eq!(unwind(&orc, &new, &[]), (vec![BOTTOM], End::Complete));
+}
+
 #[test]
 fn user_code_ends_the_trace() {
     let registers = with_special((5, 0), (0, 0), REGISTERS);
@@ -515,6 +527,12 @@ fn a_function_that_has_no_frame_yet_keeps_its_caller() {
     assert_eq!(along_frame_pointers(&start(LEAF), &stack), (vec![LEAF, 0x20, 0x30], End::Complete));
     let asleep = Start { exact: false, ..start(LEAF) };
     assert_eq!(along_frame_pointers(&asleep, &stack), (vec![LEAF, 0x30], End::Complete));
+    // Interrupted there.
+    let mut stack = vec![(0x80, STACK + 0xa1), (0x88, code(0x20)), (0x200, code(0x50))];
+    stack.extend(saved(0xa0, code(0x30), 0x200, STACK + 0x300, KERNEL_CS));
+    stack.extend([(0x300, 0), (0x308, code(0x40))]);
+    let frames = vec![LEAF, 0x20, 0x30, 0x50, 0x40];
+    assert_eq!(along_frame_pointers(&start(LEAF), &stack), (frames, End::Complete));
 }
 
 fn rows() -> impl Strategy<Value = Vec<Row>> {

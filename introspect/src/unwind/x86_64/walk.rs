@@ -38,6 +38,8 @@ struct Position {
     sp: Va,
     bp: Va,
     exact: bool,
+    /// A task begins here that never ran.
+    new: bool,
     source: Source,
     /// How often the stack pointer went down.
     descents: u32,
@@ -55,7 +57,8 @@ impl Unwinder<'_> {
         let &Start { ip, sp, bp, scratch, exact } = start;
         let source = scratch.map_or(Source::Nowhere, Source::Live);
         let (ip, sp) = in_kernel(modules, ip, sp);
-        let mut at = Position { ip, sp, bp, exact, source, descents: 0 };
+        let new = exact && scratch.is_none();
+        let mut at = Position { ip, sp, bp, exact, new, source, descents: 0 };
         while visit(StackFrame { ip: at.ip, sp: at.sp, exact: at.exact }) {
             let called = if at.exact { at.ip } else { at.ip - 1 };
             let entry = match self.entry(orc, modules, called) {
@@ -93,6 +96,9 @@ impl Position {
     fn step(&mut self, entry: &Entry, read: &mut impl FnMut(Va) -> Option<u64>) -> Result<(), End> {
         match entry.frame {
             Frame::Undefined => return Err(End::Undefined(self.ip)),
+            // Up to 6.2 code that jumps on to whatever called it asked for is described like the bottom of a stack (the thunks
+            // of arch/x86/lib/retpoline.S, UNWIND_HINT_EMPTY). At the bottom somebody called.
+            Frame::End if self.exact && !self.new => return Err(End::Undefined(self.ip)),
             Frame::End => return Err(End::Complete),
             Frame::Unknown => return Err(End::BadEntry(self.ip)),
             Frame::Call | Frame::Registers | Frame::Interrupt => {}
@@ -113,7 +119,7 @@ impl Position {
             }
         }
         self.bp = self.caller_bp(entry, top, ip, read)?;
-        self.exact = entry.signal;
+        (self.exact, self.new) = (entry.signal, false);
         if self.sp <= sp_before {
             self.descents += 1;
             let same_stack = entry.frame == Frame::Call && matches!(entry.sp, Base::Sp | Base::Bp);
