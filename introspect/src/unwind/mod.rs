@@ -28,6 +28,8 @@ use platform::MODULE_SPACE;
 pub use platform::{HAS_TABLES, Memo, OrcTable, SleepingFrame, Start};
 #[cfg(target_arch = "x86_64")]
 use x86_64 as platform;
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::paths;
 
 /// Stacks that can be nested in one another on a CPU: task, entry, interrupt, overflow, and one per exception type with its
 /// own (arch/x86/include/asm/page_64_types.h, arch/arm64/include/asm/stacktrace.h). Going down in memory more often is no

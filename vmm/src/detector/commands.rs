@@ -134,6 +134,7 @@ impl Target for Detector {
             say("ring_lag", json!(status.lag));
             say("ring_waits", json!(status.waits));
             say("ring_fallbacks", json!(status.fallbacks));
+            say("ring_known", json!(status.known));
         }
         say("objects", json!(objects));
         say("object_bytes", json!(bytes));

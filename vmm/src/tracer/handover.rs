@@ -52,6 +52,8 @@ pub struct RingStatus {
     pub waits: u64,
     /// Events that stubs could not write down, and trapped for.
     pub fallbacks: u64,
+    /// Those whose backtraces stubs knew.
+    pub known: u64,
 }
 
 impl Trap {

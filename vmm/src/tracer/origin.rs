@@ -44,7 +44,10 @@ impl Recorder {
         let start = Start::at_boundary(registers);
         let stack = match moment {
             Moment::Now { .. } => self.backtrace(&start, linux.word_reader(ram)),
-            Moment::Past(record) => self.backtrace(&start, |va| record.stack(va)),
+            Moment::Past(record) => {
+                let known = record.path().and_then(|number| self.memo().known(number));
+                known.unwrap_or_else(|| self.backtrace(&start, |va| record.stack(va)))
+            }
         };
         Origin { comm, pid, jiffies, stack }
     }

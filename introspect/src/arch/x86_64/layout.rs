@@ -14,6 +14,8 @@ pub const PAGE_STRUCTS_4: Va = Va(0xffff_ea00_0000_0000);
 pub const TRACER_RING: Va = Va(0xffff_ffff_0000_0000);
 /// The stubs of the tracer, in the last MiB of the hole: a jump from all of the kernel's text reaches them.
 pub const TRACER_CODE: Va = Va(0xffff_ffff_7ff0_0000);
+/// The backtraces that those know, some MiB below: the same GiB, which the kernel cannot write.
+pub const TRACER_PATHS: Va = Va(0xffff_ffff_7f00_0000);
 /// `__START_KERNEL_map`: the link address of physical address 0.
 pub const KERNEL_MAP: Va = Va(0xffff_ffff_8000_0000);
 

@@ -32,6 +32,11 @@ impl Record<'_> {
         match self.never {}
     }
 
+    /// The number of its backtrace.
+    pub fn path(&self) -> Option<u32> {
+        match self.never {}
+    }
+
     /// The return address.
     pub fn caller(&self) -> Va {
         match self.never {}

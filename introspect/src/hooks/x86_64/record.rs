@@ -67,6 +67,9 @@ pub const COMM: usize = 80;
 pub const CACHE: usize = 96;
 /// u32: its `object_size`.
 pub const OBJECT_SIZE: usize = 104;
+/// u32: the end of a backtrace that the stub knows ([`crate::unwind::paths`]), in the place of all words of the stack but the first; or
+/// 0.
+pub const PATH: usize = 108;
 /// u64: the stack pointer of the interrupted task, when a stack of the CPU's is in use; or where the outermost words are.
 pub const INTERRUPTED: usize = 112;
 /// Words of the stack, the return address first.
@@ -97,15 +100,21 @@ pub struct Record<'a> {
     slot: &'a Slot,
     /// Words of the stack that were written down, and of the interrupted one.
     words: (usize, usize),
+    path: Option<u32>,
 }
 
 impl<'a> Record<'a> {
     /// What a slot says, whatever that is. `has_stack` is asked whether records of a hook have more of the stack than one word.
     pub fn new(slot: &'a Slot, has_stack: impl FnOnce(u32) -> bool) -> Self {
-        let mut record = Self { slot, words: (1, 0) };
+        let mut record = Self { slot, words: (1, 0), path: None };
         if has_stack(record.hook()) {
-            let own = (record.u32(WORDS) as usize).min(MAX_WORDS);
-            record.words = (own, (record.u32(INTERRUPTED_WORDS) as usize).min(MAX_WORDS - own));
+            match record.u32(PATH) {
+                0 => {
+                    let own = (record.u32(WORDS) as usize).min(MAX_WORDS);
+                    record.words = (own, (record.u32(INTERRUPTED_WORDS) as usize).min(MAX_WORDS - own));
+                }
+                path => record.path = Some(path),
+            }
         }
         record
     }
@@ -157,6 +166,11 @@ impl<'a> Record<'a> {
     pub fn cache(&self) -> Option<(Va, u64)> {
         let cache = self.word(CACHE);
         (cache != 0).then(|| (Va(cache), self.u32(OBJECT_SIZE).into()))
+    }
+
+    /// The number of the end of its backtrace, if the stub knew that: then there is no more of the stack than the return address.
+    pub fn path(&self) -> Option<u32> {
+        self.path
     }
 
     /// Words of both stacks that were written down.

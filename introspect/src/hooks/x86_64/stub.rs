@@ -4,11 +4,12 @@
 //! the task stays on its CPU. It calls nothing and leaves registers, flags and stack as they were.
 
 mod bulk;
+mod path;
 
 use super::jump::Jump;
 use super::record as slot;
 use crate::memory::{PAGE_SHIFT, PAGE_SIZE, Va};
-use crate::unwind::Detour;
+use crate::unwind::{Detour, paths};
 use anyhow::{Context, ensure};
 use guest_profiles::hooks::Role;
 use iced_x86::code_asm::{
@@ -90,6 +91,8 @@ pub struct Writer {
     pub ring: Va,
     /// Number of slots, a power of two.
     pub slots: u64,
+    /// Backtraces that stubs know.
+    pub paths: paths::Place,
     /// The instruction by which the guest asks for free slots.
     pub trap: Vec<u8>,
     /// See there.
@@ -197,7 +200,7 @@ impl Point {
         let more: &[AsmRegister64] = match self {
             Self::Entry(_) | Self::Fill(..) => &[],
             Self::Free(..) => &[rdi, rsi, r8, r10, r11],
-            Self::Return => &[rdi, rsi, r8, r9, r10],
+            Self::Return => &[rdi, rsi, r8, r9, r10, r11],
             Self::Filled(_) => &[rdi, rsi, r8, r9, r10, r11, rbx],
         };
         [rax, rcx, rdx].iter().chain(more).copied().collect()
@@ -253,7 +256,8 @@ impl Writer {
             a.push(register)?;
         }
         // Flags and registers lie above the stack pointer now.
-        let frame = Frame { hook: hook.cast_signed(), pushed: 8 * (saved.len() as i32 + 1) };
+        let first = displaced.first().map_or(0, Instruction::ip);
+        let frame = Frame { hook: hook.cast_signed(), pushed: 8 * (saved.len() as i32 + 1), at: first as u32 };
         let mut room = Room { again: &mut again, full };
         match point {
             Point::Entry(_) => self.entry(&mut a, frame, &mut room)?,
@@ -263,7 +267,7 @@ impl Writer {
             Point::Filled(filled) => self.filled(&mut a, frame, &mut room, filled, missed)?,
         }
         restore(&mut a, &saved)?;
-        let first = Va(displaced[0].ip());
+        let first = Va(first);
         let mut stands: Vec<_> = depths(a.instructions(), 0).map(|pushed| (first, pushed)).collect();
         a.set_label(&mut moved)?;
         for &instruction in displaced {
@@ -346,17 +350,20 @@ impl Writer {
         self.reserve(a, frame, room, 0)?;
         a.mov(r9, rax)?;
         a.mov(rax, frame.result())?;
-        self.rest_of_result(a)
+        self.rest_of_result(a, frame)
     }
 
     /// That, with its result in rax and its sequence in r9.
-    fn rest_of_result(&self, a: &mut CodeAssembler) -> Result<(), IcedError> {
+    fn rest_of_result(&self, a: &mut CodeAssembler, frame: Frame) -> Result<(), IcedError> {
+        let mut known = a.create_label();
         a.mov(at(rdx, slot::RAX), rax)?;
         a.mov(at(rdx, slot::RBP), rbp)?;
         // Of pages it is none.
         self.cache(a)?;
         self.context(a)?;
+        self.path(a, frame, known)?;
         self.stack(a)?;
+        a.set_label(&mut known)?;
         a.mov(at(rdx, slot::SEQUENCE), r9)
     }
 
@@ -488,6 +495,8 @@ struct Frame {
     hook: i32,
     /// Bytes that it has pushed.
     pushed: i32,
+    /// Low half of the address of the code that the stub stands for.
+    at: u32,
 }
 
 impl Frame {

@@ -22,6 +22,11 @@ impl<T> Memo<T> {
         None
     }
 
+    /// Nothing.
+    pub fn known(&self, _: u32) -> Option<T> {
+        None
+    }
+
     /// Does nothing.
     pub fn keep(&mut self, _: &Unwinder<'_>, _: &impl ModuleTables, _: &Start, _: &[Va], _: T) {}
 }

@@ -8,6 +8,7 @@
 //! unwound each time.
 
 use super::format::{Base, Entry, Frame};
+use super::paths::{Onward, Paths};
 use super::walk::{WORD, end_at_user_code, pt_regs};
 use super::{ModuleTables, Start, Unwinder};
 use crate::memory::Va;
@@ -19,6 +20,10 @@ use std::hash::BuildHasher;
 const MAX_NODES: usize = 1 << 20;
 /// No node.
 const NONE: u32 = u32::MAX;
+/// In the place of the number of a stub's entry: none yet, and none at all.
+const NO_ENTRY: u32 = 0;
+/// See [`NO_ENTRY`].
+const NEVER: u32 = u32::MAX;
 
 /// Finds what was kept of a backtrace, such as its number.
 pub struct Memo<T> {
@@ -27,6 +32,8 @@ pub struct Memo<T> {
     children: HashTable<u32>,
     /// Frames of a whole backtrace.
     depth: usize,
+    /// What stubs know of it, where there are some, and what was kept of the backtraces that end at their entries.
+    paths: Option<(Paths, Vec<Option<T>>)>,
 }
 
 struct Node<T> {
@@ -37,6 +44,8 @@ struct Node<T> {
     step: Step,
     /// Of the backtrace that ends here.
     kept: Option<T>,
+    /// The number of its entry for stubs.
+    entry: u32,
 }
 
 /// How to go on from a frame to its caller's.
@@ -68,13 +77,29 @@ enum Next {
 impl<T: Copy> Memo<T> {
     /// An empty one for backtraces of at most `depth` frames.
     pub fn new(depth: usize) -> Self {
-        Self { nodes: Vec::new(), children: HashTable::new(), depth }
+        Self { nodes: Vec::new(), children: HashTable::new(), depth, paths: None }
     }
 
-    /// Forgets everything, as it must when modules come or go.
+    /// Has stubs know from now on what it knows.
+    pub fn share(&mut self, paths: Paths) {
+        let kept = vec![None; paths.capacity()];
+        self.paths = Some((paths, kept));
+        self.nodes.iter_mut().for_each(|node| node.entry = NO_ENTRY);
+    }
+
+    /// Forgets everything, as it must when modules come or go, but what was kept of backtraces that stubs have found by now.
     pub fn clear(&mut self) {
         self.nodes.clear();
         self.children.clear();
+        if let Some((paths, _)) = &mut self.paths {
+            paths.forget();
+        }
+    }
+
+    /// What was kept of the backtrace whose end a stub named by this number.
+    pub fn known(&self, number: u32) -> Option<T> {
+        let (paths, kept) = self.paths.as_ref()?;
+        kept[paths.entry(number)?]
     }
 
     /// What was kept of the backtrace from `start`, if it was seen before.
@@ -92,7 +117,11 @@ impl<T: Copy> Memo<T> {
                 Next::Unknown => return None,
             }
         }
-        self.nodes[node as usize].kept
+        let Node { kept, entry, .. } = self.nodes[node as usize];
+        if entry == NO_ENTRY && kept.is_some() && self.paths.is_some() {
+            self.tell(node);
+        }
+        kept
     }
 
     /// Keeps something of the backtrace that `unwinder` found to have these frames.
@@ -122,6 +151,29 @@ impl<T: Copy> Memo<T> {
         }
         if node != NONE {
             self.nodes[node as usize].kept = Some(what);
+            self.tell(node);
+        }
+    }
+
+    /// Has stubs know the backtrace that ends at a node, if they can.
+    #[cold]
+    fn tell(&mut self, end: u32) {
+        let Some((paths, kept)) = &mut self.paths else { return };
+        if !paths.is_open() {
+            return;
+        }
+        let mut way = vec![end];
+        while let Some(&Node { parent, .. }) = way.last().and_then(|&node| self.nodes.get(node as usize)) {
+            if parent == NONE {
+                break;
+            }
+            way.push(parent);
+        }
+        let what = self.nodes[end as usize].kept;
+        if add_way(paths, kept, &mut self.nodes, &way, self.depth).is_none() {
+            self.nodes[end as usize].entry = NEVER;
+        } else if let Some(entry) = paths.entry(self.nodes[end as usize].entry) {
+            kept[entry] = what;
         }
     }
 
@@ -145,11 +197,41 @@ impl<T: Copy> Memo<T> {
     fn add(&mut self, parent: u32, ip: Va, step: Step) -> u32 {
         let Self { nodes, children, .. } = self;
         let number = nodes.len() as u32;
-        nodes.push(Node { ip, parent, last: NONE, step, kept: None });
+        nodes.push(Node { ip, parent, last: NONE, step, kept: None, entry: NO_ENTRY });
         let rehash = |&node: &u32| hash(nodes[node as usize].parent, nodes[node as usize].ip);
         children.insert_unique(hash(parent, ip), number, rehash);
         number
     }
+}
+
+/// Has stubs know a backtrace, whose nodes are these from the last frame to the first. None when they cannot.
+fn add_way<T: Copy>(
+    paths: &mut Paths,
+    kept: &mut [Option<T>],
+    nodes: &mut [Node<T>],
+    way: &[u32],
+    depth: usize,
+) -> Option<()> {
+    let (&first, behind) = way.split_last()?;
+    let (&end, between) = behind.split_first()?;
+    let Node { ip, step, .. } = nodes[first as usize];
+    // A stub begins where the return address is on top.
+    if step != Step::Call(Anchor::StackPointer, WORD as i16, None) {
+        return None;
+    }
+    let end_step = nodes[end as usize].step.as_end(way.len() == depth)?;
+    let mut before = ip.0 as u32;
+    for &node in between.iter().rev().chain([&end]) {
+        let Node { ip, step, entry, .. } = nodes[node as usize];
+        if matches!(entry, NO_ENTRY | NEVER) {
+            let onward = if node == end { end_step } else { step.onward()? };
+            let number = paths.add(before, ip, onward)?;
+            kept[paths.entry(number)?] = None;
+            nodes[node as usize].entry = number;
+        }
+        before = nodes[node as usize].entry;
+    }
+    Some(())
 }
 
 fn hash(parent: u32, ip: Va) -> u64 {
@@ -182,6 +264,35 @@ impl Step {
             (Frame::Call, _) if !entry.signal => Self::Call(from, entry.sp_offset, bp),
             (Frame::Registers, Anchor::StackPointer) => Self::User(entry.sp_offset),
             _ => Self::Unknown,
+        }
+    }
+
+    /// The same for stubs. None for what they do not do, and for frames that no compiler makes: a stub reads between the
+    /// word that it has found and the next.
+    fn onward(self) -> Option<Onward> {
+        const WORD: i16 = super::walk::WORD as i16;
+        let Self::Call(from, offset, saved_bp) = self else { return None };
+        let up = if from == Anchor::StackPointer { offset } else { offset.checked_sub(WORD)? };
+        let saved = saved_bp.map_or(Some(0), |offset| {
+            offset.checked_add(WORD).filter(|&saved| saved <= -WORD && saved >= -up)
+        })?;
+        let is_usual = up >= WORD && up % WORD == 0 && saved % WORD == 0;
+        is_usual.then_some(match from {
+            Anchor::StackPointer => Onward::Call { up, saved },
+            Anchor::FramePointer => Onward::FramedCall { up, saved },
+        })
+    }
+
+    /// The same where a backtrace ends, for this is its frame or it `is_full`.
+    fn as_end(self, is_full: bool) -> Option<Onward> {
+        match self {
+            _ if is_full => Some(Onward::End),
+            Self::End => Some(Onward::End),
+            Self::User(offset) => {
+                let up = offset.checked_add((WORD + pt_regs::CS) as i16)?;
+                (up > 0 && up % 8 == 0).then_some(Onward::User { up })
+            }
+            _ => None,
         }
     }
 

@@ -3,7 +3,10 @@
 mod format;
 mod frame_pointer;
 mod memo;
+#[cfg(test)]
+mod memo_tests;
 mod orc;
+pub mod paths;
 mod sleeping;
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,4 @@
 use super::format::{Base, Format, Frame};
-use super::walk::pt_regs;
 use super::*;
 use crate::callee_saved::Register;
 use crate::image::KernelImage;
@@ -13,20 +12,20 @@ use proptest::prelude::*;
 use std::collections::HashMap;
 
 const TEXT: u64 = 0xffff_ffff_8100_0000;
-const SLIDE: u64 = 0x60_0000;
-const STACK: u64 = 0xffff_c900_0001_0000;
+pub(super) const SLIDE: u64 = 0x60_0000;
+pub(super) const STACK: u64 = 0xffff_c900_0001_0000;
 /// A code segment selector of kernel code, and one of user code (arch/x86/include/asm/segment.h).
-const KERNEL_CS: u64 = 0x10;
-const USER_CS: u64 = 0x33;
+pub(super) const KERNEL_CS: u64 = 0x10;
+pub(super) const USER_CS: u64 = 0x33;
 
-const CALL: u16 = 2;
-const REGISTERS: u16 = 3;
+pub(super) const CALL: u16 = 2;
+pub(super) const REGISTERS: u16 = 3;
 const INTERRUPT: u16 = 4;
-const SIGNAL: u16 = 8;
+pub(super) const SIGNAL: u16 = 8;
 
 /// An entry from `TEXT + at` on, as 6.4 and later encode it.
 #[derive(Debug, Clone, Copy)]
-struct Row {
+pub(super) struct Row {
     at: u64,
     sp: (u16, i16),
     bp: (u16, i16),
@@ -34,7 +33,7 @@ struct Row {
     kind: u16,
 }
 
-fn row(at: u64, sp: (u16, i16), bp: (u16, i16), kind: u16) -> Row {
+pub(super) fn row(at: u64, sp: (u16, i16), bp: (u16, i16), kind: u16) -> Row {
     Row { at, sp, bp, kind }
 }
 
@@ -50,7 +49,7 @@ fn encode(ip_va: u64, base: u64, rows: &[Row]) -> (Vec<u8>, Vec<u8>) {
     (ips, rows.iter().flat_map(|r| entry_bytes(r, r.kind << 8)).collect())
 }
 
-fn table(rows: &[Row]) -> OrcTable {
+pub(super) fn table(rows: &[Row]) -> OrcTable {
     let ip_va = TEXT + 0x100_0000;
     let (ips, entries) = encode(ip_va, TEXT, rows);
     OrcTable::new(Format::WITH_TYPES, Va(ip_va), &ips, &entries).expect("well-formed")
@@ -68,12 +67,12 @@ fn with_special(sp: (u16, i16), bp: (u16, i16), kind: u16) -> OrcTable {
     ])
 }
 
-fn text() -> Text {
+pub(super) fn text() -> Text {
     Text { ranges: [(TEXT, TEXT + 0x1000), (0, 0)] }
 }
 
 /// Run-time address of `at` in the text.
-fn code(at: u64) -> u64 {
+pub(super) fn code(at: u64) -> u64 {
     TEXT + SLIDE + at
 }
 
@@ -82,7 +81,7 @@ const BOTTOM: u64 = 0x110;
 const UNKNOWN: u64 = 0x210;
 const SPECIAL: u64 = 0x310;
 
-fn start(at: u64) -> Start {
+pub(super) fn start(at: u64) -> Start {
     let scratch = Scratch { r10: STACK + 0x110, r13: STACK + 0x120, di: STACK + 0x130, dx: STACK + 0x140 };
     Start { ip: Va(code(at)), sp: Va(STACK), bp: Va(STACK + 0x80), scratch: Some(scratch), exact: true }
 }
@@ -535,7 +534,7 @@ fn a_function_that_has_no_frame_yet_keeps_its_caller() {
     assert_eq!(along_frame_pointers(&start(LEAF), &stack), (frames, End::Complete));
 }
 
-fn rows() -> impl Strategy<Value = Vec<Row>> {
+pub(super) fn rows() -> impl Strategy<Value = Vec<Row>> {
     let row = (0u64..0x1000, 0u16..16, -64i16..64, 0u16..16, -64i16..64, 0u16..16);
     let row = row.prop_map(|(at, sp, sp_offset, bp, bp_offset, kind)| Row {
         at,
@@ -546,93 +545,7 @@ fn rows() -> impl Strategy<Value = Vec<Row>> {
     prop::collection::vec(row, 1..64)
 }
 
-/// Functions of 0x100 bytes as compilers make them: with a frame pointer that the first pushes and by which the second finds
-/// its frame, a system call's entry, a thread's first.
-fn usual() -> OrcTable {
-    table(&[
-        row(0, (5, 0x18), (1, -16), CALL),
-        row(0x100, (4, 16), (1, -16), CALL),
-        row(0x200, (5, 0), (0, 0), REGISTERS),
-        row(0x300, (0, 0), (0, 0), 1),
-        row(0x400, (5, 8), (0, 0), CALL | SIGNAL),
-    ])
-}
-
-#[test]
-fn a_backtrace_seen_before_is_found_without_the_tables() {
-    let orc = usual();
-    let unwinder = Unwinder::new(Some(&orc), text(), SLIDE);
-    let mut memo = Memo::new(16);
-    let mut seen = |stack: &[(u64, u64)]| {
-        let memory: HashMap<u64, u64> = stack.iter().map(|&(at, word)| (STACK + at, word)).collect();
-        let read = |va: Va| memory.get(&va.0).copied();
-        let mut out = [Va(0); 16];
-        let len = unwinder.unwind(&(), &start(0x10), read, &mut out).len;
-        let found = memo.find(&start(0x10), read);
-        memo.keep(&unwinder, &(), &start(0x10), &out[..len], len);
-        (found, len)
-    };
-    let (pushed, returns, outer) = ((8, STACK + 0x60), (0x10, code(0x120)), (0x68, code(0x210)));
-    let registers = |cs| (0x70 + pt_regs::CS, cs);
-    let from_user = [pushed, returns, (0x60, 7), outer, registers(USER_CS)];
-    assert_eq!(seen(&from_user), (None, 3));
-    assert_eq!(seen(&from_user), (Some(3), 3));
-    // The same addresses behind a frame of another size.
-    let farther =
-        [(8, STACK + 0x200), returns, (0x200, 7), (0x208, code(0x210)), (0x210 + pt_regs::CS, USER_CS)];
-    assert_eq!(seen(&farther), (Some(3), 3));
-    // Another caller; the kernel itself interrupted; a stack that ends too early; a frame pointer below.
-    assert_eq!(seen(&[pushed, returns, (0x60, 7), (0x68, code(0x310))]), (None, 3));
-    assert_eq!(seen(&[pushed, returns, (0x60, 7), (0x68, code(0x310))]), (Some(3), 3));
-    let ip = (0x70 + pt_regs::IP, code(0x310));
-    let (sp, bp) = ((0x70 + pt_regs::SP, STACK + 0x400), (0x70 + pt_regs::BP, 0));
-    let in_kernel = [pushed, returns, (0x60, 7), outer, registers(KERNEL_CS), ip, sp, bp];
-    assert_eq!(seen(&in_kernel), (None, 4));
-    assert_eq!(seen(&in_kernel), (None, 4));
-    assert_eq!(seen(&[pushed, returns]), (None, 2));
-    assert_eq!(seen(&[pushed, returns]), (Some(2), 2));
-    assert_eq!(seen(&[(8, STACK), returns, (0, 7)]).0, None);
-}
-
 proptest! {
-    /// Whatever the tables and the stacks are.
-    #[test]
-    fn what_is_found_is_what_unwinding_finds(
-        rows in rows(),
-        usual_ones in any::<bool>(),
-        stacks in prop::collection::vec(prop::collection::vec(any::<u16>(), 48), 1..12),
-        order in prop::collection::vec((any::<prop::sample::Index>(), 0u64..4), 1..60),
-    ) {
-        let orc = if usual_ones { usual() } else { table(&rows) };
-        let unwinder = Unwinder::new(Some(&orc), text(), SLIDE);
-        let (mut memo, mut kept) = (Memo::new(6), Vec::new());
-        for (stack, first) in &order {
-            let words = stack.get(&stacks);
-            // Few addresses of code, so that they come together again; stack addresses, code segments, and nothing.
-            let read = |va: Va| {
-                let word = words.get((va.0.wrapping_sub(STACK) / 8) as usize).copied().map(u64::from)?;
-                match word & 15 {
-                    0..8 => Some(code((word >> 4) % 24 * 0x40)),
-                    8..12 => Some(STACK + (word >> 4) % 64 * 8),
-                    12 => Some(KERNEL_CS),
-                    13 => Some(USER_CS),
-                    14 => Some(word),
-                    _ => None,
-                }
-            };
-            let start = start(first * 0x90);
-            let mut out = [Va(0); 6];
-            let len = unwinder.unwind(&(), &start, read, &mut out).len;
-            match memo.find(&start, read) {
-                Some(number) => prop_assert_eq!(&kept[number], &out[..len]),
-                None => {
-                    memo.keep(&unwinder, &(), &start, &out[..len], kept.len());
-                    kept.push(out[..len].to_vec());
-                }
-            }
-        }
-    }
-
     #[test]
     fn the_index_finds_what_a_search_finds(mut rows in rows(), wide in any::<bool>(), at in 0u64..0x20_0000) {
         for row in rows.iter_mut().filter(|_| wide) {

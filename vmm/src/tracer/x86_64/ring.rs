@@ -6,13 +6,14 @@ use crate::machine::{Machine, Paused, PrivatePages, TrapInstruction, TrapOutcome
 use crate::tracer::{Moment, Recorder, RingStatus};
 use anyhow::{Context, Result, ensure};
 use guest_profiles::hooks::Role;
-use introspect::arch::layout::{TRACER_CODE, TRACER_RING};
+use introspect::arch::layout::{TRACER_CODE, TRACER_PATHS, TRACER_RING};
 use introspect::arch::{Registers, gigabyte_leaf};
 use introspect::hooks::record::{self, Record};
 use introspect::hooks::{Instruction, JUMP_LEN, Jump, Plan, Stub, StubPoint, Writer};
 use introspect::linux::Linux;
 use introspect::memory::Va;
 use introspect::unwind::Detours;
+use introspect::unwind::paths::{self, Paths};
 use rustc_hash::FxHashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -24,6 +25,8 @@ pub const HAS_RING: bool = true;
 const COUNT: u64 = 8192;
 /// Bytes for stubs.
 const CODE_LEN: usize = 0x1_0000;
+/// Bytes for the backtraces that they know.
+const PATHS_LEN: usize = 2 << 20;
 /// Stubs begin in lines of their own.
 const STUB_ALIGN: usize = 64;
 
@@ -45,6 +48,26 @@ enum StubTrap {
     Event(u32),
 }
 
+/// The backtraces that stubs know, and the slots that they write them to.
+struct Known {
+    table: Arc<PrivatePages>,
+    slots: Arc<Slots>,
+}
+
+impl paths::Shared for Known {
+    fn word(&self, offset: usize) -> &AtomicU64 {
+        self.table.word(offset)
+    }
+
+    fn begun(&self) -> u64 {
+        self.slots.head()
+    }
+
+    fn read(&self) -> u64 {
+        self.slots.tail()
+    }
+}
+
 /// Stubs written so far.
 #[derive(Default)]
 struct Code {
@@ -56,13 +79,14 @@ pub struct Ring {
     recorder: Arc<Recorder>,
     writer: Writer,
     hooks: Vec<Hook>,
-    slots: Slots,
+    slots: Arc<Slots>,
     code: Arc<PrivatePages>,
     written: Mutex<Code>,
     /// What traps in stubs are for, by their addresses.
     stub_traps: RwLock<FxHashMap<u64, StubTrap>>,
     waits: AtomicU64,
     fallbacks: AtomicU64,
+    known: AtomicU64,
 }
 
 impl Ring {
@@ -79,10 +103,15 @@ impl Ring {
     ) -> Result<Self> {
         ensure!(machine.has_gigabyte_pages(), "The processor has no pages of one GiB");
         ensure!(linux.says_when_final(), "The kernel does not say when its text is final");
-        let slots = Slots::new(COUNT)?;
+        let slots = Arc::new(Slots::new(COUNT)?);
+        let table = Arc::new(PrivatePages::new(PATHS_LEN)?);
         let code = Arc::new(PrivatePages::new(CODE_LEN)?);
         machine.add_private(layout::TRACER_RING, slots.pages())?;
         machine.add_private(layout::TRACER_CODE + TRACER_CODE.0 % GIB, &code)?;
+        machine.add_private(layout::TRACER_CODE + TRACER_PATHS.0 % GIB, &table)?;
+        let place = paths::Place { start: TRACER_PATHS, len: PATHS_LEN };
+        let shared = Known { table, slots: Arc::clone(&slots) };
+        recorder.memo().share(Paths::new(Box::new(shared), place));
         let slide = linux.placement.slide;
         let hooks = plan.traps.iter().map(|planned| Hook {
             role: planned.role,
@@ -95,6 +124,7 @@ impl Ring {
             writer: Writer {
                 ring: TRACER_RING,
                 slots: COUNT,
+                paths: place,
                 trap: instruction.bytes().to_vec(),
                 surroundings: linux.surroundings(machine.ram())?,
             },
@@ -105,6 +135,7 @@ impl Ring {
             stub_traps: RwLock::default(),
             waits: AtomicU64::new(0),
             fallbacks: AtomicU64::new(0),
+            known: AtomicU64::new(0),
         })
     }
 
@@ -242,6 +273,7 @@ impl Ring {
             lag: self.slots.head().saturating_sub(events),
             waits: self.waits.load(Ordering::Relaxed),
             fallbacks: self.fallbacks.load(Ordering::Relaxed),
+            known: self.known.load(Ordering::Relaxed),
         }
     }
 
@@ -264,6 +296,7 @@ impl Ring {
             let registers = Registers { rdi, rsi, rdx: record.word(record::RDX), ..at };
             self.recorder.entered(hook.role, hook.argument, &registers, moment);
         } else {
+            self.known.fetch_add(u64::from(record.path().is_some()), Ordering::Relaxed);
             let (rax, rbp) = (record.word(record::RAX), record.word(record::RBP));
             self.recorder.returned(hook.role, &Registers { rax, rbp, ..at }, moment);
         }

@@ -30,13 +30,16 @@ pub(super) struct Slots {
     count: u64,
     reading: Mutex<Reading>,
     taken: AtomicU64,
+    /// [`Reading::tail`], as far as slots were given back.
+    tail: AtomicU64,
 }
 
 impl Slots {
     /// `count` empty slots.
     pub fn new(count: u64) -> Result<Self> {
         let pages = Arc::new(PrivatePages::new(SLOTS as usize + count as usize * SLOT_LEN)?);
-        let slots = Self { pages, count, reading: Mutex::default(), taken: AtomicU64::new(0) };
+        let [taken, tail] = [0, 0].map(AtomicU64::new);
+        let slots = Self { pages, count, reading: Mutex::default(), taken, tail };
         slots.give_back(0);
         Ok(slots)
     }
@@ -54,6 +57,11 @@ impl Slots {
     /// The first position without a free slot.
     pub fn limit(&self) -> u64 {
         self.pages.word(LIMIT as usize).load(Ordering::Relaxed)
+    }
+
+    /// All positions before were read.
+    pub fn tail(&self) -> u64 {
+        self.tail.load(Ordering::Relaxed)
     }
 
     /// Records read.
@@ -98,6 +106,7 @@ impl Slots {
     }
 
     fn give_back(&self, tail: u64) {
+        self.tail.store(tail, Ordering::Relaxed);
         self.pages.word(LIMIT as usize).store(tail.saturating_add(self.count), Ordering::Release);
     }
 

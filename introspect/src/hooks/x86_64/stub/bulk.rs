@@ -171,7 +171,7 @@ impl Writer {
             Filled::Objects => a.mov(rax, qword_ptr(rbx))?,
             Filled::Pages => a.xor(eax, eax)?,
         }
-        self.rest_of_result(a)?;
+        self.rest_of_result(a, frame)?;
         a.set_label(&mut done)
     }
 
