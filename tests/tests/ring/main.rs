@@ -9,6 +9,8 @@ mod guests;
 #[cfg(target_arch = "x86_64")]
 mod inside;
 #[cfg(target_arch = "x86_64")]
+mod paths;
+#[cfg(target_arch = "x86_64")]
 mod processor;
 #[cfg(target_arch = "x86_64")]
 mod stubs;

@@ -181,6 +181,11 @@ impl Processor {
                 let value = self.operand(i, 1)? as u32;
                 self.write(i, 0, i64::from(value.cast_signed()).cast_unsigned())?;
             }
+            Mnemonic::Movsx => {
+                let (size, value) = (i.memory_size().size(), self.operand(i, 1)?);
+                ensure!(i.op1_kind() == OpKind::Memory && size == 2, "movsx of {size} bytes");
+                self.write(i, 0, i64::from(value as i16).cast_unsigned())?;
+            }
             Mnemonic::Movzx => {
                 let value = self.operand(i, 1)?;
                 self.write(i, 0, value)?;
@@ -200,6 +205,16 @@ impl Processor {
             Mnemonic::Pushfq => self.push(self.flags)?,
             Mnemonic::Popfq => self.flags = self.pop()?,
             Mnemonic::Cli => self.flags &= !IF,
+            Mnemonic::Imul => {
+                ensure!(
+                    i.op_count() == 3 && Self::size(i) == 8,
+                    "another product than that of 64 bits by a number"
+                );
+                let product = self.operand(i, 1)?.wrapping_mul(self.operand(i, 2)?);
+                // Its carry and overflow are not looked at; the rest is undefined.
+                self.set_flags(product, 8, false, false);
+                self.write(i, 0, product)?;
+            }
             Mnemonic::Inc => {
                 let size = Self::size(i);
                 let value = self.operand(i, 0)?.wrapping_add(1) & mask(size);

@@ -1,7 +1,7 @@
 //! Every stub of every tested kernel, carried out beside the code whose place it takes.
 
-use crate::bulk;
 use crate::processor::{Next, Processor};
+use crate::{bulk, paths};
 use anyhow::{Context, Result, bail, ensure};
 use guest_profiles::hooks::{self, Role, Tracked};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Register};
@@ -19,7 +19,7 @@ use std::sync::atomic::AtomicU64;
 pub const COUNT: u64 = 16;
 const TASK: u64 = 0xffff_8880_0100_0000;
 pub const STACK: u64 = 0xffff_c900_0001_0000;
-const STACK_LEN: u64 = 0x4000;
+pub const STACK_LEN: u64 = 0x4000;
 const GS: u64 = 0xffff_8880_3ec0_0000;
 /// Of the task that a CPU was interrupted in: its stack pointer.
 const INTERRUPTED: u64 = STACK + 0x3f00;
@@ -76,7 +76,13 @@ pub const CASES: [Case; 4] = [
 ];
 
 fn writer(trap: &[u8], softirqs: Option<u64>) -> Writer {
-    Writer { ring: TRACER_RING, slots: COUNT, trap: trap.to_vec(), surroundings: surroundings(softirqs) }
+    Writer {
+        ring: TRACER_RING,
+        slots: COUNT,
+        paths: paths::PLACE,
+        trap: trap.to_vec(),
+        surroundings: surroundings(softirqs),
+    }
 }
 
 /// The `struct page`s of a slab of two pages, and of another page; and its cache.
@@ -104,6 +110,7 @@ pub fn processor((rsp, rax, _): Case, taken: u64, around: &Surroundings) -> Proc
     }
     give(TASK, 0x2000, &|at| at.wrapping_mul(0x9e37_79b9));
     give(TRACER_RING.0, SLOTS + COUNT * SLOT_LEN as u64, &|_| 0xdead_dead_dead_dead);
+    give(paths::PLACE.start.0, paths::PLACE.len as u64, &|_| 0);
     memory.insert(TRACER_RING.0 + record::HEAD, taken);
     memory.insert(TRACER_RING.0 + record::LIMIT, COUNT);
     memory.insert(TASK + around.stack, STACK);
@@ -354,6 +361,9 @@ fn hook_stubs(kernel: &Kernel, planned: &Planned) -> Result<u32> {
                     for case in CASES {
                         check(&stub, point, &displaced, around, case)
                             .with_context(|| format!("{case:x?}"))?;
+                    }
+                    if point == StubPoint::Return {
+                        paths::check(&stub, &displaced, around)?;
                     }
                     check_null(&stub, &displaced, around)?;
                     check_full(&stub, &displaced, around)?;

@@ -257,7 +257,8 @@ impl Writer {
         }
         // Flags and registers lie above the stack pointer now.
         let first = displaced.first().map_or(0, Instruction::ip);
-        let frame = Frame { hook: hook.cast_signed(), pushed: 8 * (saved.len() as i32 + 1), at: first as u32 };
+        let frame =
+            Frame { hook: hook.cast_signed(), pushed: 8 * (saved.len() as i32 + 1), at: first as u32 };
         let mut room = Room { again: &mut again, full };
         match point {
             Point::Entry(_) => self.entry(&mut a, frame, &mut room)?,
@@ -355,15 +356,14 @@ impl Writer {
 
     /// That, with its result in rax and its sequence in r9.
     fn rest_of_result(&self, a: &mut CodeAssembler, frame: Frame) -> Result<(), IcedError> {
-        let mut known = a.create_label();
+        let mut done = a.create_label();
         a.mov(at(rdx, slot::RAX), rax)?;
         a.mov(at(rdx, slot::RBP), rbp)?;
         // Of pages it is none.
         self.cache(a)?;
         self.context(a)?;
-        self.path(a, frame, known)?;
-        self.stack(a)?;
-        a.set_label(&mut known)?;
+        self.path(a, frame, done)?;
+        self.stack(a, &mut done)?;
         a.mov(at(rdx, slot::SEQUENCE), r9)
     }
 
@@ -430,10 +430,10 @@ impl Writer {
     /// Copies the stack from rcx on, of the task in rsi: to its top, or, on a stack of the CPU's, to the end of the page,
     /// behind which there may be nothing. The last word of that is the stack pointer of whom an interrupt came upon
     /// (arch/x86/include/asm/irq_stack.h), and of that stack, too, what there is room for is copied. Where the task's own has
-    /// no room, its outermost words are copied like those.
-    fn stack(&self, a: &mut CodeAssembler) -> Result<(), IcedError> {
+    /// no room, its outermost words are copied like those. Goes on at `done`, which is behind it.
+    fn stack(&self, a: &mut CodeAssembler, done: &mut CodeLabel) -> Result<(), IcedError> {
         let around = &self.surroundings;
-        let [mut own, mut fits, mut all, mut done] = std::array::from_fn(|_| a.create_label());
+        let [mut own, mut fits, mut all] = std::array::from_fn(|_| a.create_label());
         let size = i32::try_from(around.stack_size).unwrap_or(0);
         a.xor(r8d, r8d)?;
         a.mov(dword_ptr(rdx + slot::INTERRUPTED_WORDS as i32), r8d)?;
@@ -473,7 +473,7 @@ impl Writer {
         a.mov(rsi, r8)?;
         a.sub(r8, rax)?;
         a.cmp(r8, size)?;
-        a.jae(done)?;
+        a.jae(*done)?;
         a.mov(eax, size)?;
         a.sub(eax, r8d)?;
         a.shr(eax, 3)?;
@@ -485,7 +485,7 @@ impl Writer {
         a.set_label(&mut all)?;
         a.mov(dword_ptr(rdx + slot::INTERRUPTED_WORDS as i32), ecx)?;
         a.rep().movsq()?;
-        a.set_label(&mut done)
+        a.set_label(done)
     }
 }
 

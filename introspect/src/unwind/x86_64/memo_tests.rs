@@ -1,6 +1,8 @@
 //! The memo against the unwinder, and what stubs know of it.
 
-use super::paths::{BUCKET_LEN, END, ENTRY_LEN, FRAMED_CALL, KEY, KIND, Paths, Place, SAVED, Shared, UP, USER};
+use super::paths::{
+    BUCKET_LEN, END, ENTRY_LEN, FRAMED_CALL, KEY, KIND, Paths, Place, SAVED, Shared, UP, USER,
+};
 use super::tests::{
     CALL, KERNEL_CS, REGISTERS, SIGNAL, SLIDE, STACK, USER_CS, code, row, rows, start, table, text,
 };

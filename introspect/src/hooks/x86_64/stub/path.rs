@@ -7,8 +7,8 @@ use crate::unwind::paths::{
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    CodeAssembler, CodeLabel, byte_ptr, dword_ptr, eax, edi, esi, ptr, qword_ptr, r8, r10, r11, rax, rbp, rcx,
-    rdi, rdx, rsi, rsp, word_ptr,
+    CodeAssembler, CodeLabel, byte_ptr, dword_ptr, eax, edi, esi, ptr, qword_ptr, r8, r10, r11, rax, rbp,
+    rcx, rdi, rdx, rsi, rsp, word_ptr,
 };
 
 /// Of the saved code segment: user code was interrupted.
@@ -21,7 +21,12 @@ impl Writer {
     /// Goes on at `known`, with the path in the record in rdx, if the backtrace from the return address at rcx on is one that is
     /// known; else with rcx, and the task in rsi, what they were. Only on the stack of the task in rsi, which it does not leave
     /// whatever the table says: each step leads upwards.
-    pub(super) fn path(&self, a: &mut CodeAssembler, frame: Frame, known: CodeLabel) -> Result<(), IcedError> {
+    pub(super) fn path(
+        &self,
+        a: &mut CodeAssembler,
+        frame: Frame,
+        known: CodeLabel,
+    ) -> Result<(), IcedError> {
         let around = &self.surroundings;
         let size = i32::try_from(around.stack_size).unwrap_or(0);
         let [mut next, mut found, mut moved, mut other, mut ends, mut is_known, mut unknown] =
