@@ -191,7 +191,7 @@ impl Processor {
                 self.write(i, 0, value)?;
             }
             Mnemonic::Lea => {
-                let value = self.address(i)?;
+                let value = self.address(i)? & mask(Self::size(i));
                 self.write(i, 0, value)?;
             }
             Mnemonic::Push => {
@@ -206,13 +206,11 @@ impl Processor {
             Mnemonic::Popfq => self.flags = self.pop()?,
             Mnemonic::Cli => self.flags &= !IF,
             Mnemonic::Imul => {
-                ensure!(
-                    i.op_count() == 3 && Self::size(i) == 8,
-                    "another product than that of 64 bits by a number"
-                );
-                let product = self.operand(i, 1)?.wrapping_mul(self.operand(i, 2)?);
+                ensure!(i.op_count() == 3, "another product than that of an operand by a number");
+                let size = Self::size(i);
+                let product = self.operand(i, 1)?.wrapping_mul(self.operand(i, 2)?) & mask(size);
                 // Its carry and overflow are not looked at; the rest is undefined.
-                self.set_flags(product, 8, false, false);
+                self.set_flags(product, size, false, false);
                 self.write(i, 0, product)?;
             }
             Mnemonic::Inc => {

@@ -36,11 +36,12 @@ pub const FRAMED_CALL: u8 = 1;
 pub const END: u8 = 2;
 /// It ends if user code was interrupted.
 pub const USER: u8 = 3;
-/// The product with a key, shifted right by [`SHIFT`], has the offset of its bucket in the bits of [`Place::mask`]: return addresses
-/// that are near one another are in different buckets. (The golden ratio's, as an operand of 32 bits has it.)
+/// A bucket is found by five times the number of the entry before and the return address, all of 32 bits: their product with this
+/// (the golden ratio's) has the offset in its highest bits, [`SHIFT`] further up. The number must count as a whole: most backtraces end with
+/// the same few frames behind different ones.
 pub const MULTIPLIER: i32 = 0x9e37_79b9_u32.cast_signed();
-/// See [`MULTIPLIER`].
-pub const SHIFT: u32 = 28;
+/// See [`MULTIPLIER`]. A table has no more than 2 to the power of 32, less this, bytes.
+pub const SHIFT: u32 = 11;
 
 /// What stubs read, and how far the host is with what they write.
 pub trait Shared: Send + Sync {
@@ -67,7 +68,7 @@ pub enum Onward {
 pub struct Place {
     /// Its first byte.
     pub start: Va,
-    /// Bytes: a power of two, a bucket's at least and no more than some MiB.
+    /// Bytes: a power of two, a bucket's at least and no more than 2 MiB.
     pub len: usize,
 }
 
@@ -77,10 +78,10 @@ impl Place {
         (self.len - BUCKET_LEN) as u32
     }
 
-    /// Offset of the bucket of a key.
-    fn bucket(self, key: u64) -> usize {
-        let product = key.wrapping_mul(i64::from(MULTIPLIER).cast_unsigned());
-        (product >> SHIFT) as usize & self.mask() as usize
+    /// Offset of the bucket of a return address behind an entry.
+    fn bucket(self, before: u32, ip: u32) -> usize {
+        let sum = before.wrapping_mul(5).wrapping_add(ip);
+        (sum.wrapping_mul(MULTIPLIER.cast_unsigned()) >> SHIFT & self.mask()) as usize
     }
 
     /// The number of the entry at an offset: the low half of its address.
@@ -133,7 +134,7 @@ impl Paths {
             return None;
         }
         let key = u64::from(before) << 32 | ip.0 & 0xffff_ffff;
-        let first = self.place.bucket(key);
+        let first = self.place.bucket(before, ip.0 as u32);
         let free = |&offset: &usize| self.shared.word(offset + KEY).load(Ordering::Relaxed) == 0;
         let offset = (first..first + BUCKET_LEN).step_by(ENTRY_LEN).find(free)?;
         let (up, saved, kind) = match onward {

@@ -43,11 +43,13 @@ impl Writer {
         a.mov(r11, self.paths.start.0)?;
 
         a.set_label(&mut next)?;
+        a.mov(esi, dword_ptr(rcx))?;
+        a.lea(eax, ptr(rdi + rdi * 4))?;
+        a.add(eax, esi)?;
         a.shl(rdi, 32)?;
-        a.mov(eax, dword_ptr(rcx))?;
-        a.or(rdi, rax)?;
-        a.imul_3(rax, rdi, MULTIPLIER)?;
-        a.shr(rax, SHIFT)?;
+        a.or(rdi, rsi)?;
+        a.imul_3(eax, eax, MULTIPLIER)?;
+        a.shr(eax, SHIFT)?;
         a.and(eax, self.paths.mask().cast_signed())?;
         a.add(rax, r11)?;
         for _ in 1..BUCKET {
