@@ -227,11 +227,10 @@ impl Ring {
         TrapOutcome::Resume
     }
 
-    /// Reads events until the slot of `position` is free: true. The vCPUs that still fill those before it need the time.
+    /// Has events read until the slot of `position` is free: true. The vCPUs that still fill those before it need the time.
     fn make_room(&self, position: u64) -> bool {
         self.waits.fetch_add(1, Ordering::Relaxed);
-        self.drain();
-        position < self.slots.limit()
+        self.slots.make_room(position, || self.drain())
     }
 
     /// As the trap would that the stub stands for.

@@ -10,10 +10,15 @@ use anyhow::Result;
 use introspect::hooks::record::{self, HEAD, LIMIT, Record, SLOT_LEN, SLOTS};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Slots are given back to the guest by so many.
 const BATCH: u64 = 256;
+/// Who waits for a free slot goes on when one of so many is free: an exit each time costs more than the wait.
+const ROOM: u64 = 4;
+/// Longest wait for whoever reads, which asks again behind it.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// How far they were read.
 #[derive(Default)]
@@ -24,6 +29,14 @@ struct Reading {
     beyond: BTreeSet<u64>,
 }
 
+/// Whether somebody reads, for those who wait for slots.
+#[derive(Default)]
+struct Pass {
+    runs: bool,
+    /// The least limit that somebody waits for.
+    awaited: Option<u64>,
+}
+
 /// See the module.
 pub(super) struct Slots {
     pages: Arc<PrivatePages>,
@@ -32,6 +45,8 @@ pub(super) struct Slots {
     taken: AtomicU64,
     /// [`Reading::tail`], as far as slots were given back.
     tail: AtomicU64,
+    pass: Mutex<Pass>,
+    given_back: Condvar,
 }
 
 impl Slots {
@@ -39,7 +54,8 @@ impl Slots {
     pub fn new(count: u64) -> Result<Self> {
         let pages = Arc::new(PrivatePages::new(SLOTS as usize + count as usize * SLOT_LEN)?);
         let [taken, tail] = [0, 0].map(AtomicU64::new);
-        let slots = Self { pages, count, reading: Mutex::default(), taken, tail };
+        let (reading, pass, given_back) = Default::default();
+        let slots = Self { pages, count, reading, taken, tail, pass, given_back };
         slots.give_back(0);
         Ok(slots)
     }
@@ -83,7 +99,8 @@ impl Slots {
     /// Hands every record that was complete when it was called to `take`, once; `has_stack` says of a hook whether its records
     /// have more of the stack than one word.
     pub fn drain(&self, has_stack: impl Fn(u32) -> bool, mut take: impl FnMut(&Record<'_>)) {
-        let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reading = lock(&self.reading);
+        lock(&self.pass).runs = true;
         let Reading { tail, beyond } = &mut *reading;
         // Behind are those that wait for a free slot.
         let head = self.head().min(tail.saturating_add(self.count));
@@ -103,11 +120,40 @@ impl Slots {
             }
         }
         self.give_back(*tail);
+        lock(&self.pass).runs = false;
+        self.given_back.notify_all();
     }
 
     fn give_back(&self, tail: u64) {
         self.tail.store(tail, Ordering::Relaxed);
-        self.pages.word(LIMIT as usize).store(tail.saturating_add(self.count), Ordering::Release);
+        let limit = tail.saturating_add(self.count);
+        self.pages.word(LIMIT as usize).store(limit, Ordering::Release);
+        if lock(&self.pass).awaited.take_if(|awaited| *awaited <= limit).is_some() {
+            self.given_back.notify_all();
+        }
+    }
+
+    /// Waits for whoever reads to free the slot of `position`, and many more, or calls `read` when nobody does. True when the
+    /// slot is free.
+    pub fn make_room(&self, position: u64, read: impl FnOnce()) -> bool {
+        let enough = position.saturating_add(self.count / ROOM);
+        let waits = |pass: &mut Pass| {
+            let waits = pass.runs && self.limit() < enough;
+            if waits {
+                pass.awaited = Some(pass.awaited.map_or(enough, |awaited| awaited.min(enough)));
+            }
+            waits
+        };
+        let waited = self.given_back.wait_timeout_while(lock(&self.pass), PATIENCE, waits);
+        let (mut pass, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let is_free = || position < self.limit();
+        if !is_free() {
+            // The next one that comes waits.
+            pass.runs = true;
+            drop(pass);
+            read();
+        }
+        is_free()
     }
 
     /// The record of a position, when it is complete.
@@ -117,6 +163,11 @@ impl Slots {
         let sequence = slot[record::SEQUENCE / 8].load(Ordering::Acquire);
         (sequence == position + 1).then(|| Record::new(slot, has_stack))
     }
+}
+
+/// The data behind these locks has no invariant that a panicking holder could have broken.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -252,27 +303,61 @@ mod tests {
         }
     }
 
+    /// Several fill, and read themselves or wait for one another when there is no room; somebody else reads, too.
     #[test]
     fn records_are_read_while_they_are_written() {
+        const ALL: u64 = 4000;
         let guest = Filling::new();
-        const ALL: u64 = 1000;
+        let seen = Mutex::new(Vec::new());
+        let drain = || guest.0.drain(|_| false, |record| lock(&seen).push(record.word(record::RDI)));
+        let head = guest.0.pages.word(HEAD as usize);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                for position in 0..ALL {
-                    guest.reserve(position + 1);
-                    while position >= guest.0.limit() {
-                        std::thread::yield_now();
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    loop {
+                        let position = head.fetch_add(1, Ordering::AcqRel);
+                        if position >= ALL {
+                            break;
+                        }
+                        while position >= guest.0.limit() {
+                            guest.0.make_room(position, drain);
+                        }
+                        guest.fill(position);
                     }
-                    guest.fill(position);
-                }
-            });
-            let mut next = 0;
-            while next < ALL {
-                for position in guest.drain() {
-                    assert_eq!(position, next);
-                    next += 1;
-                }
+                });
+            }
+            while guest.0.taken() < ALL {
+                drain();
+                std::thread::yield_now();
             }
         });
+        let mut seen = seen.into_inner().unwrap();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..ALL).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn who_waits_for_room_goes_on_when_a_quarter_is_free_or_the_pass_ends() {
+        let guest = Filling::new();
+        lock(&guest.0.pass).runs = true;
+        std::thread::scope(|scope| {
+            let slots = &guest.0;
+            let waiting = [COUNT, COUNT + 3].map(|position| {
+                scope.spawn(move || slots.make_room(position, || panic!("somebody reads already")))
+            });
+            while lock(&guest.0.pass).awaited != Some(COUNT + 2) {
+                std::thread::yield_now();
+            }
+            guest.0.give_back(2);
+            let [first, second] = waiting;
+            assert!(first.join().unwrap());
+            guest.0.give_back(4);
+            lock(&guest.0.pass).runs = false;
+            guest.0.given_back.notify_all();
+            assert!(second.join().unwrap());
+        });
+        let mut read = false;
+        assert!(!guest.0.make_room(COUNT + 9, || read = true));
+        assert!(read);
     }
 }
