@@ -282,7 +282,7 @@ impl Ring {
             self.recorder.state().registry.counters.dropped += 1;
             return;
         };
-        let at = Registers { rip: hook.ip, rsp: record.word(record::RSP), ..Registers::default() };
+        let mut at = Registers { rip: hook.ip, rsp: record.word(record::RSP), ..Registers::default() };
         if let Some((before, words)) = record.array() {
             let has_orders = matches!(hook.role, Role::PageListFree | Role::PageBatchFree);
             let orders = if has_orders { record::ORDERS } else { 0 };
@@ -291,13 +291,15 @@ impl Ring {
         }
         let moment = Moment::Past(record);
         if hook.entry {
-            let (rdi, rsi) = (record.word(record::RDI), record.word(record::RSI));
-            let registers = Registers { rdi, rsi, rdx: record.word(record::RDX), ..at };
-            self.recorder.entered(hook.role, hook.argument, &registers, moment);
+            (at.rdi, at.rsi) = (record.word(record::RDI), record.word(record::RSI));
+            at.rdx = record.word(record::RDX);
+            self.recorder.entered(hook.role, hook.argument, &at, moment);
         } else {
-            self.known.fetch_add(u64::from(record.path().is_some()), Ordering::Relaxed);
-            let (rax, rbp) = (record.word(record::RAX), record.word(record::RBP));
-            self.recorder.returned(hook.role, &Registers { rax, rbp, ..at }, moment);
+            if record.path().is_some() {
+                self.known.fetch_add(1, Ordering::Relaxed);
+            }
+            (at.rax, at.rbp) = (record.word(record::RAX), record.word(record::RBP));
+            self.recorder.returned(hook.role, &at, moment);
         }
     }
 }

@@ -8,7 +8,6 @@
 use crate::machine::PrivatePages;
 use anyhow::Result;
 use introspect::hooks::record::{self, HEAD, LIMIT, Record, SLOT_LEN, SLOTS};
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,12 +20,32 @@ const ROOM: u64 = 4;
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// How far they were read.
-#[derive(Default)]
 struct Reading {
     /// All before were.
     tail: u64,
-    /// And these.
-    beyond: BTreeSet<u64>,
+    /// And these: a bit for each slot.
+    beyond: Vec<u64>,
+}
+
+impl Reading {
+    fn new(slots: u64) -> Self {
+        Self { tail: 0, beyond: vec![0; slots.div_ceil(64) as usize] }
+    }
+
+    /// Where a slot's bit is.
+    fn bit(slot: u64) -> (usize, u64) {
+        ((slot / 64) as usize, 1 << (slot % 64))
+    }
+
+    fn was_read(&self, slot: u64) -> bool {
+        let (word, bit) = Self::bit(slot);
+        self.beyond[word] & bit != 0
+    }
+
+    fn change(&mut self, slot: u64) {
+        let (word, bit) = Self::bit(slot);
+        self.beyond[word] ^= bit;
+    }
 }
 
 /// Whether somebody reads, for those who wait for slots.
@@ -50,11 +69,12 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    /// `count` empty slots.
+    /// `count` empty slots, a power of two.
     pub fn new(count: u64) -> Result<Self> {
         let pages = Arc::new(PrivatePages::new(SLOTS as usize + count as usize * SLOT_LEN)?);
         let [taken, tail] = [0, 0].map(AtomicU64::new);
-        let (reading, pass, given_back) = Default::default();
+        let reading = Mutex::new(Reading::new(count));
+        let (pass, given_back) = Default::default();
         let slots = Self { pages, count, reading, taken, tail, pass, given_back };
         slots.give_back(0);
         Ok(slots)
@@ -101,27 +121,33 @@ impl Slots {
     pub fn drain(&self, has_stack: impl Fn(u32) -> bool, mut take: impl FnMut(&Record<'_>)) {
         let mut reading = lock(&self.reading);
         lock(&self.pass).runs = true;
-        let Reading { tail, beyond } = &mut *reading;
+        let reading = &mut *reading;
         // Behind are those that wait for a free slot.
-        let head = self.head().min(tail.saturating_add(self.count));
-        for position in *tail..head {
-            if position < *tail || beyond.contains(&position) {
+        let head = self.head().min(reading.tail.saturating_add(self.count));
+        for position in reading.tail..head {
+            let slot = self.slot(position);
+            if position < reading.tail || reading.was_read(slot) {
                 continue;
             }
             let Some(record) = self.filled(position, &has_stack) else { continue };
             take(&record);
-            self.taken.fetch_add(1, Ordering::Relaxed);
-            beyond.insert(position);
-            while beyond.remove(tail) {
-                *tail += 1;
-                if tail.is_multiple_of(BATCH) {
-                    self.give_back(*tail);
+            // Nobody else counts.
+            self.taken.store(self.taken() + 1, Ordering::Relaxed);
+            reading.change(slot);
+            while reading.was_read(self.slot(reading.tail)) {
+                reading.change(self.slot(reading.tail));
+                reading.tail += 1;
+                if reading.tail.is_multiple_of(BATCH) {
+                    self.give_back(reading.tail);
                 }
             }
         }
-        self.give_back(*tail);
-        lock(&self.pass).runs = false;
-        self.given_back.notify_all();
+        self.give_back(reading.tail);
+        let mut pass = lock(&self.pass);
+        pass.runs = false;
+        if pass.awaited.take().is_some() {
+            self.given_back.notify_all();
+        }
     }
 
     fn give_back(&self, tail: u64) {
@@ -156,9 +182,13 @@ impl Slots {
         is_free()
     }
 
+    fn slot(&self, position: u64) -> u64 {
+        position & (self.count - 1)
+    }
+
     /// The record of a position, when it is complete.
     fn filled(&self, position: u64, has_stack: impl Fn(u32) -> bool) -> Option<Record<'_>> {
-        let at = SLOTS as usize + (position % self.count) as usize * SLOT_LEN;
+        let at = SLOTS as usize + self.slot(position) as usize * SLOT_LEN;
         let slot = self.pages.words(at);
         let sequence = slot[record::SEQUENCE / 8].load(Ordering::Acquire);
         (sequence == position + 1).then(|| Record::new(slot, has_stack))
@@ -351,9 +381,9 @@ mod tests {
             guest.0.give_back(2);
             let [first, second] = waiting;
             assert!(first.join().unwrap());
-            guest.0.give_back(4);
-            lock(&guest.0.pass).runs = false;
-            guest.0.given_back.notify_all();
+            guest.reserve(4);
+            (0..4).for_each(|position| guest.fill(position));
+            guest.drain();
             assert!(second.join().unwrap());
         });
         let mut read = false;
