@@ -184,6 +184,21 @@ impl<'a> Unwinder<'a> {
         Trace { len, end }
     }
 
+    /// The same of a backtrace whose first `known` frames are in `out` already, and which goes on at `start` if that can be.
+    pub fn unwind_on(
+        &self,
+        modules: &impl ModuleTables,
+        start: &Start,
+        read_word: impl FnMut(Va) -> Option<u64>,
+        (out, known): (&mut [Va], usize),
+    ) -> Trace {
+        if known > 0 && !self.is_code(start.ip, start.exact) {
+            return Trace { len: known, end: End::NotCode(start.ip) };
+        }
+        let trace = self.unwind(modules, start, read_word, &mut out[known..]);
+        Trace { len: known + trace.len, ..trace }
+    }
+
     /// Calls `visit` for the start and then for each caller, innermost first, for as long as it returns true; that
     /// alone bounds the walk.
     #[inline]

@@ -46,6 +46,10 @@ impl Recorder {
             Moment::Now { .. } => self.backtrace(&start, linux.word_reader(ram)),
             Moment::Past(record) => {
                 let known = record.path().and_then(|number| self.memo().known(number));
+                let known = known.or_else(|| {
+                    let (number, behind) = record.part()?;
+                    self.continued(&start, number, &behind, |va| record.stack(va))
+                });
                 known.unwrap_or_else(|| self.backtrace(&start, |va| record.stack(va)))
             }
         };
@@ -54,12 +58,39 @@ impl Recorder {
 
     /// The number of the backtrace from `start` on.
     fn backtrace(&self, start: &Start, mut read: impl FnMut(Va) -> Option<u64>) -> StackId {
-        if let Some(stack) = self.memo().find(start, &mut read) {
-            return stack;
-        }
+        let found = self.memo().find(start, &mut read);
+        found.unwrap_or_else(|| self.unwound(start, (&mut [Va(0); MAX_FRAMES], 0), start, read))
+    }
+
+    /// The same of that which a stub followed to the frame that it named by `number`, and which goes on at `behind`.
+    fn continued(
+        &self,
+        start: &Start,
+        number: u32,
+        behind: &Start,
+        mut read: impl FnMut(Va) -> Option<u64>,
+    ) -> Option<StackId> {
+        let mut frames = [Va(0); MAX_FRAMES];
+        let (known, found) = {
+            let mut memo = self.memo();
+            frames[0] = start.ip;
+            let known = 1 + memo.frames(number, &mut frames[1..])?;
+            (known, memo.find_behind((number, known), behind, &mut read))
+        };
+        Some(found.unwrap_or_else(|| self.unwound(start, (&mut frames, known), behind, read)))
+    }
+
+    /// The number of the backtrace that begins at `start` with so many `known` frames and goes on at `behind`.
+    fn unwound(
+        &self,
+        start: &Start,
+        (frames, known): (&mut [Va], usize),
+        behind: &Start,
+        read: impl FnMut(Va) -> Option<u64>,
+    ) -> StackId {
         let modules = self.modules.read().unwrap_or_else(PoisonError::into_inner);
-        let (unwinder, mut frames) = (self.unwinder(), [Va(0); MAX_FRAMES]);
-        let trace = unwinder.unwind(&*modules, start, read, &mut frames);
+        let unwinder = self.unwinder();
+        let trace = unwinder.unwind_on(&*modules, behind, read, (frames, known));
         let frames = &frames[..trace.len];
         let stack = self.state().registry.stacks.intern(frames);
         self.memo().keep(&unwinder, &*modules, start, frames, stack);

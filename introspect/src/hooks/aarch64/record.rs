@@ -1,6 +1,7 @@
 //! What a stub writes down of one event. arm64 has no stubs yet, and so no records.
 
 use crate::memory::Va;
+use crate::unwind::Start;
 use std::convert::Infallible;
 use std::marker::PhantomData;
 
@@ -34,6 +35,11 @@ impl Record<'_> {
 
     /// The number of its backtrace.
     pub fn path(&self) -> Option<u32> {
+        match self.never {}
+    }
+
+    /// The number of a frame of it, and what comes behind.
+    pub fn part(&self) -> Option<(u32, Start)> {
         match self.never {}
     }
 

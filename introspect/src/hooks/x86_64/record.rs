@@ -4,6 +4,7 @@
 //! that is not below [`LIMIT`], fills the slot of that position and writes position + 1 to [`SEQUENCE`] last of all.
 
 use crate::memory::Va;
+use crate::unwind::Start;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Shared word: positions given out so far.
@@ -67,9 +68,15 @@ pub const COMM: usize = 80;
 pub const CACHE: usize = 96;
 /// u32: its `object_size`.
 pub const OBJECT_SIZE: usize = 104;
-/// u32: the end of a backtrace that the stub knows ([`crate::unwind::paths`]), in the place of all words of the stack but the first; or
-/// 0.
+/// u32: the end of a backtrace that the stub knows ([`crate::unwind::paths`]), in the place of all words of the stack but the first; or,
+/// with [`PART`], the last frame that it knows: the words of the stack begin behind it; or 0.
 pub const PATH: usize = 108;
+/// See [`PATH`], whose numbers have that bit free.
+pub const PART: u32 = 1;
+/// u64: where the words of the stack begin behind a frame that the stub knows: at the first return address that it does not.
+pub const FROM: usize = RDI;
+/// u64: the frame pointer there.
+pub const FRAME: usize = RSI;
 /// u64: the stack pointer of the interrupted task, when a stack of the CPU's is in use; or where the outermost words are.
 pub const INTERRUPTED: usize = 112;
 /// Words of the stack, the return address first.
@@ -100,20 +107,23 @@ pub struct Record<'a> {
     slot: &'a Slot,
     /// Words of the stack that were written down, and of the interrupted one.
     words: (usize, usize),
-    path: Option<u32>,
+    /// Where the record says where the first of them was.
+    first: usize,
+    known: u32,
 }
 
 impl<'a> Record<'a> {
     /// What a slot says, whatever that is. `has_stack` is asked whether records of a hook have more of the stack than one word.
     pub fn new(slot: &'a Slot, has_stack: impl FnOnce(u32) -> bool) -> Self {
-        let mut record = Self { slot, words: (1, 0), path: None };
+        let mut record = Self { slot, words: (1, 0), first: RSP, known: 0 };
         if has_stack(record.hook()) {
-            match record.u32(PATH) {
-                0 => {
-                    let own = (record.u32(WORDS) as usize).min(MAX_WORDS);
-                    record.words = (own, (record.u32(INTERRUPTED_WORDS) as usize).min(MAX_WORDS - own));
-                }
-                path => record.path = Some(path),
+            record.known = record.u32(PATH);
+            if record.path().is_none() {
+                let own = (record.u32(WORDS) as usize).min(MAX_WORDS);
+                record.words = (own, (record.u32(INTERRUPTED_WORDS) as usize).min(MAX_WORDS - own));
+            }
+            if record.known & PART != 0 {
+                record.first = FROM;
             }
         }
         record
@@ -170,7 +180,15 @@ impl<'a> Record<'a> {
 
     /// The number of the end of its backtrace, if the stub knew that: then there is no more of the stack than the return address.
     pub fn path(&self) -> Option<u32> {
-        self.path
+        (self.known != 0 && self.known & PART == 0).then_some(self.known)
+    }
+
+    /// The number of the last frame that the stub knew, if it knew some and not all, and where its caller goes on: the words of
+    /// the stack are those from there on.
+    pub fn part(&self) -> Option<(u32, Start)> {
+        let from = Va(self.word(FROM));
+        let ip = self.stack(from).filter(|_| self.known & PART != 0)?;
+        Some((self.known & !PART, Start::returning(Va(ip), from + WORD as u64, Va(self.word(FRAME)))))
     }
 
     /// Words of both stacks that were written down.
@@ -188,7 +206,7 @@ impl<'a> Record<'a> {
             is_there.then(|| self.word(STACK + 8 * first + offset as usize))
         };
         let (own, interrupted) = self.words;
-        word(RSP, own, 0).or_else(|| word(INTERRUPTED, interrupted, own))
+        word(self.first, own, 0).or_else(|| word(INTERRUPTED, interrupted, own))
     }
 }
 

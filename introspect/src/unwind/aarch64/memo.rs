@@ -27,6 +27,16 @@ impl<T> Memo<T> {
         None
     }
 
+    /// Nothing.
+    pub fn frames(&self, _: u32, _: &mut [Va]) -> Option<usize> {
+        None
+    }
+
+    /// Nothing.
+    pub fn find_behind(&mut self, _: (u32, usize), _: &Start, _: impl FnMut(Va) -> Option<u64>) -> Option<T> {
+        None
+    }
+
     /// Does nothing.
     pub fn keep(&mut self, _: &Unwinder<'_>, _: &impl ModuleTables, _: &Start, _: &[Va], _: T) {}
 }

@@ -7,7 +7,7 @@
 //! What hangs on more than the stack and the frame pointer, as across an interrupt, is not kept: such backtraces are
 //! unwound each time.
 
-use super::format::{Base, Entry, Frame};
+use super::format::{self, Base, Frame};
 use super::paths::{Onward, Paths};
 use super::walk::{WORD, end_at_user_code, pt_regs};
 use super::{ModuleTables, Start, Unwinder};
@@ -32,8 +32,24 @@ pub struct Memo<T> {
     children: HashTable<u32>,
     /// Frames of a whole backtrace.
     depth: usize,
-    /// What stubs know of it, where there are some, and what was kept of the backtraces that end at their entries.
-    paths: Option<(Paths, Vec<Option<T>>)>,
+    /// What stubs know of it, where there are some.
+    told: Option<Told<T>>,
+}
+
+/// What stubs know, and what their entries are here. These stay when stubs forget, until their places are used again.
+struct Told<T> {
+    paths: Paths,
+    entries: Vec<Entry<T>>,
+}
+
+#[derive(Clone, Copy)]
+struct Entry<T> {
+    ip: Va,
+    /// The number of the entry before; of the first, no entry's.
+    before: u32,
+    node: u32,
+    /// Of the backtrace that ends here.
+    kept: Option<T>,
 }
 
 struct Node<T> {
@@ -77,13 +93,13 @@ enum Next {
 impl<T: Copy> Memo<T> {
     /// An empty one for backtraces of at most `depth` frames.
     pub fn new(depth: usize) -> Self {
-        Self { nodes: Vec::new(), children: HashTable::new(), depth, paths: None }
+        Self { nodes: Vec::new(), children: HashTable::new(), depth, told: None }
     }
 
     /// Has stubs know from now on what it knows.
     pub fn share(&mut self, paths: Paths) {
-        let kept = vec![None; paths.capacity()];
-        self.paths = Some((paths, kept));
+        let entries = vec![Entry { ip: Va(0), before: 0, node: NONE, kept: None }; paths.capacity()];
+        self.told = Some(Told { paths, entries });
         self.nodes.iter_mut().for_each(|node| node.entry = NO_ENTRY);
     }
 
@@ -91,26 +107,60 @@ impl<T: Copy> Memo<T> {
     pub fn clear(&mut self) {
         self.nodes.clear();
         self.children.clear();
-        if let Some((paths, _)) = &mut self.paths {
-            paths.forget();
+        if let Some(told) = &mut self.told {
+            told.paths.forget();
         }
     }
 
     /// What was kept of the backtrace whose end a stub named by this number.
     pub fn known(&self, number: u32) -> Option<T> {
-        let (paths, kept) = self.paths.as_ref()?;
-        kept[paths.entry(number)?]
+        self.told.as_ref()?.entry(number)?.kept
+    }
+
+    /// Writes the return addresses that a stub named by this number, innermost first, and says how many they are. None when it
+    /// names none, or there is no room.
+    pub fn frames(&self, number: u32, out: &mut [Va]) -> Option<usize> {
+        let told = self.told.as_ref()?;
+        let (mut entry, mut len) = (Some(told.entry(number)?), 0);
+        while let Some(&Entry { ip, before, .. }) = entry {
+            *out.get_mut(len)? = ip;
+            len += 1;
+            entry = told.entry(before);
+        }
+        out[..len].reverse();
+        Some(len)
     }
 
     /// What was kept of the backtrace from `start`, if it was seen before.
     #[inline]
-    pub fn find(&mut self, start: &Start, mut read: impl FnMut(Va) -> Option<u64>) -> Option<T> {
-        if !start.exact {
-            return None;
-        }
+    pub fn find(&mut self, start: &Start, read: impl FnMut(Va) -> Option<u64>) -> Option<T> {
+        let node = self.child(NONE, start.ip).filter(|_| start.exact)?;
+        self.follow((node, 1), start, read)
+    }
+
+    /// The same of the backtrace that goes on at `start` behind so many frames, the last of which a stub named by this number.
+    pub fn find_behind(
+        &mut self,
+        (number, frames): (u32, usize),
+        start: &Start,
+        read: impl FnMut(Va) -> Option<u64>,
+    ) -> Option<T> {
+        let last = self.told.as_ref()?.entry(number)?.node;
+        self.nodes.get(last as usize).filter(|node| node.entry == number)?;
+        let node = self.child(last, start.ip)?;
+        self.follow((node, frames + 1), start, read)
+    }
+
+    /// The same from a node on, which has so many frames.
+    #[inline]
+    fn follow(
+        &mut self,
+        (mut node, frames): (u32, usize),
+        start: &Start,
+        mut read: impl FnMut(Va) -> Option<u64>,
+    ) -> Option<T> {
         let (mut sp, mut bp) = (start.sp, start.bp);
-        let mut node = self.child(NONE, start.ip)?;
-        for _ in 1..self.depth {
+        for _ in frames..self.depth {
             match self.nodes[node as usize].step.take(&mut sp, &mut bp, &mut read) {
                 Next::Caller(ip) => node = self.child(node, ip)?,
                 Next::Nothing => break,
@@ -118,7 +168,7 @@ impl<T: Copy> Memo<T> {
             }
         }
         let Node { kept, entry, .. } = self.nodes[node as usize];
-        if entry == NO_ENTRY && kept.is_some() && self.paths.is_some() {
+        if entry == NO_ENTRY && kept.is_some() && self.told.is_some() {
             self.tell(node);
         }
         kept
@@ -158,8 +208,8 @@ impl<T: Copy> Memo<T> {
     /// Has stubs know the backtrace that ends at a node, if they can.
     #[cold]
     fn tell(&mut self, end: u32) {
-        let Some((paths, kept)) = &mut self.paths else { return };
-        if !paths.is_open() {
+        let Some(told) = &mut self.told else { return };
+        if !told.paths.is_open() {
             return;
         }
         let mut way = vec![end];
@@ -169,11 +219,8 @@ impl<T: Copy> Memo<T> {
             }
             way.push(parent);
         }
-        let what = self.nodes[end as usize].kept;
-        if add_way(paths, kept, &mut self.nodes, &way, self.depth).is_none() {
+        if told.add_way(&mut self.nodes, &way, self.depth).is_none() {
             self.nodes[end as usize].entry = NEVER;
-        } else if let Some(entry) = paths.entry(self.nodes[end as usize].entry) {
-            kept[entry] = what;
         }
     }
 
@@ -204,34 +251,37 @@ impl<T: Copy> Memo<T> {
     }
 }
 
-/// Has stubs know a backtrace, whose nodes are these from the last frame to the first. None when they cannot.
-fn add_way<T: Copy>(
-    paths: &mut Paths,
-    kept: &mut [Option<T>],
-    nodes: &mut [Node<T>],
-    way: &[u32],
-    depth: usize,
-) -> Option<()> {
-    let (&first, behind) = way.split_last()?;
-    let (&end, between) = behind.split_first()?;
-    let Node { ip, step, .. } = nodes[first as usize];
-    // A stub begins where the return address is on top.
-    if step != Step::Call(Anchor::StackPointer, WORD as i16, None) {
-        return None;
+impl<T: Copy> Told<T> {
+    fn entry(&self, number: u32) -> Option<&Entry<T>> {
+        self.entries.get(self.paths.entry(number)?).filter(|entry| entry.ip != Va(0))
     }
-    let end_step = nodes[end as usize].step.as_end(way.len() == depth)?;
-    let mut before = ip.0 as u32;
-    for &node in between.iter().rev().chain([&end]) {
-        let Node { ip, step, entry, .. } = nodes[node as usize];
-        if matches!(entry, NO_ENTRY | NEVER) {
-            let onward = if node == end { end_step } else { step.onward()? };
-            let number = paths.add(before, ip, onward)?;
-            kept[paths.entry(number)?] = None;
-            nodes[node as usize].entry = number;
+
+    /// Has stubs know a backtrace, whose nodes are these from the last frame to the first, or its first frames: it may be cut off
+    /// where the copy of a stack was. None when they cannot know it to its last frame.
+    fn add_way(&mut self, nodes: &mut [Node<T>], way: &[u32], depth: usize) -> Option<()> {
+        let (&first, behind) = way.split_last()?;
+        let Node { ip, step, .. } = nodes[first as usize];
+        // A stub begins where the return address is on top.
+        if step != Step::Call(Anchor::StackPointer, WORD as i16, None) {
+            return None;
         }
-        before = nodes[node as usize].entry;
+        let mut before = ip.0 as u32;
+        for (left, &number) in behind.iter().enumerate().rev() {
+            let node = &mut nodes[number as usize];
+            let end = if left == 0 { node.step.as_end(way.len() == depth) } else { None };
+            if matches!(node.entry, NO_ENTRY | NEVER) {
+                node.entry = self.paths.add(before, node.ip, end.or_else(|| node.step.onward())?)?;
+                let entry = self.paths.entry(node.entry)?;
+                self.entries[entry] = Entry { ip: node.ip, before, node: number, kept: None };
+            }
+            if end.is_some() {
+                let entry = self.paths.entry(node.entry)?;
+                self.entries[entry].kept = node.kept;
+            }
+            before = node.entry;
+        }
+        Some(())
     }
-    Some(())
 }
 
 fn hash(parent: u32, ip: Va) -> u64 {
@@ -247,7 +297,7 @@ impl Unwinder<'_> {
 }
 
 impl Step {
-    fn of(entry: &Entry) -> Self {
+    fn of(entry: &format::Entry) -> Self {
         let from = match entry.sp {
             Base::Sp => Anchor::StackPointer,
             Base::Bp => Anchor::FramePointer,

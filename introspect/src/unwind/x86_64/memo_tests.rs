@@ -57,27 +57,44 @@ fn shared() -> Arc<Table> {
     Arc::new(Table { words, begun: AtomicU64::new(0), read: AtomicU64::new(0) })
 }
 
-/// As stubs do it: the number that they write down.
-fn follow(table: &Table, start: &Start, read: impl Fn(Va) -> Option<u64>) -> Option<u32> {
+/// What a stub finds.
+#[derive(Debug, PartialEq)]
+enum Found {
+    Nothing,
+    /// The number that it writes down.
+    Path(u32),
+    /// That of a part, and where it goes on.
+    Part(u32, Start),
+}
+
+/// As stubs do it.
+fn follow(table: &Table, start: &Start, read: impl Fn(Va) -> Option<u64>) -> Found {
     let word = |offset: usize| table.words[offset / 8].load(Ordering::Relaxed);
     let (mut slot, mut bp, mut before) = (start.sp, start.bp, start.ip.0 as u32);
     for _ in 0..100 {
-        let key = u64::from(before) << 32 | read(slot)? & 0xffff_ffff;
+        let Some(ip) = read(slot) else { return Found::Nothing };
+        let key = u64::from(before) << 32 | ip & 0xffff_ffff;
         let mut entries = (0..PLACE.len).step_by(ENTRY_LEN);
-        let entry = entries.find(|entry| word(entry + KEY) == key)?;
+        let Some(entry) = entries.find(|entry| word(entry + KEY) == key) else {
+            let is_part = before != start.ip.0 as u32;
+            let behind = Start::returning(Va(ip), slot + 8, bp);
+            return if is_part { Found::Part(before, behind) } else { Found::Nothing };
+        };
         let rest = word(entry + UP);
         let half = |at: usize| i64::from((rest >> (8 * (at - UP))) as i16);
         let (up, saved, kind) = (half(UP) as u64, half(SAVED) as u64, (rest >> (8 * (KIND - UP))) as u8);
         before = (PLACE.start.0 + entry as u64) as u32;
         slot = match kind {
-            END => return Some(before),
-            USER => return (read(slot + up)? & 3 == 3).then_some(before),
-            FRAMED_CALL if bp < slot => return None,
+            END => return Found::Path(before),
+            USER if read(slot + up).is_some_and(|cs| cs & 3 == 3) => return Found::Path(before),
+            USER => return Found::Nothing,
+            FRAMED_CALL if bp < slot => return Found::Nothing,
             FRAMED_CALL => bp + up,
             _ => slot + up,
         };
         if saved != 0 {
-            bp = Va(read(slot + saved)?);
+            let Some(saved) = read(slot + saved) else { return Found::Nothing };
+            bp = Va(saved);
         }
     }
     panic!("it does not end");
@@ -98,24 +115,70 @@ impl<'a> Seen<'a> {
         Self { unwinder: Unwinder::new(Some(orc), text(), SLIDE), memo, table, kept: Vec::new() }
     }
 
-    /// An event. True when a stub knows its backtrace, which is the right one then.
-    fn event(&mut self, start: &Start, depth: usize, read: impl Fn(Va) -> Option<u64> + Copy) -> bool {
-        let mut out = [Va(0); 16];
+    /// An event, of whose stack stubs copy `copied` bytes. True when a stub knows its backtrace, which is the right one then; by
+    /// copies it may be cut off.
+    fn event_of(
+        &mut self,
+        start: &Start,
+        depth: usize,
+        copied: u64,
+        read: impl Fn(Va) -> Option<u64> + Copy,
+    ) -> bool {
+        let (mut out, mut frames) = ([Va(0); 16], [Va(0); 16]);
         let len = self.unwinder.unwind(&(), start, read, &mut out[..depth]).len;
-        if let Some(number) = follow(&self.table, start, read) {
-            let known = self.memo.known(number).expect("an end that is kept");
-            assert_eq!(self.kept[known], &out[..len]);
-            return true;
-        }
-        match self.memo.find(start, read) {
-            Some(known) => assert_eq!(self.kept[known], &out[..len]),
+        let is_cut = |frames: &[Va]| copied < u64::MAX && out[..len].starts_with(frames);
+        let check = |frames: &[Va]| assert!(frames == &out[..len] || is_cut(frames), "{frames:?} of {out:?}");
+        let part = match follow(&self.table, start, read) {
+            Found::Path(number) => {
+                let known = self.memo.known(number).expect("an end that is kept");
+                assert_eq!(self.kept[known], &out[..len]);
+                return true;
+            }
+            Found::Part(number, behind) => Some((number, behind)),
+            Found::Nothing => None,
+        };
+        let from = part.map_or(start.sp, |(_, behind)| behind.sp - 8);
+        let copy = |va: Va| read(va).filter(|_| va - from < copied);
+        let (found, known, behind) = match part {
+            None => (self.memo.find(start, copy), 0, *start),
+            Some((number, behind)) => {
+                frames[0] = start.ip;
+                let known = 1 + self.memo.frames(number, &mut frames[1..depth]).expect("frames");
+                (self.memo.find_behind((number, known), &behind, copy), known, behind)
+            }
+        };
+        match found {
+            Some(found) => check(&self.kept[found]),
             None => {
-                self.memo.keep(&self.unwinder, &(), start, &out[..len], self.kept.len());
-                self.kept.push(out[..len].to_vec());
+                let trace = self.unwinder.unwind_on(&(), &behind, copy, (&mut frames[..depth], known));
+                let frames = &frames[..trace.len];
+                check(frames);
+                self.memo.keep(&self.unwinder, &(), start, frames, self.kept.len());
+                self.kept.push(frames.to_vec());
             }
         }
         false
     }
+
+    /// One of whose stack all is copied.
+    fn event(&mut self, start: &Start, depth: usize, read: impl Fn(Va) -> Option<u64> + Copy) -> bool {
+        self.event_of(start, depth, u64::MAX, read)
+    }
+}
+
+/// Each copy goes on where stubs knew no further.
+#[test]
+fn what_is_longer_than_a_copy_becomes_known_bit_by_bit() {
+    let orc = usual();
+    let mut seen = Seen::new(&orc, 16);
+    let frames = (0..9).map(|k| (STACK + 8 * k, code(0x510 + k)));
+    let memory: HashMap<u64, u64> = frames.chain([(STACK + 72, code(0x310))]).collect();
+    let read = |va: Va| memory.get(&va.0).copied();
+    let mut events = (0..9).map(|_| seen.event_of(&start(RETURN), 16, 32, read));
+    assert_eq!(events.position(|is_known| is_known), Some(3));
+    drop(events);
+    let lens: Vec<usize> = seen.kept.iter().map(Vec::len).collect();
+    assert_eq!(lens, [5, 9, 11]);
 }
 
 #[test]
@@ -159,7 +222,7 @@ fn a_forgotten_place_is_used_again_when_nobody_can_mean_it() {
     let memory = HashMap::from([(STACK, code(0x510)), (STACK + 8, code(0x310))]);
     let read = |va: Va| memory.get(&va.0).copied();
     seen.event(&start(RETURN), 16, read);
-    let number = follow(&seen.table, &start(RETURN), read).unwrap();
+    let Found::Path(number) = follow(&seen.table, &start(RETURN), read) else { panic!("not known") };
     seen.table.begun.store(7, Ordering::Relaxed);
     seen.memo.clear();
     for (events, is_known) in [(6, [false, false]), (7, [false, true])] {
@@ -230,6 +293,7 @@ proptest! {
         usual_ones in any::<bool>(),
         stacks in prop::collection::vec(prop::collection::vec(any::<u16>(), 48), 1..12),
         order in prop::collection::vec((any::<prop::sample::Index>(), 0u64..6), 1..60),
+        copied in prop_oneof![Just(u64::MAX), 0u64..200],
     ) {
         let orc = if usual_ones { usual() } else { table(&rows) };
         let mut seen = Seen::new(&orc, 6);
@@ -248,12 +312,12 @@ proptest! {
                 }
             };
             match first {
-                4 => seen.event(&start(RETURN), 6, read),
+                4 => seen.event_of(&start(RETURN), 6, copied, read),
                 5 => {
                     seen.memo.clear();
                     false
                 }
-                _ => seen.event(&start(first * 0x90), 6, read),
+                _ => seen.event_of(&start(first * 0x90), 6, copied, read),
             };
         }
     }

@@ -68,7 +68,12 @@ impl Start {
         }
     }
 
-    /// The same of a CPU at the first instructions of a function or at its return: tables tell.
+    /// Behind a call, at its return address, with the stack pointer and the frame pointer that are there then.
+    pub fn returning(ip: Va, sp: Va, bp: Va) -> Self {
+        Self { ip, sp, bp, scratch: None, exact: false }
+    }
+
+    /// A CPU at the first instructions of a function or at its return: tables tell.
     pub fn at_boundary(registers: &Registers) -> Self {
         Self::running(registers)
     }

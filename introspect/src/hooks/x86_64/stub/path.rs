@@ -16,11 +16,14 @@ const IS_USER: u32 = 3;
 
 // The order that one comparison tells apart.
 const _: () = assert!(CALL < FRAMED_CALL && FRAMED_CALL < END && END < USER);
+// Numbers are addresses of entries.
+const _: () = assert!((slot::PART as usize) < ENTRY_LEN);
 
 impl Writer {
     /// Goes on at `known`, with the path in the record in rdx, if the backtrace from the return address at rcx on is one that is
-    /// known; else with rcx, and the task in rsi, what they were. Only on the stack of the task in rsi, which it does not leave
-    /// whatever the table says: each step leads upwards.
+    /// known; else with the task in rsi, and in rcx where the first return address is that is not: that of the known ones before
+    /// it, if there are some, is in the record. Only on the stack of the task in rsi, which it does not leave whatever the table
+    /// says: each step leads upwards. Where one would not, rcx is what it was.
     pub(super) fn path(
         &self,
         a: &mut CodeAssembler,
@@ -29,7 +32,7 @@ impl Writer {
     ) -> Result<(), IcedError> {
         let around = &self.surroundings;
         let size = i32::try_from(around.stack_size).unwrap_or(0);
-        let [mut next, mut found, mut moved, mut other, mut ends, mut is_known, mut unknown] =
+        let [mut next, mut found, mut moved, mut other, mut ends, mut is_known, mut unknown, mut is_set] =
             std::array::from_fn(|_| a.create_label());
         // r8: the last word of the stack; r10: the frame pointer; edi: the entry that rcx is to be found behind.
         a.mov(r8, qword_ptr(rsi + around.stack as i32))?;
@@ -58,7 +61,16 @@ impl Writer {
             a.add(rax, ENTRY_LEN as i32)?;
         }
         a.cmp(qword_ptr(rax + KEY as i32), rdi)?;
-        a.jne(unknown)?;
+        a.je(found)?;
+
+        a.shr(rdi, 32)?;
+        a.cmp(edi, frame.at)?;
+        a.je(unknown)?;
+        a.or(edi, slot::PART.cast_signed())?;
+        a.mov(dword_ptr(rdx + slot::PATH as i32), edi)?;
+        a.mov(at(rdx, slot::FROM), rcx)?;
+        a.mov(at(rdx, slot::FRAME), r10)?;
+        a.jmp(is_set)?;
 
         a.set_label(&mut found)?;
         a.mov(edi, eax)?;
@@ -103,6 +115,7 @@ impl Writer {
         a.set_label(&mut unknown)?;
         a.mov(dword_ptr(rdx + slot::PATH as i32), 0)?;
         a.lea(rcx, ptr(rsp + frame.pushed))?;
+        a.set_label(&mut is_set)?;
         a.mov(rsi, qword_ptr(around.current).gs())
     }
 }
