@@ -1,7 +1,9 @@
 //! Backtraces that stubs know: found on the stack as the table has it, and nothing read where there is no stack.
 
 use crate::processor::Processor;
-use crate::stubs::{CALLER, CASES, STACK, STACK_LEN, by_stub, check_result, processor, slot_of};
+use crate::stubs::{
+    CALLER, CASES, STACK, STACK_LEN, by_stub, check_result, check_result_from, processor, slot_of,
+};
 use anyhow::{Context, Result, ensure};
 use iced_x86::{Instruction, Register};
 use introspect::arch::layout::TRACER_PATHS;
@@ -64,6 +66,7 @@ fn frames() -> Frames {
             (TOP + 0x20, RETURNS[0]),
             (TOP + 0x50, frame),
             (TOP + 0x60, RETURNS[1]),
+            (frame, TOP + 0x400),
             (frame + 8, RETURNS[2]),
             (frame + 0x18, RETURNS[3]),
         ],
@@ -72,7 +75,7 @@ fn frames() -> Frames {
 }
 
 impl Frames {
-    /// A vCPU on them, and the number of their end; `known` of their frames are in the table.
+    /// A vCPU on them, and the number of the last of the `known` frames that are in the table.
     fn processor(&self, at: u64, around: &Surroundings, known: usize) -> Result<(Processor, u32)> {
         let table = Table((0..PLACE.len / 8).map(|_| AtomicU64::new(0)).collect());
         let mut paths = Paths::new(Box::new(table.clone()), PLACE);
@@ -94,10 +97,25 @@ impl Frames {
     }
 }
 
+fn is_return((_, word): &&(u64, u64)) -> bool {
+    RETURNS.contains(word)
+}
+
+/// What a stub makes of a stack.
+#[derive(Debug, PartialEq)]
+enum Made {
+    /// It writes down the number of its end.
+    Path,
+    /// That of a frame before, and copies the stack from there on, at which the frame pointer is this.
+    Part(u64, u64),
+    /// It copies it.
+    Copy,
+}
+
 /// All that a stub at a return may come upon.
 pub fn check(stub: &Stub, displaced: &[Instruction], around: &Surroundings) -> Result<()> {
     let at = displaced.first().context("nothing is displaced")?.ip();
-    let event = |frames: &Frames, known: usize| -> Result<bool> {
+    let event = |frames: &Frames, known: usize| -> Result<Made> {
         let (before, number) = frames.processor(at, around, known)?;
         let after = by_stub(&before, stub, displaced, |_, at| unreachable!("a trap at {at}"))?;
         let slot = slot_of(&after, 3);
@@ -105,21 +123,34 @@ pub fn check(stub: &Stub, displaced: &[Instruction], around: &Surroundings) -> R
         if let Some(path) = record.path() {
             ensure!(path == number, "path {path:#x}, not {number:#x}");
             ensure!(record.words() == 1 && record.caller().0 == CALLER, "the return address");
-            return Ok(true);
+            return Ok(Made::Path);
         }
-        check_result(&record, 3, &before, CASES[0])?;
-        Ok(false)
+        let Some((part, behind)) = record.part() else {
+            check_result(&record, 3, &before, CASES[0])?;
+            return Ok(Made::Copy);
+        };
+        ensure!(part == number, "part {part:#x}, not {number:#x}");
+        let from = behind.sp.0 - 8;
+        ensure!(before.memory.get(&from) == Some(&behind.ip.0), "not at a return address");
+        check_result_from(&record, 3, &before, CASES[0], from)?;
+        Ok(Made::Part(from, behind.bp.0))
     };
-    let said = |frames: &Frames, known: usize, wanted: bool, what: &str| -> Result<()> {
-        ensure!(event(frames, known).context(what.to_owned())? == wanted, "{what}: not {wanted}");
+    let said = |frames: &Frames, known: usize, wanted: Made, what: &str| -> Result<()> {
+        let made = event(frames, known).context(what.to_owned())?;
+        ensure!(made == wanted, "{what}: {made:x?}, not {wanted:x?}");
         Ok(())
     };
-    said(&frames(), 5, true, "a known end")?;
-    for known in 0..5 {
-        said(&frames(), known, false, "a frame that is not known")?;
+    said(&frames(), 5, Made::Path, "a known end")?;
+    said(&frames(), 0, Made::Copy, "nothing known")?;
+    let (before, _) = frames().processor(at, around, 0)?;
+    let frame = TOP + 0x108;
+    let saved = before.memory.get(&frame).copied().context("no saved frame pointer")?;
+    let bps = [before.get(Register::RBP)?, frame, saved, saved];
+    for ((known, (from, _)), bp) in (1..).zip(frames().words.iter().filter(is_return)).zip(bps) {
+        said(&frames(), known, Made::Part(*from, bp), "a frame that is not known")?;
     }
-    let end = TOP + 0x108 + 0x18;
-    for (segment, wanted) in SEGMENTS.into_iter().zip([true, false]) {
+    let end = frame + 0x18;
+    for (segment, wanted) in SEGMENTS.into_iter().zip([Made::Path, Made::Copy]) {
         let mut user = Frames { end: Onward::User { up: 0x90 }, ..frames() };
         user.words.push((end + 0x90, segment));
         said(&user, 5, wanted, "the end at user code")?;
@@ -127,19 +158,19 @@ pub fn check(stub: &Stub, displaced: &[Instruction], around: &Surroundings) -> R
     // A frame pointer that leads nowhere, below, to the last word of the stack and beyond it.
     let last = STACK + STACK_LEN - 8;
     for bp in [0, 7, TOP, last, last + 8, u64::MAX, u64::MAX - 7, 0x7fff_ffff_f000, 1 << 63] {
-        said(&Frames { bp: Some(bp), ..frames() }, 5, false, "a frame pointer")?;
+        said(&Frames { bp: Some(bp), ..frames() }, 5, Made::Copy, "a frame pointer")?;
     }
     // Frames that lead out of the stack, and past what was there.
     for up in [i16::MAX - 7, 0x2000, 0x1ff8] {
         let mut far = frames();
         far.onward[3] = Onward::Call { up, saved: -8 };
-        said(&far, 5, false, "a large frame")?;
-        said(&Frames { end: Onward::User { up }, ..frames() }, 5, false, "registers far away")?;
+        said(&far, 5, Made::Copy, "a large frame")?;
+        said(&Frames { end: Onward::User { up }, ..frames() }, 5, Made::Copy, "registers far away")?;
     }
     let mut bottom = frames();
     bottom.onward[3] = Onward::Call { up: (last - (TOP + 0x110)) as i16, saved: -8 };
     bottom.words.push((last, RETURNS[3]));
-    said(&bottom, 5, true, "an end at the last word")?;
+    said(&bottom, 5, Made::Path, "an end at the last word")?;
     on_the_cpus_stack(stub, displaced, around, at)
 }
 
@@ -154,6 +185,6 @@ fn on_the_cpus_stack(stub: &Stub, displaced: &[Instruction], around: &Surroundin
     let after = by_stub(&before, stub, displaced, |_, at| unreachable!("a trap at {at}"))?;
     let slot = slot_of(&after, 3);
     let record = Record::new(&slot, |_| true);
-    ensure!(record.path().is_none(), "a path on a stack of the CPU's");
+    ensure!(record.path().is_none() && record.part().is_none(), "a path on a stack of the CPU's");
     check_result(&record, 3, &before, case)
 }
