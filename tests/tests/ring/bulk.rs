@@ -1,9 +1,10 @@
 //! Stubs of calls that pass an array or a list, carried out beside the code whose place they take.
 
+use crate::paths::know;
 use crate::processor::Processor;
 use crate::stubs::{
-    CACHE, CALLER, CASES, COUNT, Case, HOOK, OBJECT, PAGES, STACK, by_stub, check_result, is_ring, processor,
-    slot_of,
+    CACHE, CALLER, CASES, COUNT, Case, HOOK, OBJECT, PAGES, STACK, STACK_LEN, by_stub, check_result, is_ring,
+    processor, slot_of,
 };
 use anyhow::{Context, Result, ensure};
 use iced_x86::{Instruction, Register};
@@ -11,6 +12,7 @@ use introspect::arch::layout::TRACER_RING;
 use introspect::hooks::record::{self, Record, SLOT_LEN, SLOTS};
 use introspect::hooks::{Stub, StubFilled, StubPages, StubPoint, StubSource, Surroundings};
 use introspect::memory::Va;
+use introspect::unwind::paths::Onward;
 
 /// Somebody's array, or list; and a `struct folio_batch`.
 const ARRAY: u64 = 0xffff_c900_0200_0010;
@@ -285,6 +287,26 @@ impl Check<'_> {
         check_result(&record, last, before, (self.own(), result.0, result.1))
     }
 
+    /// Where the backtrace is known, or a part of it.
+    fn known(&self, call: &Processor) -> Result<()> {
+        let at = self.displaced.first().context("nothing is displaced")?.ip();
+        for (onward, whole) in [(Onward::End, true), (Onward::Call { up: 0x20, saved: 0 }, false)] {
+            let mut call = call.clone();
+            let number = know(&mut call, at, [(CALLER, onward)])?;
+            let slot = slot_of(&self.without_trap(&call)?, FIRST + 1);
+            let record = Record::new(&slot, |_| true);
+            let part = record.part().map(|(number, behind)| (number, behind.sp));
+            let wanted = match whole {
+                // On a stack of the CPU's nothing is looked up.
+                _ if !(STACK..STACK + STACK_LEN).contains(&self.own()) => (None, None),
+                true => (Some(number), None),
+                false => (None, Some((number, Va(self.own() + 0x28)))),
+            };
+            ensure!((record.path(), part) == wanted, "{:x?} {part:x?}, not {wanted:x?}", record.path());
+        }
+        Ok(())
+    }
+
     fn filled_with_objects(&self) -> Result<()> {
         let call = |count: u64, whose| {
             // Of the register only an int is the result.
@@ -298,6 +320,7 @@ impl Check<'_> {
             let result = (object(0), Some((Va(CACHE), 96)));
             self.filled(&call(count, self.own())?, &objects[..count as usize], result)?;
         }
+        self.known(&call(3, self.own())?)?;
         for (count, whose) in [(1, 0), (1, OTHERS), (4097, self.own()), (u64::MAX, self.own())] {
             self.falls_back(&call(count, whose)?)?;
         }

@@ -63,6 +63,9 @@ pub fn clean(line: &str, cpus: u32, words: &str) -> Result<()> {
     let (traps, events) =
         (status(&finished.stdout, "traps_taken")?, status(&finished.stdout, "ring_events")?);
     ensure!(traps < events / 50, "{traps} traps beside {events} events by the ring");
+    // Of the events that are allocations most come from where others came from.
+    let known = status(&finished.stdout, "ring_known")?;
+    ensure!(known > events / 5, "stubs knew {known} of {events}");
     Ok(())
 }
 

@@ -74,21 +74,31 @@ fn frames() -> Frames {
     }
 }
 
+/// Has stubs for `at` know these return addresses, one behind the other; the number of the last.
+pub fn know(
+    processor: &mut Processor,
+    at: u64,
+    frames: impl IntoIterator<Item = (u64, Onward)>,
+) -> Result<u32> {
+    let table = Table((0..PLACE.len / 8).map(|_| AtomicU64::new(0)).collect());
+    let mut paths = Paths::new(Box::new(table.clone()), PLACE);
+    let mut number = at as u32;
+    for (ip, onward) in frames {
+        number = paths.add(number, Va(ip), onward).context("no room")?;
+    }
+    for (k, word) in table.0.iter().enumerate() {
+        processor.memory.insert(PLACE.start.0 + 8 * k as u64, word.load(Ordering::Relaxed));
+    }
+    Ok(number)
+}
+
 impl Frames {
     /// A vCPU on them, and the number of the last of the `known` frames that are in the table.
     fn processor(&self, at: u64, around: &Surroundings, known: usize) -> Result<(Processor, u32)> {
-        let table = Table((0..PLACE.len / 8).map(|_| AtomicU64::new(0)).collect());
-        let mut paths = Paths::new(Box::new(table.clone()), PLACE);
+        let mut processor = processor(CASES[0], 3, around);
         let returns = [CALLER].into_iter().chain(RETURNS);
         let onward = self.onward.into_iter().chain([self.end]);
-        let mut number = at as u32;
-        for (ip, onward) in returns.zip(onward).take(known) {
-            number = paths.add(number, Va(ip), onward).context("no room")?;
-        }
-        let mut processor = processor(CASES[0], 3, around);
-        for (k, word) in table.0.iter().enumerate() {
-            processor.memory.insert(PLACE.start.0 + 8 * k as u64, word.load(Ordering::Relaxed));
-        }
+        let number = know(&mut processor, at, returns.zip(onward).take(known))?;
         processor.memory.extend(self.words.iter().copied());
         if let Some(bp) = self.bp {
             processor.memory.insert(TOP + 0x50, bp);

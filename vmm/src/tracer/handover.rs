@@ -52,7 +52,7 @@ pub struct RingStatus {
     pub waits: u64,
     /// Events that stubs could not write down, and trapped for.
     pub fallbacks: u64,
-    /// Those whose backtraces stubs knew.
+    /// Allocations whose backtraces stubs knew.
     pub known: u64,
 }
 

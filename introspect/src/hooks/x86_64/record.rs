@@ -79,7 +79,7 @@ pub const FROM: usize = RDI;
 pub const FRAME: usize = RSI;
 /// u64: the stack pointer of the interrupted task, when a stack of the CPU's is in use; or where the outermost words are.
 pub const INTERRUPTED: usize = 112;
-/// Words of the stack, the return address first.
+/// Words of the stack, the return address first; with [`PART`], the first one that the stub does not know.
 pub const STACK: usize = 120;
 /// Most words of both stacks.
 pub const MAX_WORDS: usize = (SLOT_LEN - STACK) / 8;
@@ -167,7 +167,7 @@ impl<'a> Record<'a> {
         self.word(JIFFIES)
     }
 
-    /// The return address.
+    /// The return address; not of a record with a [`Record::part`].
     pub fn caller(&self) -> Va {
         Va(self.word(STACK))
     }
@@ -251,6 +251,32 @@ mod tests {
         assert_eq!([0x1ff8, 0x8000, 0x8008].map(read), [Some(0x8000), Some(0x22), Some(0x33)]);
         assert_eq!([0x2000, 0x8010, 0x7ff8].map(read), [None; 3]);
         assert_eq!(Record::new(&slot, |_| true).words(), 3);
+    }
+
+    #[test]
+    fn behind_a_part_that_the_stub_knew_the_stack_goes_on_elsewhere() {
+        let record = |path: u32, from: u64, words: u64| {
+            let head = [(OBJECT_SIZE, u64::from(path) << 32), (RSP, 0x1000), (FROM, from), (FRAME, 7)];
+            slot(&[&head[..], &[(WORDS, words), (STACK, 0x11), (STACK + 8, 0x22)]].concat())
+        };
+        let number = 0x7f00_0040;
+        let there = record(number | PART, 0x1400, 2);
+        let there = Record::new(&there, |_| true);
+        let behind = Start::returning(Va(0x11), Va(0x1408), Va(7));
+        assert_eq!((there.path(), there.part()), (None, Some((number, behind))));
+        assert_eq!(
+            [0x1400, 0x1408, 0x1410, 0x1000].map(|at| there.stack(Va(at))),
+            [Some(0x11), Some(0x22), None, None]
+        );
+        // Whatever the guest writes there.
+        let whole = record(number, 0x1400, 2);
+        let whole = Record::new(&whole, |_| true);
+        assert_eq!((whole.path(), whole.part(), whole.stack(Va(0x1000))), (Some(number), None, Some(0x11)));
+        for (path, from, words) in [(0, 0x1400, 2), (number | PART, 0x1400, 0)] {
+            assert_eq!(Record::new(&record(path, from, words), |_| true).part(), None);
+        }
+        let wild = record(number | PART, u64::MAX, 2);
+        assert_eq!(Record::new(&wild, |_| true).part().map(|(_, behind)| behind.sp), Some(Va(7)));
     }
 
     #[test]

@@ -6,6 +6,8 @@
 //!
 //! What hangs on more than the stack and the frame pointer, as across an interrupt, is not kept: such backtraces are
 //! unwound each time.
+//!
+//! Stubs in the guest can know the tree, too ([`super::paths`]): it tells them of each backtrace what it can.
 
 use super::format::{self, Base, Frame};
 use super::paths::{Onward, Paths};
@@ -18,6 +20,8 @@ use std::hash::BuildHasher;
 
 /// Nodes at which the tree is begun anew: many times what a kernel has, and a bound for one that invents backtraces.
 const MAX_NODES: usize = 1 << 20;
+/// [`WORD`], as steps have it.
+const STEP: i16 = WORD as i16;
 /// No node.
 const NONE: u32 = u32::MAX;
 /// In the place of the number of a stub's entry: none yet, and none at all.
@@ -100,7 +104,6 @@ impl<T: Copy> Memo<T> {
     pub fn share(&mut self, paths: Paths) {
         let entries = vec![Entry { ip: Va(0), before: 0, node: NONE, kept: None }; paths.capacity()];
         self.told = Some(Told { paths, entries });
-        self.nodes.iter_mut().for_each(|node| node.entry = NO_ENTRY);
     }
 
     /// Forgets everything, as it must when modules come or go, but what was kept of backtraces that stubs have found by now.
@@ -259,10 +262,10 @@ impl<T: Copy> Told<T> {
     /// Has stubs know a backtrace, whose nodes are these from the last frame to the first, or its first frames: it may be cut off
     /// where the copy of a stack was. None when they cannot know it to its last frame.
     fn add_way(&mut self, nodes: &mut [Node<T>], way: &[u32], depth: usize) -> Option<()> {
-        let (&first, behind) = way.split_last()?;
+        let (&first, behind) = way.split_last().filter(|(_, behind)| !behind.is_empty())?;
         let Node { ip, step, .. } = nodes[first as usize];
         // A stub begins where the return address is on top.
-        if step != Step::Call(Anchor::StackPointer, WORD as i16, None) {
+        if step != Step::Call(Anchor::StackPointer, STEP, None) {
             return None;
         }
         let mut before = ip.0 as u32;
@@ -320,13 +323,12 @@ impl Step {
     /// The same for stubs. None for what they do not do, and for frames that no compiler makes: a stub reads between the
     /// word that it has found and the next.
     fn onward(self) -> Option<Onward> {
-        const WORD: i16 = super::walk::WORD as i16;
         let Self::Call(from, offset, saved_bp) = self else { return None };
-        let up = if from == Anchor::StackPointer { offset } else { offset.checked_sub(WORD)? };
+        let up = if from == Anchor::StackPointer { offset } else { offset.checked_sub(STEP)? };
         let saved = saved_bp.map_or(Some(0), |offset| {
-            offset.checked_add(WORD).filter(|&saved| saved <= -WORD && saved >= -up)
+            offset.checked_add(STEP).filter(|&saved| saved <= -STEP && saved >= -up)
         })?;
-        let is_usual = up >= WORD && up % WORD == 0 && saved % WORD == 0;
+        let is_usual = up >= STEP && up % STEP == 0 && saved % STEP == 0;
         is_usual.then_some(match from {
             Anchor::StackPointer => Onward::Call { up, saved },
             Anchor::FramePointer => Onward::FramedCall { up, saved },
@@ -339,8 +341,8 @@ impl Step {
             _ if is_full => Some(Onward::End),
             Self::End => Some(Onward::End),
             Self::User(offset) => {
-                let up = offset.checked_add((WORD + pt_regs::CS) as i16)?;
-                (up > 0 && up % 8 == 0).then_some(Onward::User { up })
+                let up = offset.checked_add(STEP + pt_regs::CS as i16)?;
+                (up > 0 && up % STEP == 0).then_some(Onward::User { up })
             }
             _ => None,
         }

@@ -231,7 +231,17 @@ fn a_forgotten_place_is_used_again_when_nobody_can_mean_it() {
         assert_eq!([(); 2].map(|()| seen.event(&start(RETURN), 16, read)), is_known, "{events}");
     }
     assert_eq!(seen.memo.known(number), Some(1), "there again");
-    assert_eq!([0, number - 1, number + 1, u32::MAX].map(|number| seen.memo.known(number)), [None; 4]);
+    let none = [0, number - 1, number + 1, u32::MAX];
+    assert_eq!(none.map(|number| seen.memo.known(number)), [None; 4]);
+    // The guest can write what it likes where stubs write numbers.
+    let mut out = [Va(0); 16];
+    assert_eq!(seen.memo.frames(number, &mut out), Some(2));
+    assert_eq!(out[..2], [code(0x510), code(0x310)].map(Va));
+    assert_eq!(seen.memo.frames(number, &mut out[..1]), None, "no room");
+    assert_eq!(none.map(|number| seen.memo.frames(number, &mut out)), [None; 4]);
+    assert_eq!(none.map(|number| seen.memo.find_behind((number, 3), &start(RETURN), read)), [None; 4]);
+    let all = seen.unwinder.unwind_on(&(), &start(RETURN), read, (&mut out, 16));
+    assert_eq!((all.len, all.end), (16, End::Full));
 }
 
 #[test]

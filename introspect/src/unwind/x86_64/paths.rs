@@ -2,7 +2,8 @@
 //!
 //! A stub at a return goes from frame to frame as [`super::Memo::find`] does, and where it comes to an end that it knows it
 //! writes down the number of that in the place of its stack, which costs a tenth of the copy, and the host nothing but to look the
-//! number up.
+//! number up. Where it comes to a frame that it does not know it writes down the number of the one before, and copies the stack from
+//! there.
 //!
 //! The table lies in memory that the guest cannot write: buckets of [`BUCKET`] entries of [`ENTRY_LEN`] bytes, each for one return
 //! address behind one other. [`KEY`] is written last, and an entry is never changed while a stub can be at it: what is

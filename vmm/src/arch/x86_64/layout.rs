@@ -40,9 +40,9 @@ pub const KVM_IDENTITY_MAP: Pa = Pa(0xfffb_c000);
 pub const KVM_TSS: Pa = Pa(0xfffb_d000);
 /// RAM that found no place below [`MMIO_HOLE`].
 pub const RAM_ABOVE_HOLE: Pa = Pa(0x1_0000_0000);
-/// The ring of the tracer and, in the GiB behind, its stubs: no RAM of the guest's, which ends below.
+/// The ring of the tracer and, in the GiB behind, its stubs and what they know: no RAM of the guest's, which ends below.
 pub const TRACER_RING: Pa = Pa(0x4_0000_0000);
-/// The GiB that holds the stubs.
+/// The GiB that holds the stubs and the backtraces that they know.
 pub const TRACER_CODE: Pa = Pa(0x4_4000_0000);
 
 /// First port of each serial port, eight each: COM1, COM2.

@@ -1,6 +1,6 @@
 //! The ring in the guest: its memory, its stubs, and what their records say.
 
-use super::slots::Slots;
+use super::slots::{Slots, lock};
 use crate::arch::layout;
 use crate::machine::{Machine, Paused, PrivatePages, TrapInstruction, TrapOutcome};
 use crate::tracer::{Moment, Recorder, RingStatus};
@@ -16,7 +16,7 @@ use introspect::unwind::Detours;
 use introspect::unwind::paths::{self, Paths};
 use rustc_hash::FxHashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// This architecture has one.
 pub const HAS_RING: bool = true;
@@ -110,6 +110,7 @@ impl Ring {
         machine.add_private(layout::TRACER_CODE + TRACER_CODE.0 % GIB, &code)?;
         machine.add_private(layout::TRACER_CODE + TRACER_PATHS.0 % GIB, &table)?;
         let place = paths::Place { start: TRACER_PATHS, len: PATHS_LEN };
+        let surroundings = linux.surroundings(machine.ram())?;
         let shared = Known { table, slots: Arc::clone(&slots) };
         recorder.memo().share(Paths::new(Box::new(shared), place));
         let slide = linux.placement.slide;
@@ -126,7 +127,7 @@ impl Ring {
                 slots: COUNT,
                 paths: place,
                 trap: instruction.bytes().to_vec(),
-                surroundings: linux.surroundings(machine.ram())?,
+                surroundings,
             },
             hooks: hooks.collect(),
             slots,
@@ -139,7 +140,7 @@ impl Ring {
         })
     }
 
-    /// Maps the ring and the stubs in the kernel's page tables, by one entry each: a table of ours would lead the guest's own
+    /// Maps the ring, and the stubs with what they know, in the kernel's page tables, by one entry each: a table of ours would lead the guest's own
     /// walks out of its memory.
     ///
     /// # Errors
@@ -306,8 +307,3 @@ impl Ring {
 
 /// What one entry of the page tables' second level maps.
 const GIB: u64 = 1 << 30;
-
-/// The data behind these locks has no invariant that a panicking holder could have broken.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}

@@ -10,14 +10,11 @@ use anyhow::Result;
 use introspect::hooks::record::{self, HEAD, LIMIT, Record, SLOT_LEN, SLOTS};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 /// Slots are given back to the guest by so many.
 const BATCH: u64 = 256;
 /// Who waits for a free slot goes on when one of so many is free: an exit each time costs more than the wait.
 const ROOM: u64 = 4;
-/// Longest wait for whoever reads, which asks again behind it.
-const PATIENCE: Duration = Duration::from_millis(100);
 
 /// How far they were read.
 struct Reading {
@@ -48,12 +45,33 @@ impl Reading {
     }
 }
 
-/// Whether somebody reads, for those who wait for slots.
+/// Who reads and who waits.
 #[derive(Default)]
-struct Pass {
-    runs: bool,
+struct Turns {
+    /// That read, or are about to.
+    readers: usize,
     /// The least limit that somebody waits for.
     awaited: Option<u64>,
+}
+
+/// One that reads.
+struct Turn<'a>(&'a Slots);
+
+impl<'a> Turn<'a> {
+    fn begin(slots: &'a Slots) -> Self {
+        lock(&slots.turns).readers += 1;
+        Self(slots)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut turns = lock(&self.0.turns);
+        turns.readers -= 1;
+        if turns.awaited.take().is_some() {
+            self.0.given_back.notify_all();
+        }
+    }
 }
 
 /// See the module.
@@ -64,7 +82,7 @@ pub(super) struct Slots {
     taken: AtomicU64,
     /// [`Reading::tail`], as far as slots were given back.
     tail: AtomicU64,
-    pass: Mutex<Pass>,
+    turns: Mutex<Turns>,
     given_back: Condvar,
 }
 
@@ -74,8 +92,8 @@ impl Slots {
         let pages = Arc::new(PrivatePages::new(SLOTS as usize + count as usize * SLOT_LEN)?);
         let [taken, tail] = [0, 0].map(AtomicU64::new);
         let reading = Mutex::new(Reading::new(count));
-        let (pass, given_back) = Default::default();
-        let slots = Self { pages, count, reading, taken, tail, pass, given_back };
+        let (turns, given_back) = Default::default();
+        let slots = Self { pages, count, reading, taken, tail, turns, given_back };
         slots.give_back(0);
         Ok(slots)
     }
@@ -119,8 +137,8 @@ impl Slots {
     /// Hands every record that was complete when it was called to `take`, once; `has_stack` says of a hook whether its records
     /// have more of the stack than one word.
     pub fn drain(&self, has_stack: impl Fn(u32) -> bool, mut take: impl FnMut(&Record<'_>)) {
+        let _turn = Turn::begin(self);
         let mut reading = lock(&self.reading);
-        lock(&self.pass).runs = true;
         let reading = &mut *reading;
         // Behind are those that wait for a free slot.
         let head = self.head().min(reading.tail.saturating_add(self.count));
@@ -143,18 +161,13 @@ impl Slots {
             }
         }
         self.give_back(reading.tail);
-        let mut pass = lock(&self.pass);
-        pass.runs = false;
-        if pass.awaited.take().is_some() {
-            self.given_back.notify_all();
-        }
     }
 
     fn give_back(&self, tail: u64) {
         self.tail.store(tail, Ordering::Relaxed);
         let limit = tail.saturating_add(self.count);
         self.pages.word(LIMIT as usize).store(limit, Ordering::Release);
-        if lock(&self.pass).awaited.take_if(|awaited| *awaited <= limit).is_some() {
+        if lock(&self.turns).awaited.take_if(|awaited| *awaited <= limit).is_some() {
             self.given_back.notify_all();
         }
     }
@@ -163,20 +176,17 @@ impl Slots {
     /// slot is free.
     pub fn make_room(&self, position: u64, read: impl FnOnce()) -> bool {
         let enough = position.saturating_add(self.count / ROOM);
-        let waits = |pass: &mut Pass| {
-            let waits = pass.runs && self.limit() < enough;
+        let waits = |turns: &mut Turns| {
+            let waits = turns.readers > 0 && self.limit() < enough;
             if waits {
-                pass.awaited = Some(pass.awaited.map_or(enough, |awaited| awaited.min(enough)));
+                turns.awaited = Some(turns.awaited.map_or(enough, |awaited| awaited.min(enough)));
             }
             waits
         };
-        let waited = self.given_back.wait_timeout_while(lock(&self.pass), PATIENCE, waits);
-        let (mut pass, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let waited = self.given_back.wait_while(lock(&self.turns), waits);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
         let is_free = || position < self.limit();
         if !is_free() {
-            // The next one that comes waits.
-            pass.runs = true;
-            drop(pass);
             read();
         }
         is_free()
@@ -196,7 +206,7 @@ impl Slots {
 }
 
 /// The data behind these locks has no invariant that a panicking holder could have broken.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -369,21 +379,22 @@ mod tests {
     #[test]
     fn who_waits_for_room_goes_on_when_a_quarter_is_free_or_the_pass_ends() {
         let guest = Filling::new();
-        lock(&guest.0.pass).runs = true;
         std::thread::scope(|scope| {
             let slots = &guest.0;
+            let turn = Turn::begin(slots);
             let waiting = [COUNT, COUNT + 3].map(|position| {
                 scope.spawn(move || slots.make_room(position, || panic!("somebody reads already")))
             });
-            while lock(&guest.0.pass).awaited != Some(COUNT + 2) {
+            while lock(&slots.turns).awaited != Some(COUNT + 2) {
                 std::thread::yield_now();
             }
-            guest.0.give_back(2);
+            slots.give_back(2);
             let [first, second] = waiting;
             assert!(first.join().unwrap());
             guest.reserve(4);
             (0..4).for_each(|position| guest.fill(position));
             guest.drain();
+            drop(turn);
             assert!(second.join().unwrap());
         });
         let mut read = false;
