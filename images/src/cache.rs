@@ -116,9 +116,9 @@ pub fn target() -> PathBuf {
     named("CARGO_TARGET_DIR").unwrap_or_else(|| workspace().join("target"))
 }
 
-/// What an environment variable says; an empty one says nothing.
+/// The place that an environment variable says, whatever folder this or what it starts runs in; an empty one says nothing.
 fn named(variable: &str) -> Option<PathBuf> {
-    std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
+    std::env::var_os(variable).and_then(|value| std::path::absolute(value).ok())
 }
 
 #[cfg(test)]

@@ -94,9 +94,8 @@ pub fn run(options: &Options) -> Result<()> {
         let opened = fs::File::options().append(true).create(true).open(path);
         opened.with_context(|| format!("Cannot write {}", path.display()))?;
     }
-    let mut heap = Command::new(env!("CARGO"));
-    heap.args(["bench", "--quiet", "--package", "introspect", "--bench", "heap"]);
-    let mut lines = printed(heap.current_dir(images::cache::workspace()))?;
+    let mut heap = build::cargo("bench");
+    let mut lines = printed(heap.args(["--quiet", "--package", "introspect", "--bench", "heap"]))?;
     let machine = measured("a_machine_of_2_gib_is_saved")?;
     lines += &printed(Command::new(build::example("saved")?).arg(machine.trim()))?;
     lines += &pause(measured("a_machine_of_512_mib_is_saved")?.trim())?;

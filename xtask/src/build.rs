@@ -31,8 +31,8 @@ pub fn run(options: &Options) -> Result<()> {
 /// # Errors
 /// It does not compile.
 pub fn binary() -> Result<PathBuf> {
-    let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["build", "--package", "kleak-vmm", "--target", &target(ARCH)]);
+    let mut cargo = cargo("build");
+    cargo.args(["--package", "kleak-vmm", "--target", &target(ARCH)]);
     finish(&mut cargo, ARCH, "kleak-vmm")
 }
 
@@ -41,8 +41,8 @@ pub fn binary() -> Result<PathBuf> {
 /// # Errors
 /// It does not compile.
 pub fn example(name: &str) -> Result<PathBuf> {
-    let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["build", "--package", "kleak-vmm", "--example", name, "--target", &target(ARCH)]);
+    let mut cargo = cargo("build");
+    cargo.args(["--package", "kleak-vmm", "--example", name, "--target", &target(ARCH)]);
     finish(&mut cargo, ARCH, &format!("examples/{name}"))
 }
 
@@ -66,6 +66,18 @@ pub fn beside(own: &Path) -> Result<PathBuf> {
     Ok(place)
 }
 
+/// `cargo SUBCOMMAND` of this source tree, which builds where this program looks for it.
+pub fn cargo(subcommand: &str) -> Command {
+    let mut cargo = Command::new(env!("CARGO"));
+    in_tree(&mut cargo).arg(subcommand);
+    cargo
+}
+
+/// Has a command of cargo's do its work in this source tree, as [`cargo`] does.
+pub fn in_tree(command: &mut Command) -> &mut Command {
+    command.current_dir(images::cache::workspace()).env("CARGO_TARGET_DIR", images::cache::target())
+}
+
 /// An architecture's glibc target; naming it keeps the flags away from build scripts and macros.
 pub fn target(arch: &str) -> String {
     format!("{arch}-unknown-linux-gnu")
@@ -75,8 +87,7 @@ pub fn target(arch: &str) -> String {
 fn finish(cargo: &mut Command, arch: &str, place: &str) -> Result<PathBuf> {
     let target = target(arch);
     let flags = format!("target.{target}.rustflags=[\"-C\",\"target-feature=+crt-static\"]");
-    cargo.args(["--release", "--config", &flags]).current_dir(images::cache::workspace());
-    let status = cargo.status().context("Cannot run cargo")?;
+    let status = cargo.args(["--release", "--config", &flags]).status().context("Cannot run cargo")?;
     ensure!(status.success(), "{place} does not compile for {arch}");
     let binary = images::cache::target().join(target).join("release").join(place);
     std::path::absolute(&binary).with_context(|| format!("Cannot find {}", binary.display()))

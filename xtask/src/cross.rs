@@ -16,35 +16,29 @@ const CLIPPY: &str = "/usr/bin/cargo-clippy";
 /// # Errors
 /// The compiler cannot be installed.
 pub fn cargo(subcommand: &str) -> Result<Command> {
-    command(Command::new(env!("CARGO")), subcommand)
+    for_arm64(build::cargo(subcommand))
 }
 
-fn command(mut command: Command, subcommand: &str) -> Result<Command> {
+fn for_arm64(mut command: Command) -> Result<Command> {
     setup::install(&[Purpose::Arm64])?;
     let target = build::target(ARCH);
     let linker = format!("CARGO_TARGET_{}_LINKER", target.to_uppercase().replace('-', "_"));
-    command
-        .arg(subcommand)
-        .args(["--target", &target])
-        .env("RUSTC", RUSTC)
-        .env(linker, "aarch64-linux-gnu-gcc");
+    command.args(["--target", &target]).env("RUSTC", RUSTC).env(linker, "aarch64-linux-gnu-gcc");
     Ok(command)
 }
 
 /// `cargo xtask lint`: clippy on everything, for this machine and for arm64. What is only for the other architecture is
 /// looked at by nothing else.
 pub fn lint() -> Result<()> {
-    let mut own = Command::new(env!("CARGO"));
-    own.arg("clippy");
-    let mut all = vec![own];
+    let mut all = vec![build::cargo("clippy")];
     if std::env::consts::ARCH != ARCH {
         let mut clippy = Command::new(CLIPPY);
-        clippy.env("CARGO", env!("CARGO"));
-        all.push(command(clippy, "clippy")?);
+        build::in_tree(&mut clippy).env("CARGO", env!("CARGO")).arg("clippy");
+        all.push(for_arm64(clippy)?);
     }
     for mut clippy in all {
         clippy.args(["--workspace", "--all-targets", "--", "-D", "warnings"]);
-        let status = clippy.current_dir(images::cache::workspace()).status();
+        let status = clippy.status();
         ensure!(status.is_ok_and(|status| status.success()), "clippy is not content");
     }
     Ok(())

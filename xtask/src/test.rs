@@ -94,10 +94,8 @@ pub fn one(program: &str, name: &str, needs: &[Purpose], (variable, value): (&st
 /// `cargo test` with what tests rely on.
 fn cargo_test(cache: &Cache) -> Result<Command> {
     let binary = build::binary()?;
-    let mut command = Command::new(env!("CARGO"));
+    let mut command = build::cargo("test");
     command
-        .arg("test")
-        .current_dir(cache::workspace())
         .env("KLEAK_VMM", &binary)
         .env("KLEAK_REQUIRE", "1")
         .env(cache::FOLDER_VARIABLE, cache.folder())
