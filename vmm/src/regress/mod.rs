@@ -259,8 +259,13 @@ fn run_boots(environment: &Environment<'_>, boots: &[Boot], options: &RegressOpt
                     let number = next.fetch_add(1, SeqCst);
                     let Some(boot) = boots.get(number) else { return };
                     let Some(kernel) = &kernels[boot.kernel] else { continue };
-                    let needed = environment.suite.guests[boot.guest].mem_bytes + HEADROOM;
-                    let _admitted = memory.admit(needed);
+                    let guest = &environment.suite.guests[boot.guest];
+                    let _admitted = memory.admit(guest.mem_bytes + HEADROOM);
+                    if kernel.is_ok() && !environment.live.stopped() {
+                        let (name, tests) = (&environment.suite.kernels[boot.kernel].name, boot.tests.len());
+                        let tests = format!("{tests} test{}", if tests == 1 { "" } else { "s" });
+                        collector.say(&format!("booting {name}/{} for {tests}", guest.name));
+                    }
                     boot::run(environment, boots, number, kernel, collector);
                 }
             });
