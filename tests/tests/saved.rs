@@ -153,6 +153,12 @@ fn snapshot_shows_the_same(saved: &Saved) -> Result<()> {
         let (live, again) = (saved.guest.ctl(&command)?, saved.command("snap", &command)?);
         ensure!(live == again, "{command}: {again}\nlive: {live}");
     }
+    let uptime = |status: &str| {
+        let seconds = status.lines().find_map(|line| line.strip_prefix("uptime_s: ")?.parse::<u64>().ok());
+        seconds.with_context(|| format!("no uptime in {status}"))
+    };
+    let (live, again) = (uptime(&saved.guest.ctl("status")?)?, uptime(&saved.command("snap", "status")?)?);
+    ensure!((1..=live).contains(&again), "saved {again} s after its start, now {live} s");
     Ok(())
 }
 

@@ -157,6 +157,15 @@ impl Linux {
         self.read_u64(memory, self.addresses.jiffies_64)
     }
 
+    /// Seconds since the guest's clock began to tick, by which `jiffies` have not wrapped yet.
+    ///
+    /// # Errors
+    /// The variable is not in RAM.
+    pub fn uptime_s(&self, memory: &impl PhysicalMemory) -> Result<u64, MemoryError> {
+        let first = (1 << 32) - TICKS_FROM_S * self.hz;
+        Ok(self.jiffies(memory)?.saturating_sub(first) / self.hz)
+    }
+
     /// Ticks per second of `jiffies` (from `CONFIG_HZ`; recovered, not guessed).
     pub fn hz(&self) -> u64 {
         self.hz
@@ -200,10 +209,12 @@ impl Addresses {
     }
 }
 
-/// `CONFIG_HZ` from the image: `jiffies_64` starts five minutes before its low word wraps
-/// (include/linux/jiffies.h, `INITIAL_JIFFIES`), so its initial value holds the number of ticks in 300 s.
+/// `jiffies_64` starts so many seconds before its low word wraps (include/linux/jiffies.h, `INITIAL_JIFFIES`).
+const TICKS_FROM_S: u64 = 300;
+
+/// `CONFIG_HZ` from the image: the initial value of `jiffies_64` holds the number of ticks in [`TICKS_FROM_S`].
 fn recover_hz(lookup: &Lookup<'_>) -> anyhow::Result<u64> {
-    const SECONDS: u32 = 300;
+    const SECONDS: u32 = TICKS_FROM_S as u32;
     let (va, _) = lookup.link("jiffies_64").context("The kernel image has no symbol jiffies_64")?;
     let initial = lookup.image.bytes_at(va, 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
     let ticks = initial.context("The initial value of jiffies_64 is not in the kernel image")?.wrapping_neg();

@@ -2,6 +2,7 @@
 
 use super::Detector;
 use crate::console::{Account, Annotation, Answer, Audit, SaveAs, Target, TopBy, When};
+use crate::machine::Outcome;
 use anyhow::{Result, bail, ensure};
 use guest_profiles::hooks::Tracked;
 use introspect::memory::Va;
@@ -114,7 +115,12 @@ impl Target for Detector {
         say("state", json!(parts.guest.outcome().map_or("running".to_owned(), |o| o.to_string())));
         say("paused", json!(parts.guest.held()));
         say("pauses", json!(parts.guest.pauses()));
-        say("uptime_s", json!(self.started.elapsed().as_secs()));
+        // A machine that was saved has run as long as its own clock says.
+        let uptime = match parts.guest.outcome() {
+            Some(Outcome::Saved) => parts.linux.uptime_s(parts.guest.ram()).ok(),
+            _ => Some(self.started.elapsed().as_secs()),
+        };
+        say("uptime_s", json!(uptime));
         say("tracking", json!(parts.recorder.enabled()));
         say("tracer", json!(parts.host.tracer));
         say("trap", json!(parts.host.trap));
