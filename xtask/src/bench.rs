@@ -54,6 +54,10 @@ const MEANINGS: [(&str, &str); 34] = [
         "that over `machine, read_bandwidth`; what is skipped (free, user, cache) does not count as scanned",
     ),
     ("machine, scan_bandwidth", "bytes of roots and objects that were read, over the time to mark"),
+    (
+        "machine, candidates",
+        "share of the words read that lie where objects are: each is looked up, and what it leads to is waited for",
+    ),
     ("machine, scan_speedup", "all threads over one"),
     ("machine, read_speedup", "the same of plain reading: what this machine's memory and CPUs have to give"),
     (

@@ -209,6 +209,7 @@ fn scan_with<M: FrozenMemory>(
     }
     marker.run();
     result.bytes_scanned = marker.bytes;
+    result.candidates = marker.candidates;
     result.no_object = marker.candidates - marker.references;
     let caches = frozen.shapes.all.len() as u64;
     result.typed = TypedStatistics { caches, objects: treated.typed, dropped: marker.dropped };

@@ -55,7 +55,9 @@ pub struct ScanResult {
     pub bytes_scanned: u64,
     /// Only pages that were written since the scan before were read.
     pub again: bool,
-    /// Words that lie where objects are, and refer to none: to free slots, and to what is between objects.
+    /// Words that lie where objects are, in the roots and in what was reached, each of which was looked up.
+    pub candidates: u64,
+    /// Those of them that refer to none: to free slots, and to what is between objects.
     pub no_object: u64,
     /// What knowing types did.
     pub typed: TypedStatistics,

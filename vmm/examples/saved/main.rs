@@ -71,16 +71,19 @@ fn scans(detector: &Detector) -> Result<()> {
                 (0..ROUNDS).map(|_| scan(&ScanInput { threads, ..*input })).collect::<Result<_>>()?;
             let mark = fastest(results.iter().map(|result| result.mark));
             let whole = fastest(results.iter().map(|r| r.prepare + r.mark + r.graph));
-            let outcome = |r: &ScanResult| (r.leaks.len(), r.bytes_scanned);
+            let outcome = |r: &ScanResult| (r.leaks.len(), r.candidates, r.bytes_scanned);
             let first = *found.get_or_insert(outcome(&results[0]));
             ensure!(results.iter().all(|result| outcome(result) == first), "Scans of one machine differ");
             let name = if threads == 1 { "one thread" } else { "all threads" };
-            let speed = first.1 as f64 / mark;
+            let speed = first.2 as f64 / mark;
             bandwidth.push(speed);
             say(&format!("machine, scan_bandwidth, {name}"), speed, "bytes/s");
             say(&format!("machine, scan_bandwidth_over_read, {name}"), speed * read / ram as f64, "ratio");
             say(&format!("machine, mark, {name}"), mark * 1e3, "ms");
             say(&format!("machine, scan, {name}"), whole * 1e3, "ms");
+        }
+        if let Some((_, candidates, bytes)) = found {
+            say("machine, candidates", candidates as f64 / (bytes as f64 / 8.0), "ratio");
         }
         if let [one, many] = bandwidth[..] {
             say("machine, scan_speedup", many / one, "ratio");
