@@ -22,7 +22,7 @@ use crate::lab::Lab;
 
 use crate::regress::{RegressOptions, regress};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
@@ -129,9 +129,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         crate::lab::agent::main();
     }
     failure::install_panic_hook();
-    let cli = match Cli::try_parse_from(args) {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
-        Err(error) => return usage(&error),
+        Err(error) => return usage(&error, args.get(1)),
     };
     dispatch(cli.command).unwrap_or_else(|error| failure::report(&error))
 }
@@ -150,8 +151,9 @@ pub fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-/// `--help` and `--version` go to standard output; a usage error is said in the house's style.
-fn usage(error: &clap::Error) -> ExitCode {
+/// `--help` and `--version` go to standard output; a usage error is said in the house's style. `first` is the argument that may
+/// be the subcommand.
+fn usage(error: &clap::Error, first: Option<&OsString>) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             print(&error.render().to_string()).map_or(ExitCode::Host, |()| ExitCode::Success)
@@ -161,12 +163,12 @@ fn usage(error: &clap::Error) -> ExitCode {
             let _ = std::io::stderr().write_all(error.render().to_string().as_bytes());
             ExitCode::Usage
         }
-        _ => failure::report(&usage_failure(error).into()),
+        _ => failure::report(&usage_failure(error, first).into()),
     }
 }
 
 /// clap's message is a paragraph, then tips and usage: the paragraph is the error, a tip the hint.
-fn usage_failure(error: &clap::Error) -> Failure {
+fn usage_failure(error: &clap::Error, first: Option<&OsString>) -> Failure {
     let rendered = error.render().to_string();
     let paragraph = rendered.split("\n\n").next().unwrap_or_default();
     let what =
@@ -176,9 +178,12 @@ fn usage_failure(error: &clap::Error) -> Failure {
         (_, Some(ContextValue::Strings(names))) => names.first().cloned(),
         _ => None,
     };
-    let hint = match tip {
-        Some(name) => format!("did you mean {name}?"),
-        None => "kleak-vmm help lists the subcommands, kleak-vmm SUBCOMMAND --help their options".to_owned(),
+    let known = Cli::command();
+    let subcommand = first.and_then(|name| known.find_subcommand(name));
+    let hint = match (tip, subcommand) {
+        (Some(name), _) => format!("did you mean {name}?"),
+        (None, Some(subcommand)) => format!("kleak-vmm {} --help lists what it takes", subcommand.get_name()),
+        (None, None) => "kleak-vmm help lists the subcommands".to_owned(),
     };
     Failure::usage(what.join(" ")).hint(hint)
 }

@@ -8,6 +8,11 @@ fn parse(args: &[&str]) -> Result<Cli, clap::Error> {
     Cli::try_parse_from(std::iter::once(&"kleak-vmm").chain(args))
 }
 
+/// What may be the subcommand.
+fn first(args: &[&str]) -> Option<OsString> {
+    args.first().map(OsString::from)
+}
+
 fn run_options(args: &[&str]) -> RunOptions {
     match parse(&[&["run"], args].concat()).unwrap().command {
         Action::Run(options) => *options,
@@ -16,7 +21,7 @@ fn run_options(args: &[&str]) -> RunOptions {
 }
 
 fn refusal(args: &[&str]) -> String {
-    let failure = usage_failure(&parse(args).unwrap_err());
+    let failure = usage_failure(&parse(args).unwrap_err(), first(args).as_ref());
     let text = failure::render(&failure.into());
     assert_eq!(text.lines().count(), 2, "{text}");
     text
@@ -141,21 +146,22 @@ fn a_usage_error_is_one_line_and_a_hint() {
     let table = [
         (&["run", "--kernal", "x"][..], "'--kernal'", "did you mean --kernel?"),
         (&["rum"], "'rum'", "did you mean run?"),
-        (&["run", "--mem", "big"], "512M", "--help"),
+        (&["run", "--mem", "big"], "512M", "kleak-vmm run --help"),
         (&["run", "--cpus", "9"], "9 is not in 1..=8", "--help"),
         (&["run", "--timeout", "0"], "0 is not in 1..", "--help"),
         (&["run", "--kaslr", "maybe"], "expected on or off", "--help"),
         (&["run", "--trap", "int4"], "'int4'", "hint:"),
         (&["run", "stray"], "'stray'", "--help"),
         (&["run", "-v", "-q"], "--quiet", "--help"),
-        (&["ctl"], "<COMMAND>", "--help"),
-        (&["inspect"], "<KERNEL>", "--help"),
+        (&["ctl"], "<COMMAND>", "kleak-vmm ctl --help"),
+        (&["inspect"], "<KERNEL>", "kleak-vmm inspect --help"),
+        (&["--quiet"], "'--quiet'", "kleak-vmm help"),
     ];
     for (args, what, hint) in table {
         let text = refusal(args);
         assert!(text.starts_with("kleak-vmm: error: ") && text.contains(what), "{args:?}: {text}");
         assert!(text.contains(hint), "{args:?}: {text}");
-        assert_eq!(usage(&parse(args).unwrap_err()), ExitCode::Usage);
+        assert_eq!(usage(&parse(args).unwrap_err(), first(args).as_ref()), ExitCode::Usage);
     }
 }
 
@@ -170,7 +176,7 @@ fn ctl_takes_the_rest_of_the_line() {
 #[test]
 fn help_is_no_error() {
     for args in [&["--help"][..], &["help", "run"], &["run", "--help"], &["--version"]] {
-        assert_eq!(usage(&parse(args).unwrap_err()), ExitCode::Success);
+        assert_eq!(usage(&parse(args).unwrap_err(), first(args).as_ref()), ExitCode::Success);
     }
-    assert_eq!(usage(&parse(&[]).unwrap_err()), ExitCode::Usage);
+    assert_eq!(usage(&parse(&[]).unwrap_err(), None), ExitCode::Usage);
 }
