@@ -16,7 +16,7 @@ const HEAD: &str = "# Performance\n\n\
     fastest of three boots, by traps that of one.\n\n";
 
 /// What the figures are of, by the beginning of their names.
-const MEANINGS: [(&str, &str); 34] = [
+const MEANINGS: [(&str, &str); 35] = [
     ("read_bandwidth", "plain reading of the heap below, one thread"),
     ("index_freeze", "the index of a scan over a million objects"),
     ("scan_bandwidth_over_read", "`scan_bandwidth` over `read_bandwidth`"),
