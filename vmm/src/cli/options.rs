@@ -260,7 +260,7 @@ pub struct RunOptions {
     pub fail_on_leak: bool,
 
     /// End the run after this many seconds, with exit 3
-    #[arg(long = "timeout", value_name = "SECS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Results")]
+    #[arg(long = "timeout", value_name = "SECS", value_parser = values::seconds, help_heading = "Results")]
     pub timeout_s: Option<u64>,
 
     /// Control socket [default: $XDG_RUNTIME_DIR/kleak-vmm/PID.sock, or below /run/user/UID or /tmp/kleak-vmm-UID]

@@ -41,6 +41,15 @@ pub fn size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(expected)
 }
 
+/// Parses a number of seconds, 1 at least.
+///
+/// # Errors
+/// One sentence for anything else.
+pub fn seconds(text: &str) -> Result<u64, String> {
+    let number = text.parse().ok().filter(|&seconds| seconds > 0);
+    number.ok_or_else(|| format!("expected a whole number of seconds, 1 at least, not {text:?}"))
+}
+
 /// Writes a size as [`size`] reads it.
 pub fn format_size(bytes: u64) -> String {
     [(30, 'G'), (20, 'M'), (10, 'K')]

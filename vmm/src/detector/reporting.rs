@@ -1,7 +1,7 @@
 //! Reports of the last scan.
 
 use super::{Detector, Scanned, Work};
-use crate::machine::GuestRam;
+use crate::machine::{GuestRam, Outcome};
 use anyhow::{Context, Result, bail};
 use introspect::linux::ModuleMap;
 use introspect::memory::{PhysicalMemory, Va};
@@ -137,7 +137,8 @@ impl Detector {
             }
             text.push_str(&format!("; last scan {} ms", scanned.took.as_millis()));
         }
-        if self.parts.host.tracer != "off" {
+        let is_saved = self.parts.guest.outcome() == Some(Outcome::Saved);
+        if self.parts.host.tracer != "off" && !is_saved {
             text.push_str(&format!("; {} traps taken", self.parts.traps.hits()));
         }
         if let Some(ring) = self.parts.traps.ring() {

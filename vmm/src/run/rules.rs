@@ -6,7 +6,8 @@ use guest_profiles::annotations::{self, Rules};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-const HINT: &str = "guest-profiles/data/annotations.toml shows the format";
+const PROFILE_HINT: &str = "a file has tables [[annotation]] and [[suppress]]; guest-profiles/data/annotations.toml shows the format";
+const SUPPRESSIONS_HINT: &str = "a file has tables [[suppress]] with a name and patterns, such as function = \"mydriver_*\"; docs/console.md, `report`, has more";
 
 /// What is in the files, so that a saved machine is looked at by the same rules.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,13 +26,16 @@ impl RuleFiles {
     pub fn read(profile: Option<&Path>, suppressions: &[PathBuf]) -> Result<Self> {
         let mut files = Self::default();
         if let Some(path) = profile {
-            let wrong = || Failure::usage(format!("Cannot use guest profile {}", path.display())).hint(HINT);
+            let wrong =
+                || Failure::usage(format!("Cannot use guest profile {}", path.display())).hint(PROFILE_HINT);
             let text = std::fs::read_to_string(path).with_context(wrong)?;
             annotations::parse(&text).with_context(wrong)?;
             files.profile = Some(text);
         }
         for path in suppressions {
-            let wrong = || Failure::usage(format!("Cannot use suppressions {}", path.display())).hint(HINT);
+            let wrong = || {
+                Failure::usage(format!("Cannot use suppressions {}", path.display())).hint(SUPPRESSIONS_HINT)
+            };
             let text = std::fs::read_to_string(path).with_context(wrong)?;
             annotations::parse(&text).with_context(wrong)?;
             let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
