@@ -50,21 +50,30 @@ const PARALLEL: usize = 2;
 /// Or it meets that one again and again, until its time is over, while its text is patched early in its boot.
 const STRAY_BREAKPOINT: [&str; 2] = ["int3: 0000 [#", " asm_exc_int3+0x0/"];
 
-/// One named test. A kernel that the lab's QEMU killed makes it start again, once, and that is said.
+/// Starts something with a guest again, once, when a kernel that the lab's QEMU killed made it fail, and says so.
+///
+/// # Errors
+/// Those of `body`.
+pub fn despite_qemu<T>(label: &str, body: impl Fn() -> Result<T>) -> Result<T> {
+    let is_stray = |error: &anyhow::Error| {
+        let said = format!("{error:#}");
+        STRAY_BREAKPOINT.iter().any(|sign| said.contains(sign))
+    };
+    match body() {
+        Err(error) if is_stray(&error) => {
+            eprintln!("{label} is started again: QEMU let a kernel run into a breakpoint that was gone");
+            body()
+        }
+        result => result,
+    }
+}
+
+/// One named test, [`despite_qemu`].
 pub fn test(name: impl Into<String>, body: impl Fn() -> Result<()> + Send + 'static) -> Trial {
     let name = name.into();
     let label = name.clone();
     Trial::test(name, move || {
-        let mut result = body();
-        let is_stray = |error: &anyhow::Error| {
-            let said = format!("{error:#}");
-            STRAY_BREAKPOINT.iter().any(|sign| said.contains(sign))
-        };
-        if result.as_ref().is_err_and(is_stray) {
-            eprintln!("{label} is started again: QEMU let a kernel run into a breakpoint that was gone");
-            result = body();
-        }
-        result.map_err(|error| {
+        despite_qemu(&label, &body).map_err(|error| {
             let said = format!("{error:#}");
             note_failure(&label, &said);
             Failed::from(said)

@@ -6,7 +6,7 @@ use images::{Cache, KernelPackage};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::{env, fs};
-use tests::{Exits, Guest, in_vmx, kernel, long_test, module, no_kernel_complaint, run, work};
+use tests::{Exits, Guest, despite_qemu, in_vmx, kernel, long_test, module, no_kernel_complaint, run, work};
 
 /// Changes whenever the saved machines are to be made anew.
 const FILLED: u32 = 1;
@@ -107,7 +107,11 @@ fn slowdowns(
     boots: u32,
 ) -> Result<Vec<work::Figure>> {
     let churn = module(kernel, "churn")?;
-    let times = |tracer| work::times(guest()?.tracer(tracer), &churn, cpus);
+    // A boot of a dozen is started again, not all of them.
+    let times = |tracer| {
+        let label = format!("A boot with tracer {tracer}, {how},");
+        despite_qemu(&label, || work::times(guest()?.tracer(tracer), &churn, cpus))
+    };
     let mut least = ["off", "breakpoint", "ring"].map(|tracer| (tracer, work::Times::new()));
     for boot in 0..boots {
         // One by traps takes as long as the others together, and is many times slower than anything beside it makes it.

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use images::{Built, Cache, modules};
-use tests::{Guest, RUN_TIMEOUT, work};
+use tests::{Guest, RUN_TIMEOUT, despite_qemu, work};
 
 /// Its first scan finds what the boot left to find; the second is one of many.
 const SCAN: &str = "mount -t debugfs none /sys/kernel/debug; cd /sys/kernel/debug; echo scan=off > kmemleak; echo scan > kmemleak
@@ -15,7 +15,12 @@ pub fn kmemleak() -> Result<()> {
     let churn = modules::own(&cache, &Built::oracle(&cache)?.headers, "churn")?;
     let mut figures = Vec::new();
     for cpus in [1, 2, 4] {
-        let times = |kmemleak| work::times(oracle(kmemleak, cpus)?.option("--tracer", "off"), &churn, cpus);
+        let times = |kmemleak| {
+            let label = format!("A boot with kmemleak {kmemleak}, {cpus} CPU,");
+            despite_qemu(&label, || {
+                work::times(oracle(kmemleak, cpus)?.option("--tracer", "off"), &churn, cpus)
+            })
+        };
         let (mut off, mut on) = (work::Times::new(), work::Times::new());
         for _ in 0..work::BOOTS {
             work::keep_least(&mut off, times("off")?);
