@@ -78,3 +78,44 @@ impl Unwinder<'_> {
         top.is_some() && (bp.0 & 1 != 0 || top != read(bp + 8))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{KERNEL_CS, LEAF, SLIDE, STACK, USER_CS, code, saved, start, text};
+    use super::super::{End, Start, Unwinder};
+    use crate::memory::Va;
+    use std::collections::HashMap;
+
+    fn along_frame_pointers(start: &Start, stack: &[(u64, u64)]) -> (Vec<u64>, End) {
+        let memory: HashMap<u64, u64> = stack.iter().map(|&(at, word)| (STACK + at, word)).collect();
+        let mut out = [Va(0); 8];
+        let unwinder = Unwinder::new(None, text(), SLIDE);
+        let trace = unwinder.unwind(&(), start, |va| memory.get(&va.0).copied(), &mut out);
+        (out[..trace.len].iter().map(|ip| ip.0.wrapping_sub(code(0))).collect(), trace.end)
+    }
+
+    #[test]
+    fn frame_pointers_lead_through_saved_registers() {
+        let mut stack = vec![(0, 1), (0x80, STACK + 0xa1), (0x88, code(0x20))];
+        stack.extend(saved(0xa0, code(0x30), 0x200, STACK + 0x300, KERNEL_CS));
+        stack.extend([(0x300, 0), (0x308, code(0x40))]);
+        assert_eq!(along_frame_pointers(&start(LEAF), &stack), (vec![LEAF, 0x20, 0x30, 0x40], End::Complete));
+        let mut stack = vec![(0, 1), (0x80, STACK + 0xa1), (0x88, code(0x20))];
+        stack.extend(saved(0xa0, 0x40_1000, 0, 0, USER_CS));
+        assert_eq!(along_frame_pointers(&start(LEAF), &stack), (vec![LEAF, 0x20], End::User));
+    }
+
+    #[test]
+    fn a_function_that_has_no_frame_yet_keeps_its_caller() {
+        let stack = [(0, code(0x20)), (0x80, 0), (0x88, code(0x30))];
+        assert_eq!(along_frame_pointers(&start(LEAF), &stack), (vec![LEAF, 0x20, 0x30], End::Complete));
+        let asleep = Start { exact: false, ..start(LEAF) };
+        assert_eq!(along_frame_pointers(&asleep, &stack), (vec![LEAF, 0x30], End::Complete));
+        // Interrupted there.
+        let mut stack = vec![(0x80, STACK + 0xa1), (0x88, code(0x20)), (0x200, code(0x50))];
+        stack.extend(saved(0xa0, code(0x30), 0x200, STACK + 0x300, KERNEL_CS));
+        stack.extend([(0x300, 0), (0x308, code(0x40))]);
+        let frames = vec![LEAF, 0x20, 0x30, 0x50, 0x40];
+        assert_eq!(along_frame_pointers(&start(LEAF), &stack), (frames, End::Complete));
+    }
+}

@@ -76,7 +76,7 @@ pub(super) fn code(at: u64) -> u64 {
     TEXT + SLIDE + at
 }
 
-const LEAF: u64 = 0x10;
+pub(super) const LEAF: u64 = 0x10;
 const BOTTOM: u64 = 0x110;
 const UNKNOWN: u64 = 0x210;
 const SPECIAL: u64 = 0x310;
@@ -153,7 +153,7 @@ fn every_frame_pointer_base() {
 }
 
 /// `struct pt_regs` at STACK + `at`: the interrupted code at `ip`, its stack and frame pointer.
-fn saved(at: u64, ip: u64, sp: u64, bp: u64, cs: u64) -> Vec<(u64, u64)> {
+pub(super) fn saved(at: u64, ip: u64, sp: u64, bp: u64, cs: u64) -> Vec<(u64, u64)> {
     use walk::pt_regs::*;
     vec![(at + BP, bp), (at + R10, STACK + 0x408), (at + IP, ip), (at + CS, cs), (at + SP, STACK + sp)]
 }
@@ -499,39 +499,6 @@ fn a_sleeping_task_starts_at_its_switch() {
         assert_eq!(start, Some(expected));
     }
     assert_eq!(frame.start(&Task::default(), SLIDE, |_| None), None);
-}
-
-fn along_frame_pointers(start: &Start, stack: &[(u64, u64)]) -> (Vec<u64>, End) {
-    let memory: HashMap<u64, u64> = stack.iter().map(|&(at, word)| (STACK + at, word)).collect();
-    let mut out = [Va(0); 8];
-    let unwinder = Unwinder::new(None, text(), SLIDE);
-    let trace = unwinder.unwind(&(), start, |va| memory.get(&va.0).copied(), &mut out);
-    (out[..trace.len].iter().map(|ip| ip.0.wrapping_sub(code(0))).collect(), trace.end)
-}
-
-#[test]
-fn frame_pointers_lead_through_saved_registers() {
-    let mut stack = vec![(0, 1), (0x80, STACK + 0xa1), (0x88, code(0x20))];
-    stack.extend(saved(0xa0, code(0x30), 0x200, STACK + 0x300, KERNEL_CS));
-    stack.extend([(0x300, 0), (0x308, code(0x40))]);
-    assert_eq!(along_frame_pointers(&start(LEAF), &stack), (vec![LEAF, 0x20, 0x30, 0x40], End::Complete));
-    let mut stack = vec![(0, 1), (0x80, STACK + 0xa1), (0x88, code(0x20))];
-    stack.extend(saved(0xa0, 0x40_1000, 0, 0, USER_CS));
-    assert_eq!(along_frame_pointers(&start(LEAF), &stack), (vec![LEAF, 0x20], End::User));
-}
-
-#[test]
-fn a_function_that_has_no_frame_yet_keeps_its_caller() {
-    let stack = [(0, code(0x20)), (0x80, 0), (0x88, code(0x30))];
-    assert_eq!(along_frame_pointers(&start(LEAF), &stack), (vec![LEAF, 0x20, 0x30], End::Complete));
-    let asleep = Start { exact: false, ..start(LEAF) };
-    assert_eq!(along_frame_pointers(&asleep, &stack), (vec![LEAF, 0x30], End::Complete));
-    // Interrupted there.
-    let mut stack = vec![(0x80, STACK + 0xa1), (0x88, code(0x20)), (0x200, code(0x50))];
-    stack.extend(saved(0xa0, code(0x30), 0x200, STACK + 0x300, KERNEL_CS));
-    stack.extend([(0x300, 0), (0x308, code(0x40))]);
-    let frames = vec![LEAF, 0x20, 0x30, 0x50, 0x40];
-    assert_eq!(along_frame_pointers(&start(LEAF), &stack), (frames, End::Complete));
 }
 
 pub(super) fn rows() -> impl Strategy<Value = Vec<Row>> {
